@@ -1,0 +1,3 @@
+"""Reinforcement learning of language models on tokens."""
+
+__version__ = '0.1.0'

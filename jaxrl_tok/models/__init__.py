@@ -1,0 +1,1 @@
+"""Policies: the decoder, the families it reads, Hugging Face directories."""

@@ -1,0 +1,90 @@
+"""The current policy looking at a rollout: the only shift, the only
+vocabulary chunking.
+
+  prompt [a b c]  completion [x y EOS]
+  hidden after     c x y            (one encode, one extend of T - 1 tokens)
+  log-prob of      x y EOS
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_tok import distribution
+from jaxrl_tok.types import Policy, Rollout, SamplingRule, TokenStats
+
+CHUNK_ELEMENTS = 2**20  # logits alive at once: 4 MiB of float32
+
+
+def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
+  """Hidden states [B, T, D] that predict the completion's tokens."""
+  prefix = policy.encode(params, rollout.prompts)
+  B, T = rollout.tokens.shape
+  first_BxD = jnp.repeat(prefix.hidden, B // prefix.hidden.shape[0], axis=0)
+  if T == 1:
+    return first_BxD[:, None]
+  rest, _ = policy.extend(params, prefix, rollout.tokens[:, :-1], None, 0)
+  return jnp.concatenate([first_BxD[:, None], rest], axis=1)
+
+
+def evaluate(
+  policy: Policy,
+  params,
+  rollout: Rollout,
+  rule: SamplingRule,
+  chunk: int | None = None,
+) -> TokenStats:
+  """Log-prob, entropy and value of every completion token.
+
+  The distribution is the sampler's: the same temperature and forbidden
+  tokens, and as many tokens kept as the sampler recorded. Logits exist for
+  `chunk` tokens of each row at a time, forward and backward, so no [B, T, V]
+  array is ever made (`chunk` None: as many as CHUNK_ELEMENTS allow).
+
+  Returns TokenStats of float32 [B, T], 0 off-mask; value None without a head.
+  """
+  hidden = completion_hidden(policy, params, rollout)
+  B, T, _ = hidden.shape
+  if chunk is None:
+    chunk = max(1, CHUNK_ELEMENTS // (B * policy.vocab_size))
+  chunk = min(chunk, T)
+
+  @jax.checkpoint
+  def stats(hidden_Bxt, tokens_Bxt, kept_Bxt):
+    logits = distribution.shape_logits(policy.logits(params, hidden_Bxt), rule)
+    if kept_Bxt is not None:
+      logits = distribution.keep_most_likely(logits, kept_Bxt, tokens_Bxt)
+    logp = distribution.log_prob(logits, tokens_Bxt)
+    return logp, distribution.entropy(logits)
+
+  kept = rollout.kept
+  if kept is not None:  # 0 off-mask; any legal number will do there
+    kept = jnp.maximum(kept, 1)
+  if chunk == T:
+    logp, entropy = stats(hidden, rollout.tokens, kept)
+  else:
+
+    def split(x, value=0):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
+      pad = ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2)
+      x = jnp.pad(x, pad, constant_values=value)
+      x = x.reshape(B, -1, chunk, *x.shape[2:])
+      return jnp.moveaxis(x, 1, 0)
+
+    parts = (
+      split(hidden),
+      split(rollout.tokens),
+      None if kept is None else split(kept, 1),
+    )
+    _, (logp, entropy) = jax.lax.scan(
+      lambda carry, part: (carry, stats(*part)), (), parts
+    )
+    logp, entropy = (
+      jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in (logp, entropy)
+    )
+  value = None
+  if policy.value is not None:
+    value = jnp.where(rollout.mask, policy.value(params, hidden), 0.0)
+  return TokenStats(
+    jnp.where(rollout.mask, logp, 0.0),
+    jnp.where(rollout.mask, entropy, 0.0),
+    value,
+  )

@@ -1,0 +1,131 @@
+"""Sampling completions: encode the prompts, then scan token by token.
+
+1. Cast the parameters to the compute dtype and undo their fsdp split, once.
+2. `encode` reads the C prompts; the first token is drawn from its hidden
+   state, for all B = C*G rows.
+3. A `while_loop` runs chunks while any row lives; a chunk is a `scan` of
+   steps of known length, so that nothing asks the device whether to go on
+   between tokens.
+4. A step: `extend` by the last token (its keys and values go into the cache
+   at one column), logits, the sampling rule, one draw, its log-prob.
+
+Row b's uniform number for token t comes from fold_in(fold_in(key, b), t): a
+row's sample does not depend on the other rows, on T or on the devices.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_tok import distribution
+from jaxrl_tok.sharding import constrain_rows, gathered_for_rollout
+from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  """What is compiled in; temperature, ends and the rest are traced.
+
+  truncate: whether top-k, top-p or min-p are applied (and `kept` recorded).
+  greedy: the most likely token; the distribution is then that one token, so
+    its log-prob is 0 and `kept` is 1.
+  chunk: tokens between two looks at whether any row still lives.
+  """
+
+  samples_per_prompt: int  # G
+  max_completion_length: int  # T
+  pad_token: int = 0
+  truncate: bool = False
+  greedy: bool = False
+  chunk: int = 16
+
+
+def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
+  """Returns sample(params, key, Prompts, SamplingRule) -> Rollout, pure."""
+  G, T = config.samples_per_prompt, config.max_completion_length
+  chunk = max(1, min(config.chunk, T - 1))
+  num_chunks = -(-(T - 1) // chunk)
+  columns = num_chunks * chunk  # of the cache: every token but the last
+
+  def pick(params, hidden, uniform, rule: SamplingRule):
+    """hidden [B, D], uniform [B] -> token, log-prob, kept, each [B]."""
+    logits = policy.logits(params, hidden)
+    logits = distribution.shape_logits(logits, rule)
+    if config.greedy:
+      token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      return token, jnp.zeros(token.shape), jnp.ones_like(token)
+    kept = jnp.zeros(logits.shape[:1], jnp.int32)
+    if config.truncate:
+      logits, kept = distribution.truncate(logits, rule)
+    token = distribution.draw(logits, uniform)
+    return token, distribution.log_prob(logits, token), kept
+
+  def record(picked, done, rule):
+    """Masks a picked token by `done` -> (column of the rollout, done)."""
+    token, logp, kept = picked
+    column = (
+      jnp.where(done, config.pad_token, token),
+      ~done,
+      jnp.where(done, 0.0, logp),
+      jnp.where(done, 0, kept),
+    )
+    ended = jnp.any(token[:, None] == rule.end_tokens[None], axis=-1)
+    return column, done | ended
+
+  def sample(params, key, prompts: Prompts, rule: SamplingRule) -> Rollout:
+    params = jax.tree.map(lambda x: x.astype(policy.dtype), params)
+    params = gathered_for_rollout(params, policy.partition_rules)
+    B = prompts.tokens.shape[0] * G
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+
+    def uniforms(t):  # [B]
+      keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
+      return jax.vmap(jax.random.uniform)(keys)
+
+    prefix = policy.encode(params, prompts)
+    hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
+    picked = pick(params, hidden, uniforms(0), rule)
+    first, done = record(picked, jnp.zeros((B,), bool), rule)
+
+    def step(carry, t):
+      cache, token, done = carry
+      hidden, cache = policy.extend(params, prefix, token[:, None], cache, t - 1)
+      picked = pick(params, hidden[:, 0], uniforms(t), rule)
+      column, done = record(picked, done, rule)
+      return (cache, column[0], done), column
+
+    def run_chunk(carry):
+      index, steps, tables = carry
+      times = 1 + index * chunk + jnp.arange(chunk)
+      steps, columns_tB = jax.lax.scan(step, steps, times)
+      tables = jax.tree.map(
+        lambda table, new: jax.lax.dynamic_update_slice(
+          table, new, (index * chunk, 0)
+        ),
+        tables,
+        columns_tB,
+      )
+      return index + 1, steps, tables
+
+    def alive(carry):
+      index, (_, _, done), _ = carry
+      return (index < num_chunks) & ~jnp.all(done)
+
+    fills = (config.pad_token, False, 0.0, 0)
+    tables = tuple(
+      jnp.full((columns, B), value, x.dtype) for value, x in zip(fills, first)
+    )
+    cache = jax.tree.map(constrain_rows, policy.init_cache(B, columns))
+    if num_chunks:
+      carry = (jnp.int32(0), (cache, first[0], done), tables)
+      _, _, tables = jax.lax.while_loop(alive, run_chunk, carry)
+    tokens, mask, logp, kept = (
+      constrain_rows(jnp.concatenate([a[None], b])[:T].T)
+      for a, b in zip(first, tables)
+    )
+    counted = config.truncate or config.greedy
+    return Rollout(prompts, tokens, mask, logp, kept if counted else None)
+
+  return sample

@@ -1,0 +1,128 @@
+"""The records that flow from prompt to parameter update.
+
+A batch goes this way, and each arrow is one function:
+
+  Prompts -sample-> Rollout -score-> reward [B, T] -advantage-> Trajectory
+          -loss-> one number a token -aggregate-> gradient -> TrainState
+
+Letters: C prompts, G samples a prompt, B = C*G rows (the G rows of one prompt
+are consecutive), P prompt length, T new tokens, V vocabulary, D model width,
+F feed-forward width, N query heads, K key/value heads, H head size, L layers.
+Every [B, T] array is aligned with the token that it describes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+
+class Prompts(NamedTuple):
+  """C prompts, right-padded.
+
+  # tokens [7 3 9 0 0]  length 3
+  """
+
+  tokens: jax.Array  # int32 [C, P]
+  length: jax.Array  # int32 [C]     1..P
+
+
+class Prefix(NamedTuple):
+  """What a policy remembers of its prompts: each is read once, not G times."""
+
+  kv: tuple  # per layer (k, v), each [C, K, P, H]
+  hidden: jax.Array  # [C, D] at the last real prompt token
+  length: jax.Array  # int32 [C]
+
+
+class SamplingRule(NamedTuple):
+  """How a distribution over tokens is made from logits; all of it is traced.
+
+  It is part of the policy: what is sampled from is what is trained.
+  """
+
+  temperature: jax.Array  # float32 []
+  top_k: jax.Array  # int32 []      V or more: keeps every token
+  top_p: jax.Array  # float32 []    1: keeps every token
+  min_p: jax.Array  # float32 []    0: keeps every token
+  end_tokens: jax.Array  # int32 [E]  any of them ends a completion
+  forbidden: jax.Array | None  # bool [V]  never sampled
+
+
+class Rollout(NamedTuple):
+  """What the sampler returns.
+
+  # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]
+  """
+
+  prompts: Prompts
+  tokens: jax.Array  # int32   [B, T]  pad after the end token
+  mask: jax.Array  # bool    [B, T]  True where the policy chose the token
+  logp: jax.Array  # float32 [B, T]  as sampled from; 0 off-mask
+  kept: jax.Array | None  # int32 [B, T]  tokens that the rule kept, or None
+
+
+class TokenStats(NamedTuple):
+  """The current policy looking at a rollout."""
+
+  logp: jax.Array  # float32 [B, T]
+  entropy: jax.Array  # float32 [B, T]  nats
+  value: jax.Array | None  # float32 [B, T]
+
+
+class Trajectory(NamedTuple):
+  """What a loss sees; update.py vmaps over its rows (then prompts is None)."""
+
+  rollout: Rollout
+  reward: jax.Array  # float32 [B, T]  an outcome sits on the last chosen token
+  advantage: jax.Array  # float32 [B, T]
+  value_target: jax.Array | None  # float32 [B, T]
+  ref_logp: jax.Array | None  # float32 [B, T]  of the reference policy
+
+
+class Policy(NamedTuple):
+  """A model as a value: the only door to Flax."""
+
+  init: Callable  # key -> params
+  encode: Callable  # (params, Prompts) -> Prefix
+  # (params, Prefix, tokens [B, t], cache | None, at) -> (hidden [B, t, D], cache)
+  extend: Callable
+  logits: Callable  # (params, hidden [..., D]) -> float32 [..., V]
+  value: Callable | None  # (params, hidden [..., D]) -> float32 [...]
+  # (rows, length) -> per layer (k, v), each [B, K, T, H]
+  init_cache: Callable
+  partition_rules: tuple  # ((path regex, PartitionSpec), ...)
+  vocab_size: int
+  dtype: Any  # compute dtype; the sampler casts params to it once a rollout
+
+
+class Algorithm(NamedTuple):
+  """An alias, as optax.adam is: parts composed by name.
+
+  `carry` is whatever the algorithm remembers between updates (an EMA
+  baseline, say); it lives in TrainState, so a resume is exact.
+  """
+
+  name: str
+  init: Callable  # () -> carry
+  # (Rollout, reward [B, T], value [B, T] | None, carry)
+  #   -> (advantage [B, T], value_target [B, T] | None, carry)
+  advantage: Callable
+  # ONE sequence: (TokenStats [T], Trajectory [T]) -> (loss [T], {name: [T]})
+  loss: Callable
+  aggregate: Callable  # mask [B, T] -> weight [B, T] of each token's loss
+  kl_in_reward: float  # coefficient of k1 in the reward; 0: none
+  needs_reference: bool  # whether ref_logp is wanted
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a resume needs; Orbax saves it whole."""
+
+  step: jax.Array  # int32 []  updates done
+  params: Any
+  opt_state: Any
+  key: jax.Array  # never advances: a step's key is fold_in(key, step)
+  algorithm: Any  # the algorithm's carry
+  reference: Any  # parameters of the reference policy, or None
