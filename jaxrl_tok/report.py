@@ -137,7 +137,7 @@ def figure(x: float) -> str:
     if abs(x) >= least:
       return f"{x / size:.3g}{mark}"
   if 0 < abs(x) < 1e-3:
-    return re.sub("e-0*", "e-", f"{x:.2g}")
+    return re.sub("e-0*", "e-", f"{x:.3g}")
   return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
@@ -213,13 +213,18 @@ def make_frame(curves: list[Curve], size: tuple[int, int],
                large: bool) -> Frame:
   xs, ys = zip(*(point for c in curves for point in c.points))
   x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-  x_ticks = ticks(x_low, x_high, size[0] // (110 if large else 75), whole=True)
-  a_share = large and min(ys) >= 0 and max(ys) <= 1
-  y_ticks = ticks(*((0, 1) if a_share else (min(ys), max(ys))), size[1] // 50)
-  left, top, right, bottom = (46, 34, 106, 42) if large else (46, 8, 54, 22)
-  return Frame(left, top, size[0] - right, size[1] - bottom,
-               [x for x in x_ticks if x_low <= x <= x_high], y_ticks,
-               x_low, x_high)
+  near = 0.02 * (x_high - x_low)  # a tick just outside widens the axis to it
+  x_ticks = [x for x in ticks(x_low, x_high, size[0] // (110 if large else 75),
+                              whole=True) if x_low - near <= x <= x_high + near]
+  y_low, y_high = min(ys), max(ys)
+  if large and y_low >= 0 and y_high <= 1:
+    y_low, y_high = 0, 1
+  elif y_low > 0.8 * y_high > 0:  # small noise should look small
+    y_low = 0
+  left, top, right, bottom = (46, 34, 106, 42) if large else (50, 8, 62, 22)
+  return Frame(left, top, size[0] - right, size[1] - bottom, x_ticks,
+               ticks(y_low, y_high, size[1] // 50),
+               min([x_low, *x_ticks]), max([x_high, *x_ticks]))
 
 
 def chart(curves: list[Curve], title: str, size: tuple[int, int],
@@ -349,9 +354,9 @@ def time_split(metrics: list[dict]) -> list[dict]:
 def duration(seconds: float) -> str:
   if seconds < 60:
     return f"{seconds:.3g} s"
-  minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
-  return (f"{minutes[0]} min {minutes[1]} s" if seconds < 3600 else
-          f"{hours[0]} h {hours[1]} min")
+  minutes, left = divmod(round(seconds), 60)
+  return (f"{minutes} min {left} s" if minutes < 60 else
+          f"{minutes // 60} h {minutes % 60} min")
 
 
 def headline(metrics: list[dict]) -> dict[str, str]:
@@ -385,8 +390,8 @@ def read_samples(path: Path) -> Samples:
       getattr(samples, split)[str(row.get("prompt"))] = row
     elif split == "train" and step is not None:
       if step != previous:  # a step met again was resumed: it starts afresh
-        samples.train[previous := step] = []
-      samples.train[step].append(row)
+        samples.train[step], previous = [], step
+      samples.train.setdefault(step, []).append(row)
       if len(samples.train) > LATEST_STEPS + 1:
         del samples.train[sorted(samples.train)[1]]
   return samples
@@ -421,7 +426,7 @@ def shown_sample(row: dict) -> dict:
 def shade(advantage: object, largest: float) -> str:
   """CSS for a token: its sign picks the hue, its share of the largest alpha.
 
-  Blue where the update makes the token likelier, orange where less likely.
+  Blue where the token is pushed to be likelier, orange where less likely.
   Built from numbers only, because everything else in a sample is untrusted.
   """
   advantage = number(advantage) or 0.0
@@ -556,7 +561,7 @@ svg .ink { fill: var(--soft) } svg .ink[font-weight] { fill: var(--text) }
 svg .grid { stroke: var(--line); stroke-opacity: 1 }
 svg .strip:hover { fill-opacity: .12 }
 .panels { display: grid; gap: 20px 24px; margin-top: 12px;
-  grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(max(200px, 28%), 1fr)) }
 figure { margin: 0 } figcaption { font-size: 13px; font-weight: 600 }
 figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px }
 .bar { display: flex; height: 22px; margin: 12px 0 8px; gap: 2px;
@@ -566,7 +571,7 @@ figcaption span { color: var(--soft); font-weight: 400; margin-left: 6px }
   margin-right: 7px }
 .rollout { background: var(--a) } .score { background: var(--c) }
 .update { background: var(--b) }
-.scroll { overflow-x: auto }
+.scroll { overflow-x: auto } .wide svg { min-width: 640px }
 table { border-collapse: collapse; width: 100% }
 th { text-align: left; font-size: 13px; color: var(--soft); font-weight: 600 }
 th, td { padding: 5px 14px 7px 0; border-bottom: 1px solid var(--line);
@@ -618,7 +623,7 @@ PAGE = """{% macro mark(side) %}
 {% endif %}
 
 <h2>Reward</h2>
-{% if reward %}{{ reward }}{% else %}
+{% if reward %}<div class="scroll wide">{{ reward }}</div>{% else %}
 <p class="soft">no rewards recorded</p>{% endif %}
 
 {% if panels %}
@@ -674,8 +679,8 @@ PAGE = """{% macro mark(side) %}
 
 <h2>Credit, token by token</h2>
 {% if credit.steps %}
-<p class="soft"><small>Each token is shaded by its advantage: the update makes
-blue tokens likelier and orange ones less likely. An underlined token received
+<p class="soft"><small>Each token is shaded by its advantage: blue ones are
+pushed to be likelier, orange ones less likely. An underlined token received
 a reward. Hover one for its numbers.<br>
 advantage −{{ credit.largest }}<span class="scale">
 {% for style in credit.legend %}

@@ -137,7 +137,8 @@ def test_a_resumed_step_replaces_its_samples(tmp_path):
 
 
 def test_the_first_and_the_latest_steps_are_kept(tmp_path):
-  write_lines(tmp_path / "samples.jsonl", [sample(step=i) for i in range(50)])
+  steps = [*range(50), 10, 10, 10, *range(11, 50)]  # resumed at 10
+  write_lines(tmp_path / "samples.jsonl", [sample(step=i) for i in steps])
   train = report.read_samples(tmp_path / "samples.jsonl").train
   assert sorted(train) == [0, 47, 48, 49]
 

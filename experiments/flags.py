@@ -1,0 +1,337 @@
+"""Flags: the words that users type, checked before jax is imported.
+
+An experiment has one frozen dataclass of groups; tyro turns it into flags
+(--learning-rate and --learning_rate both work). Every fault is one line: the
+fact and the cure.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+  """The run: where it writes, how long it lasts."""
+
+  output_dir: str | None = None
+  """Directory of the run; default runs/EXPERIMENT-TIME."""
+  seed: int = 0
+  """Seed of the data's order, the parameters and the sampling."""
+  max_steps: int = 1000
+  """Updates at most."""
+  stop_at_reward: float | None = None
+  """Stop when the held-out reward (greedy) reaches this."""
+  patience: int = 0
+  """Stop after so many evaluations without a better one; 0: never."""
+  eval_every: int = 50
+  """Steps between evaluations on held-out data; 0: never."""
+  eval_prompts: int = 512
+  """Held-out prompts."""
+  save_every: int = 200
+  """Steps between checkpoints; 0: only the last."""
+  keep: int = 2
+  """Checkpoints kept."""
+  resume: str = 'never'
+  """never, auto (go on from the newest checkpoint of output_dir) or a step."""
+  report_to: Literal['tensorboard', 'none'] = 'tensorboard'
+  """Where metrics go beside metrics.jsonl."""
+  print_config: bool = False
+  """Print every setting, the parameters and their placement, and exit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+  """The model and the machine."""
+
+  model: str | None = None
+  """A saved policy (Hugging Face directory) to start from."""
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
+  """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
+  remat: bool = False
+  """Recompute each block in the backward pass: less memory, more time."""
+  mesh: str = 'data=-1,fsdp=1,tensor=1'
+  """Devices along each axis; -1: all that are left."""
+  micro_batch: int = 0
+  """Completions in one pass of the gradient; 0: all at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+  """Prompts and how completions are sampled."""
+
+  num_prompts: int = 32
+  """Prompts in a step (C)."""
+  num_generations: int = 16
+  """Completions of each prompt (G)."""
+  max_prompt_length: int | None = None
+  """Tokens in a prompt at most (P); default: the longest one."""
+  max_completion_length: int | None = 32
+  """Tokens in a completion at most (T), the end token included."""
+  temperature: float = 1.0
+  """Divides the logits; part of the policy that is trained."""
+  top_k: int = 0
+  """Keep the k most likely tokens; 0: all."""
+  top_p: float = 1.0
+  """Keep the most likely tokens that together reach this probability."""
+  min_p: float = 0.0
+  """Keep tokens of at least this share of the largest probability."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmFlags:
+  """The algorithm and the optimizer."""
+
+  algorithm: Literal['reinforce'] = 'reinforce'
+  """The update's alias."""
+  baseline: Literal[
+    'auto', 'none', 'batch_mean', 'group_mean', 'leave_one_out', 'ema'
+  ] = 'auto'
+  """Subtracted from the return; auto: leave_one_out, with one sample ema."""
+  ema_decay: float = 0.9
+  """Of the ema baseline."""
+  aggregation: Literal[
+    'token_mean',
+    'seq_mean_token_mean',
+    'seq_mean_token_sum',
+    'seq_mean_token_sum_norm',
+  ] = 'seq_mean_token_sum'
+  """How token losses become one number."""
+  gamma: float = 1.0
+  """Discount of token rewards."""
+  kl: Literal['none', 'reward', 'reverse', 'forward'] = 'none'
+  """KL to the starting policy, named by its effect."""
+  beta: float = 0.0
+  """Coefficient of the KL."""
+  learning_rate: float = 1e-3
+  """Peak learning rate."""
+  lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
+  """After the warm-up; linear and cosine end at a tenth, at max_steps."""
+  lr_warmup_steps: int = 0
+  """Steps of linear warm-up."""
+  adam_b2: float = 0.99
+  """Decay of Adam's second moment."""
+  weight_decay: float = 0.0
+  """AdamW's weight decay."""
+  max_grad_norm: float = 1.0
+  """Gradients are scaled down to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeFlags:
+  """The decoder, when no --model is given."""
+
+  d_model: int = 64
+  """Width (D)."""
+  num_layers: int = 2
+  """Blocks (L)."""
+  num_heads: int = 4
+  """Query heads (N)."""
+  num_kv_heads: int = 2
+  """Key/value heads (K)."""
+  d_ff: int = 192
+  """Feed-forward width (F)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartFlags:
+  """The supervised warm start, when no --model is given."""
+
+  warm_start_stop_at: float = 0.35
+  """It ends when this share of held-out problems is right."""
+  warm_start_max_steps: int = 1000
+  """Steps at most."""
+  warm_start_batch_size: int = 128
+  """Problems in a step."""
+  warm_start_learning_rate: float = 3e-3
+  """Its peak learning rate (Adam, cosine)."""
+  warm_start_check_every: int = 25
+  """Steps between looks at the held-out problems."""
+  cache: bool = True
+  """Keep the result under ~/.cache/jaxrl_tok and use it next time."""
+
+
+class FlagError(ValueError):
+  """A flag's value cannot be; the message is the whole story."""
+
+
+def fail(message) -> None:
+  """One line on stderr, exit status 2."""
+  print(f'error: {message}', file=sys.stderr)
+  raise SystemExit(2)
+
+
+def _names(kind) -> set[str]:
+  names = set()
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      names |= _names(field.type)
+    else:
+      names.add(field.name)
+  return names
+
+
+def _check_spelling(kind, argv) -> None:
+  """tyro would answer a misspelt flag with a box; one line is enough."""
+  names = _names(kind) | {'help'}
+  known = names | {f'no_{name}' for name in names}
+  for word in argv:
+    found = re.match(r'--([^=]+)', word)
+    if found and found[1].replace('-', '_') not in known:
+      name = found[1].replace('-', '_')
+      near = difflib.get_close_matches(name, sorted(names), 1, 0.6)
+      cure = f'did you mean --{near[0]}?' if near else '--help lists the flags'
+      fail(f'unknown flag --{found[1]}; {cure}')
+
+
+def parse(kind, argv=None, description=None):
+  """argv -> an instance of the dataclass, checked; exits with one line."""
+  argv = sys.argv[1:] if argv is None else argv
+  _check_spelling(kind, argv)
+  flags = _tyro(kind, argv, description)
+  try:
+    check(flags.run, flags.model, flags.sampling, flags.algorithm)
+  except ValueError as e:
+    fail(e)
+  return flags
+
+
+def _tyro(kind, argv, description):
+  if any(word in ('-h', '--help') for word in argv):
+    return tyro.cli(
+      kind,
+      args=argv,
+      description=description,
+      config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+  import contextlib
+  import io
+
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+      return tyro.cli(
+        kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), description=''
+      )
+  except SystemExit:
+    words = re.sub(r'[╭╮╰╯│─]+', ' ', said.getvalue())
+    words = re.sub(r'\s+', ' ', words).strip()
+    words = re.sub(r'^(Parsing|Required options|Unrecognized options)\S* ?', '', words)
+    words = words.partition(' For full helptext')[0]
+    fail(f'{words}; --help lists the flags')
+
+
+def check(
+  run: RunFlags,
+  model: ModelFlags,
+  sampling: SamplingFlags,
+  algorithm: AlgorithmFlags,
+) -> None:
+  """Everything that can be refused without jax. Raises FlagError."""
+  C, G = sampling.num_prompts, sampling.num_generations
+  least_one = {
+    '--num_prompts': C,
+    '--num_generations': G,
+    '--max_completion_length': sampling.max_completion_length or 1,
+    '--max_steps': run.max_steps,
+    '--eval_prompts': run.eval_prompts,
+    '--keep': run.keep,
+  }
+  for name, value in least_one.items():
+    if value < 1:
+      raise FlagError(f'{name} {value} must be at least 1')
+  limits = (
+    ('--temperature', sampling.temperature, sampling.temperature > 0, 'above 0'),
+    ('--top_p', sampling.top_p, 0 < sampling.top_p <= 1, 'in (0, 1]'),
+    ('--min_p', sampling.min_p, 0 <= sampling.min_p <= 1, 'in [0, 1]'),
+    ('--top_k', sampling.top_k, sampling.top_k >= 0, '0 (all) or more'),
+    ('--gamma', algorithm.gamma, 0 <= algorithm.gamma <= 1, 'in [0, 1]'),
+    ('--beta', algorithm.beta, algorithm.beta >= 0, '0 or more'),
+    ('--ema_decay', algorithm.ema_decay, 0 <= algorithm.ema_decay < 1, 'in [0, 1)'),
+    ('--learning_rate', algorithm.learning_rate, algorithm.learning_rate > 0, 'above 0'),
+    ('--max_grad_norm', algorithm.max_grad_norm, algorithm.max_grad_norm > 0, 'above 0'),
+    ('--micro_batch', model.micro_batch, model.micro_batch >= 0, '0 (all) or more'),
+    ('--eval_every', run.eval_every, run.eval_every >= 0, '0 (never) or more'),
+    ('--save_every', run.save_every, run.save_every >= 0, '0 (at the end) or more'),
+    ('--patience', run.patience, run.patience >= 0, '0 (never) or more'),
+    ('--seed', run.seed, run.seed >= 0, '0 or more'),
+  )
+  for name, value, fine, range_ in limits:
+    if not fine:
+      raise FlagError(f'{name} {value} must be {range_}')
+  if algorithm.baseline == 'leave_one_out' and G < 2:
+    raise FlagError(
+      'leave_one_out needs 2 samples a prompt; pass --num_generations 2 or '
+      '--baseline ema'
+    )
+  if (algorithm.kl == 'none') != (algorithm.beta == 0):
+    raise FlagError(
+      f'--kl {algorithm.kl} with --beta {algorithm.beta} has no effect; pass '
+      'both --kl reward|reverse|forward and --beta, or neither'
+    )
+  if model.micro_batch:
+    if model.micro_batch % G or (C * G) % model.micro_batch:
+      raise FlagError(
+        f'--micro_batch {model.micro_batch} must divide the {C * G} '
+        f'completions of a step into whole groups of {G}; pass '
+        f'--micro_batch {_nearest_micro_batch(model.micro_batch, C, G)}'
+      )
+  if not re.fullmatch(r'never|auto|\d+', run.resume):
+    raise FlagError(f'--resume {run.resume!r} is none of never, auto, a step')
+  if run.resume != 'never' and run.output_dir is None:
+    raise FlagError('--resume needs the --output_dir of the run to go on with')
+  for part in model.mesh.split(','):
+    if not re.fullmatch(r'\s*(data|fsdp|tensor)=(-1|[1-9]\d*)\s*', part):
+      raise FlagError(
+        f'--mesh part {part!r} is not axis=size; '
+        'pass --mesh data=-1,fsdp=1,tensor=1'
+      )
+  if model.model and not Path(model.model).is_dir():
+    raise FlagError(
+      f'--model {model.model} is no directory; give a saved policy '
+      '(hub ids cannot be loaded yet)'
+    )
+
+
+def _nearest_micro_batch(wanted: int, C: int, G: int) -> int:
+  sizes = [n * G for n in range(1, C + 1) if C % n == 0]
+  return min(sizes, key=lambda n: abs(n - wanted))
+
+
+def claim_output_dir(run: RunFlags, experiment: str) -> Path:
+  """The run's directory, made and writable; refuses to overwrite a run."""
+  name = f'{experiment}-{time.strftime("%Y%m%d-%H%M%S")}'
+  path = Path(run.output_dir or Path('runs') / name)
+  if path.exists() and not path.is_dir():
+    fail(f'--output_dir {path} is a file; give a directory')
+  if run.resume == 'never' and path.is_dir() and any(path.iterdir()):
+    fail(
+      f'--output_dir {path} is not empty; pass --resume auto to go on with it, '
+      'or another directory'
+    )
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / '.writable'
+    probe.touch()
+    probe.unlink()
+  except OSError as e:
+    fail(f'--output_dir {path} cannot be written: {e.strerror}; give another')
+  return path
+
+
+def flat(flags) -> dict:
+  """{name: value} of every flag."""
+  found = {}
+  for field in dataclasses.fields(flags):
+    value = getattr(flags, field.name)
+    if dataclasses.is_dataclass(value):
+      found |= flat(value)
+    else:
+      found[field.name] = value
+  return found
