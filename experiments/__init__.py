@@ -1,1 +1,1 @@
-"""Experiments: run one with `python -m experiments.NAME`; --help lists flags."""
+"""Experiments: python -m experiments.NAME; --help lists the flags."""

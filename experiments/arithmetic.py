@@ -32,19 +32,24 @@ class TaskFlags:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  task: TaskFlags = TaskFlags()
-  warm: flag_layer.WarmStartFlags = flag_layer.WarmStartFlags()
-  size: flag_layer.SizeFlags = flag_layer.SizeFlags()
-  run: flag_layer.RunFlags = flag_layer.RunFlags(
-    max_steps=1000, stop_at_reward=0.97, eval_every=50, save_every=250
-  )
-  model: flag_layer.ModelFlags = flag_layer.ModelFlags()
-  sampling: flag_layer.SamplingFlags = flag_layer.SamplingFlags(
-    num_prompts=32, num_generations=16, max_completion_length=None
-  )
-  algorithm: flag_layer.AlgorithmFlags = flag_layer.AlgorithmFlags(
-    learning_rate=5e-4
-  )
+  task: TaskFlags
+  warm_start: flag_layer.WarmStartFlags
+  size: flag_layer.SizeFlags
+  run: flag_layer.RunFlags
+  model: flag_layer.ModelFlags
+  sampling: flag_layer.SamplingFlags
+  algorithm: flag_layer.AlgorithmFlags
+
+
+DEFAULTS = Flags(
+  TaskFlags(),
+  flag_layer.WarmStartFlags(),
+  flag_layer.SizeFlags(),
+  flag_layer.RunFlags(max_steps=800, stop_at_reward=0.97),
+  flag_layer.ModelFlags(),
+  flag_layer.SamplingFlags(max_completion_length=None),
+  flag_layer.AlgorithmFlags(learning_rate=1e-3, lr_schedule='linear'),
+)
 
 
 def problem(rng: random.Random, digits: int) -> dict:
@@ -90,7 +95,7 @@ def check(flags: Flags) -> None:
     flag_layer.fail(f'--digits {task.digits} must be in 1..9')
   if task.num_problems < 1:
     flag_layer.fail(f'--num_problems {task.num_problems} must be at least 1')
-  if T < task.digits + 2:
+  if task.digits + 2 > T:
     flag_layer.fail(
       f'--max_completion_length {T} cannot hold an answer of '
       f'{task.digits + 1} digits and the end; pass '
@@ -99,39 +104,39 @@ def check(flags: Flags) -> None:
 
 
 def main(argv=None) -> dict:
-  flags = flag_layer.parse(Flags, argv, __doc__)
+  flags = flag_layer.parse(
+    DEFAULTS, 'python -m experiments.arithmetic', argv, __doc__
+  )
   if flags.sampling.max_completion_length is None:
     length = flags.task.digits + 2  # the answer's places and the end token
-    sampling = dataclasses.replace(
-      flags.sampling, max_completion_length=length
-    )
+    sampling = dataclasses.replace(flags.sampling, max_completion_length=length)
     flags = dataclasses.replace(flags, sampling=sampling)
   check(flags)
 
   from experiments import launch, warm_start
   from jaxrl_tok import data, rewards
 
-  task, size = flags.task, flags.size
+  task = flags.task
   train, held_out = problems(
     task.digits, task.num_problems, flags.run.eval_prompts
   )
   functions = {'exact': rewards.exact_match, 'digits': rewards.digits}
-  tokenizer = data.byte_tokenizer()
   return launch.run(
     launch.Experiment(
       name='arithmetic',
       flags=flags,
-      config=launch.tiny_config(size, len(tokenizer)),
-      tokenizer=lambda: tokenizer,
+      tokenizer=data.byte_tokenizer,
       train_records=train,
       held_out_records=held_out,
       reward_functions=[functions[task.reward]],
       judge_functions=[rewards.exact_match],
-      described_data=(
+      data=(
         f'{len(train):,} generated additions and subtractions of '
         f'{task.digits}-digit numbers; {len(held_out)} others held out'
       ),
-      warm_start=lambda context: warm_start.warm_start(context, flags.warm),
+      warm_start=lambda context: warm_start.warm_start(
+        context, flags.warm_start
+      ),
     )
   )
 

@@ -5,8 +5,11 @@ An experiment has one frozen dataclass of groups; tyro turns it into flags
 fact and the cure.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
+import io
 import re
 import sys
 import time
@@ -109,6 +112,8 @@ class AlgorithmFlags:
   """KL to the starting policy, named by its effect."""
   beta: float = 0.0
   """Coefficient of the KL."""
+  log_kl: bool = True
+  """Measure the KL to the starting policy at each evaluation; keeps a copy."""
   learning_rate: float = 1e-3
   """Peak learning rate."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
@@ -143,7 +148,7 @@ class SizeFlags:
 class WarmStartFlags:
   """The supervised warm start, when no --model is given."""
 
-  warm_start_stop_at: float = 0.35
+  warm_start_stop_at: float = 0.4
   """It ends when this share of held-out problems is right."""
   warm_start_max_steps: int = 1000
   """Steps at most."""
@@ -151,7 +156,7 @@ class WarmStartFlags:
   """Problems in a step."""
   warm_start_learning_rate: float = 3e-3
   """Its peak learning rate (Adam, cosine)."""
-  warm_start_check_every: int = 25
+  warm_start_check_every: int = 5
   """Steps between looks at the held-out problems."""
   cache: bool = True
   """Keep the result under ~/.cache/jaxrl_tok and use it next time."""
@@ -190,11 +195,14 @@ def _check_spelling(kind, argv) -> None:
       fail(f'unknown flag --{found[1]}; {cure}')
 
 
-def parse(kind, argv=None, description=None):
-  """argv -> an instance of the dataclass, checked; exits with one line."""
+def parse(defaults, prog, argv=None, description=None):
+  """argv -> `defaults` with what argv changes; a fault exits with one line.
+
+  prog: the command, for --help.
+  """
   argv = sys.argv[1:] if argv is None else argv
-  _check_spelling(kind, argv)
-  flags = _tyro(kind, argv, description)
+  _check_spelling(type(defaults), argv)
+  flags = _tyro(defaults, prog, argv, description)
   try:
     check(flags.run, flags.model, flags.sampling, flags.algorithm)
   except ValueError as e:
@@ -202,28 +210,28 @@ def parse(kind, argv=None, description=None):
   return flags
 
 
-def _tyro(kind, argv, description):
+def _tyro(defaults, prog, argv, description):
+  cli = functools.partial(
+    tyro.cli,
+    type(defaults),
+    args=argv,
+    default=defaults,
+    description=description,
+    prog=prog,
+    use_underscores=True,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
   if any(word in ('-h', '--help') for word in argv):
-    return tyro.cli(
-      kind,
-      args=argv,
-      description=description,
-      config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
-  import contextlib
-  import io
-
+    return cli()
   said = io.StringIO()
   try:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-      return tyro.cli(
-        kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), description=''
-      )
+      return cli()
   except SystemExit:
-    words = re.sub(r'[╭╮╰╯│─]+', ' ', said.getvalue())
-    words = re.sub(r'\s+', ' ', words).strip()
-    words = re.sub(r'^(Parsing|Required options|Unrecognized options)\S* ?', '', words)
-    words = words.partition(' For full helptext')[0]
+    # tyro draws a box of several lines; the fact in it is the second sentence
+    words = re.sub(r'[\u2500-\u257f]+|-{5,}', ' ', said.getvalue())
+    words = re.split(r'Argument helptext|For full helptext', words)[0]
+    words = ' '.join(words.split()).rstrip('.')
     fail(f'{words}; --help lists the flags')
 
 
@@ -247,18 +255,48 @@ def check(
     if value < 1:
       raise FlagError(f'{name} {value} must be at least 1')
   limits = (
-    ('--temperature', sampling.temperature, sampling.temperature > 0, 'above 0'),
+    (
+      '--temperature',
+      sampling.temperature,
+      sampling.temperature > 0,
+      'above 0',
+    ),
     ('--top_p', sampling.top_p, 0 < sampling.top_p <= 1, 'in (0, 1]'),
     ('--min_p', sampling.min_p, 0 <= sampling.min_p <= 1, 'in [0, 1]'),
     ('--top_k', sampling.top_k, sampling.top_k >= 0, '0 (all) or more'),
     ('--gamma', algorithm.gamma, 0 <= algorithm.gamma <= 1, 'in [0, 1]'),
     ('--beta', algorithm.beta, algorithm.beta >= 0, '0 or more'),
-    ('--ema_decay', algorithm.ema_decay, 0 <= algorithm.ema_decay < 1, 'in [0, 1)'),
-    ('--learning_rate', algorithm.learning_rate, algorithm.learning_rate > 0, 'above 0'),
-    ('--max_grad_norm', algorithm.max_grad_norm, algorithm.max_grad_norm > 0, 'above 0'),
-    ('--micro_batch', model.micro_batch, model.micro_batch >= 0, '0 (all) or more'),
+    (
+      '--ema_decay',
+      algorithm.ema_decay,
+      0 <= algorithm.ema_decay < 1,
+      'in [0, 1)',
+    ),
+    (
+      '--learning_rate',
+      algorithm.learning_rate,
+      algorithm.learning_rate > 0,
+      'above 0',
+    ),
+    (
+      '--max_grad_norm',
+      algorithm.max_grad_norm,
+      algorithm.max_grad_norm > 0,
+      'above 0',
+    ),
+    (
+      '--micro_batch',
+      model.micro_batch,
+      model.micro_batch >= 0,
+      '0 (all) or more',
+    ),
     ('--eval_every', run.eval_every, run.eval_every >= 0, '0 (never) or more'),
-    ('--save_every', run.save_every, run.save_every >= 0, '0 (at the end) or more'),
+    (
+      '--save_every',
+      run.save_every,
+      run.save_every >= 0,
+      '0 (at the end) or more',
+    ),
     ('--patience', run.patience, run.patience >= 0, '0 (never) or more'),
     ('--seed', run.seed, run.seed >= 0, '0 or more'),
   )
@@ -275,13 +313,13 @@ def check(
       f'--kl {algorithm.kl} with --beta {algorithm.beta} has no effect; pass '
       'both --kl reward|reverse|forward and --beta, or neither'
     )
-  if model.micro_batch:
-    if model.micro_batch % G or (C * G) % model.micro_batch:
-      raise FlagError(
-        f'--micro_batch {model.micro_batch} must divide the {C * G} '
-        f'completions of a step into whole groups of {G}; pass '
-        f'--micro_batch {_nearest_micro_batch(model.micro_batch, C, G)}'
-      )
+  micro = model.micro_batch
+  if micro and (micro % G or (C * G) % micro):
+    raise FlagError(
+      f'--micro_batch {micro} must divide the {C * G} completions of a step '
+      f'into whole groups of {G}; pass '
+      f'--micro_batch {_nearest_micro_batch(micro, C, G)}'
+    )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise FlagError(f'--resume {run.resume!r} is none of never, auto, a step')
   if run.resume != 'never' and run.output_dir is None:

@@ -1,10 +1,9 @@
-"""From flags to a finished run: what every experiment shares.
+"""From an experiment to a finished run: what all experiments share.
 
-1. `start`     devices, mesh, model, data, checks: no compilation yet.
-2. `run`       state, compile, evaluate, train, evaluate, export, report.
-
-An experiment gives its flags, its records, its reward functions and, where it
-has one, a warm start.
+1. `prepare`  devices, mesh, model, prompts: every check, no compilation.
+2. `begin`    state and progress: resumed, warm-started, loaded or random.
+3. compile, look at held-out prompts, train, look again.
+4. `finish`   export, report, a table of samples.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,211 +19,103 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+import rich.table
+import rich.text
 import yaml
 
+from experiments import build
 from experiments import flags as flag_layer
 from jaxrl_tok import (
-  advantages,
-  algorithms,
   checkpoint,
   data,
   distribution,
-  losses,
+  evaluation,
   report,
   rewards,
   sharding,
   train,
-  update,
 )
 from jaxrl_tok.logger import Logger, duration
 from jaxrl_tok.models import hf
-from jaxrl_tok.models.transformer import TransformerConfig, make_policy
+from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig
 
-# words of users -> functions; the only such tables
-BASELINES = {
-  'none': lambda f: advantages.no_baseline(),
-  'batch_mean': lambda f: advantages.batch_mean(),
-  'group_mean': lambda f: advantages.group_mean(),
-  'leave_one_out': lambda f: advantages.leave_one_out(),
-  'ema': lambda f: advantages.ema(f.ema_decay),
-}
-AGGREGATIONS = {
-  'token_mean': lambda T: losses.token_mean,
-  'seq_mean_token_mean': lambda T: losses.seq_mean_token_mean,
-  'seq_mean_token_sum': lambda T: losses.seq_mean_token_sum,
-  'seq_mean_token_sum_norm': losses.seq_mean_token_sum_norm,
-}
-SCHEDULES = {
-  'constant': lambda peak, steps: optax.constant_schedule(peak),
-  'linear': lambda peak, steps: optax.linear_schedule(peak, peak / 10, steps),
-  'cosine': lambda peak, steps: optax.cosine_decay_schedule(peak, steps, 0.1),
-}
-
-
-class Model(NamedTuple):
-  """A policy to start from. `params` None: random weights."""
-
-  config: TransformerConfig
-  params: Any
-  tokenizer: Any
-  end_tokens: tuple
-  pad_token: int
-  origin: str
+SHOWN = 20  # held-out completions in samples.jsonl
 
 
 class Experiment(NamedTuple):
   """What makes an experiment itself."""
 
   name: str
-  flags: Any  # has run, model, sampling, algorithm
-  config: TransformerConfig | None  # of a fresh model, when no --model
-  tokenizer: Callable  # () -> tokenizer of a fresh model
+  flags: Any  # has run, model, size, sampling, algorithm
+  tokenizer: Callable  # () -> tokenizer, when no --model is given
   train_records: list
   held_out_records: list
   reward_functions: list
   judge_functions: list  # of the held-out evaluation
-  described_data: str
-  # (Context) -> params; supervised, before the first evaluation
+  data: str  # in words
+  # Context -> params: supervised, when no --model is given
   warm_start: Callable | None = None
 
 
 class Context(NamedTuple):
-  """What `start` found out: everything checked, nothing compiled."""
+  """An experiment on this machine: checked, placed, not compiled."""
 
   experiment: Experiment
-  model: Model
+  model: build.Model
   policy: Any
   mesh: Any
   rule: Any
   data: data.PromptSet
   held_out: data.PromptSet
+  eval_batch: int
   logger: Logger
-  run_dir: Path
 
+  def decode(self, ids: list[list[int]]) -> list[str]:
+    return data.decode_all(self.model.tokenizer, ids)
 
-def tiny_config(size: flag_layer.SizeFlags, vocab_size: int) -> TransformerConfig:
-  """A decoder of the given size that the Qwen2 layout can hold."""
-  if size.d_model % size.num_heads:
-    flag_layer.fail(
-      f'--d_model {size.d_model} must be divisible by --num_heads '
-      f'{size.num_heads}'
-    )
-  try:
-    return TransformerConfig(
-      vocab_size=vocab_size,
-      d_model=size.d_model,
-      num_layers=size.num_layers,
-      num_heads=size.num_heads,
-      num_kv_heads=size.num_kv_heads,
-      head_dim=size.d_model // size.num_heads,
-      d_ff=size.d_ff,
-      tie_embeddings=True,
-      qkv_bias=True,
-    )
-  except ValueError as e:
-    flag_layer.fail(e)
-
-
-def make_optimizer(f: flag_layer.AlgorithmFlags, max_steps: int):
-  """(optax chain, schedule of the learning rate)."""
-  later = SCHEDULES[f.lr_schedule](
-    f.learning_rate, max(max_steps - f.lr_warmup_steps, 1)
-  )
-  schedule = later
-  if f.lr_warmup_steps:
-    rise = optax.linear_schedule(0.0, f.learning_rate, f.lr_warmup_steps)
-    schedule = optax.join_schedules([rise, later], [f.lr_warmup_steps])
-  chain = optax.chain(
-    optax.clip_by_global_norm(f.max_grad_norm),
-    optax.adamw(schedule, b2=f.adam_b2, weight_decay=f.weight_decay),
-  )
-  return chain, schedule
-
-
-def make_algorithm(f: flag_layer.AlgorithmFlags, sampling):
-  """The Algorithm that the flags name."""
-  word = f.baseline
-  if word == 'auto':
-    word = 'leave_one_out' if sampling.num_generations > 1 else 'ema'
-  return algorithms.reinforce(
-    BASELINES[word](f),
-    aggregate=AGGREGATIONS[f.aggregation](sampling.max_completion_length),
-    gamma=f.gamma,
-    kl=f.kl,
-    beta=f.beta,
-  )
-
-
-def load_model(experiment: Experiment) -> Model:
-  """--model DIR, or the experiment's fresh one."""
-  given = experiment.flags.model.model
-  if given is None:
-    tokenizer = experiment.tokenizer()
-    return Model(
-      experiment.config,
-      None,
-      tokenizer,
-      (tokenizer.eos_token_id,),
-      tokenizer.pad_token_id,
-      'random weights',
-    )
-
-  def shapes(config):
-    return jax.eval_shape(make_policy(config).init, jax.random.key(0))
-
-  return Model(*hf.load(given, shapes), given)
-
-
-def forbidden_tokens(model: Model) -> np.ndarray | None:
-  """bool [V] of ids that no completion may hold: rows without a token, and
-  padding where it ends nothing. None when there are none."""
-  V = model.config.vocab_size
-  forbidden = np.arange(V) >= len(model.tokenizer)
-  if model.pad_token not in model.end_tokens and model.pad_token < V:
-    forbidden[model.pad_token] = True
-  return forbidden if forbidden.any() else None
+  def scorer(self, functions) -> Callable:
+    return rewards.make_scorer(functions, self.decode, self.model.end_tokens)
 
 
 def check_devices(flags, mesh) -> None:
   """Refuses a batch that the mesh cannot split."""
   ways = sharding.row_shards(mesh)
   C, G = flags.sampling.num_prompts, flags.sampling.num_generations
-  prompts = (flags.model.micro_batch or C * G) // G
+  micro = flags.model.micro_batch
+  prompts = (micro or C * G) // G
   if prompts % ways:
-    name = '--micro_batch' if flags.model.micro_batch else '--num_prompts'
-    unit = G if flags.model.micro_batch else 1
+    name, unit = ('--micro_batch', G) if micro else ('--num_prompts', 1)
     fit = -(-prompts // ways) * ways * unit
     raise ValueError(
-      f'{name} {prompts * unit} is {prompts} prompts and they must be '
-      f'divisible by the {ways} devices of data x fsdp; pass {name} {fit}'
+      f'{name} {prompts * unit} is {prompts} prompts, which the {ways} '
+      f'devices of data x fsdp cannot share equally; pass {name} {fit}'
     )
 
 
-def start(experiment: Experiment) -> Context:
-  """Checks everything that needs the model, the data or the devices."""
+def prepare(experiment: Experiment) -> Context:
+  """Checks all that needs the model, the data or the devices; a fault is one
+  line and exit status 2."""
   flags = experiment.flags
+  s, V = flags.sampling, None
   try:
     mesh = sharding.make_mesh(flags.model.mesh)
     check_devices(flags, mesh)
-    model = load_model(experiment)
-    V, P = model.config.vocab_size, flags.sampling.max_prompt_length
-    sets = [
-      data.tokenize(records, model.tokenizer, V, P, name)
+    model = build.make_model(
+      flags.model.model, flags.size, experiment.tokenizer
+    )
+    V = model.config.vocab_size
+    train_set, held_out = (
+      data.tokenize(records, model.tokenizer, V, s.max_prompt_length, name)
       for records, name in (
         (experiment.train_records, 'training prompt'),
         (experiment.held_out_records, 'held-out prompt'),
       )
-    ]
+    )
   except (ValueError, OSError) as e:
     flag_layer.fail(e)
-  s = flags.sampling
   rule = distribution.make_rule(
     V,
     model.end_tokens,
@@ -231,34 +123,32 @@ def start(experiment: Experiment) -> Context:
     s.top_k,
     s.top_p,
     s.min_p,
-    forbidden_tokens(model),
+    build.forbidden_tokens(model),
   )
   dtype = flags.model.dtype
   if dtype == 'auto':
     cpu = jax.default_backend() == 'cpu'
     dtype = 'float32' if cpu else 'bfloat16'
   policy = make_policy(model.config, jnp.dtype(dtype), flags.model.remat)
-  if flags.run.print_config:
-    logger, run_dir = Logger(), Path()
-  else:
-    run_dir = flag_layer.claim_output_dir(flags.run, experiment.name)
-    logger = None
+  ways = sharding.row_shards(mesh)
   return Context(
     experiment,
     model,
     policy,
     mesh,
     sharding.put_replicated(mesh, rule),
-    *sets,
-    logger,
-    run_dir,
+    train_set,
+    held_out,
+    eval_batch=-(-min(len(held_out.examples), 512) // ways) * ways,
+    logger=Logger(speak=jax.process_index() == 0),
   )
 
 
 def environment() -> dict:
   """Versions, commit and devices of this run."""
-  commit = subprocess.run(
-    ['git', 'rev-parse', 'HEAD'],
+  git = shutil.which('git')
+  commit = git and subprocess.run(
+    [git, 'rev-parse', 'HEAD'],
     capture_output=True,
     text=True,
     cwd=Path(__file__).parent,
@@ -267,245 +157,215 @@ def environment() -> dict:
   return {
     'python': platform.python_version(),
     **hf.versions(),
-    'commit': commit.stdout.strip() or None,
+    'commit': (commit and commit.stdout.strip()) or None,
     'platform': platform.platform(),
     'backend': jax.default_backend(),
     'devices': [str(d) for d in jax.devices()],
   }
 
 
-def write_run_files(context: Context) -> None:
-  """config.yaml, command.txt and env.json."""
-  run_dir = context.run_dir
-  config = {
+def settings(context: Context) -> dict:
+  """Everything that decides the run, for config.yaml."""
+  return {
     'experiment': context.experiment.name,
     **flag_layer.flat(context.experiment.flags),
-    'model_config': dataclasses.asdict(context.model.config),
+    'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
-    'data': context.experiment.described_data,
+    'model_config': dataclasses.asdict(context.model.config),
+    'data': context.experiment.data,
   }
-  (run_dir / 'config.yaml').write_text(yaml.safe_dump(config, sort_keys=False))
-  words = [Path(sys.executable).name, '-m', f'experiments.{context.experiment.name}']
-  command = shlex.join(words + sys.argv[1:])
+
+
+def write_run_files(context: Context, run_dir: Path) -> None:
+  """config.yaml, command.txt and env.json."""
+  config = yaml.safe_dump(settings(context), sort_keys=False)
+  (run_dir / 'config.yaml').write_text(config)
+  module = f'experiments.{context.experiment.name}'
+  command = shlex.join(['python', '-m', module, *sys.argv[1:]])
   (run_dir / 'command.txt').write_text(command + '\n')
   (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
 
 
-def make_state(context: Context, algorithm, optimizer, params=None):
-  """TrainState, each leaf created where it will live."""
-  key = jax.random.key(context.experiment.flags.run.seed)
-  rules = context.policy.partition_rules
-  if params is None:
-    params = context.model.params
-
-  def fresh(key):
-    return update.init_state(
-      algorithm, optimizer, context.policy.init(key), key
-    )
-
-  def around(params, key):
-    return update.init_state(algorithm, optimizer, params, key)
-
-  if params is None:
-    return sharding.born_sharded(fresh, context.mesh, rules, key)[0]
-  placed = sharding.tree_shardings(context.mesh, params, rules)
-  params = jax.device_put(params, placed)
-  return sharding.born_sharded(around, context.mesh, rules, params, key)[0]
-
-
-def print_config(context: Context, algorithm, optimizer) -> None:
-  """Every setting, what the model weighs and where each parameter lies."""
-  console = context.logger
-  console.say(
-    yaml.safe_dump(
-      {
-        **flag_layer.flat(context.experiment.flags),
-        'model_config': dataclasses.asdict(context.model.config),
-        'data': context.experiment.described_data,
-      },
-      sort_keys=False,
-    ).rstrip()
-  )
-  key = jax.random.key(0)
-  state = jax.eval_shape(
-    lambda key: update.init_state(
-      algorithm, optimizer, context.policy.init(key), key
-    ),
-    key,
-  )
+def print_config(context: Context, make_state: Callable) -> None:
+  """Every setting, what the state weighs and where each parameter lies."""
+  say = context.logger.say
+  say(yaml.safe_dump(settings(context), sort_keys=False).rstrip())
+  state = jax.eval_shape(make_state)
   placed = sharding.tree_shardings(
     context.mesh, state.params, context.policy.partition_rules
   )
 
-  def size(tree):
-    leaves = jax.tree.leaves(tree)
-    return sum(x.size for x in leaves), sum(
-      x.size * x.dtype.itemsize for x in leaves
-    )
+  def weight(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-  count, held = size(state.params)
-  console.say(f'parameters: {count:,} ({held:,} bytes)')
-  console.say(f'optimizer state: {size(state.opt_state)[1]:,} bytes')
-  console.say(f'mesh: {dict(context.mesh.shape)}')
-  for (path, leaf), spec in zip(
-    jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(placed)
-  ):
-    console.say(
-      f'  {sharding.path_name(path)} {list(leaf.shape)} {tuple(spec.spec)}'
-    )
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  say(f'parameters: {count:,} in {weight(state.params):,} bytes')
+  say(f'optimizer state: {weight(state.opt_state):,} bytes')
+  say(f'mesh: {dict(context.mesh.shape)}')
+  leaves = jax.tree_util.tree_leaves_with_path(state.params)
+  for (path, leaf), place in zip(leaves, jax.tree.leaves(placed)):
+    name = sharding.path_name(path)
+    say(f'  {name} {list(leaf.shape)} {tuple(place.spec)}')
 
 
-def run(experiment: Experiment) -> dict:
-  """The whole run; returns the numbers of its summary."""
-  begun = time.monotonic()
-  context = start(experiment)
-  flags = experiment.flags
-  algorithm = make_algorithm(flags.algorithm, flags.sampling)
-  optimizer, schedule = make_optimizer(flags.algorithm, flags.run.max_steps)
-  with jax.set_mesh(context.mesh):
-    if flags.run.print_config:
-      print_config(context, algorithm, optimizer)
-      return {}
-    return _run(context, algorithm, optimizer, schedule, begun)
-
-
-def _restore(context, checkpoints, like):
-  """What --resume names: (state, progress, its flags), None without any."""
+def restore(flags, checkpoints, make_state: Callable):
+  """(state, progress, old flags) that --resume names, None without any."""
+  if flags.run.resume == 'never':
+    return None
   try:
-    step = checkpoint.choose_step(
-      checkpoints, context.experiment.flags.run.resume
-    )
+    step = checkpoint.choose_step(checkpoints, flags.run.resume)
     if step is None:
       return None
-    state, meta = checkpoint.restore(checkpoints, step, like)
+    state, meta = checkpoint.restore(checkpoints, step, make_state())
   except ValueError as e:
     flag_layer.fail(e)
   return state, train.Progress(**meta['progress']), meta['flags']
 
 
-def _begin(context: Context, algorithm, optimizer, checkpoints):
-  """(state, progress, context with its logger): resumed, or from 0."""
-  flags, restored = context.experiment.flags, None
-  if flags.run.resume != 'never':
-    like = make_state(context, algorithm, optimizer)
-    restored = _restore(context, checkpoints, like)
+def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
+  """(context with the run's logger, state, progress)."""
+  flags = context.experiment.flags
+  restored = restore(flags, checkpoints, make_state)
   logger = Logger(
-    context.run_dir,
+    run_dir,
     flags.run.report_to,
     restored[1].step if restored else None,
     speak=jax.process_index() == 0,
   )
-  logger.say(f'run directory: {context.run_dir}')
+  logger.say(f'run directory: {run_dir}')
   context = context._replace(logger=logger)
-  if restored:
-    state, progress, old = restored
-    logger.say(f'resumed from step {progress.step}')
-    new = flag_layer.flat(flags)
-    for name in sorted(new.keys() & old.keys() - {'resume'}):
-      if new[name] != old[name]:
-        logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
-    return state, progress, context
-  write_run_files(context)
-  params = None
-  if context.experiment.warm_start is not None and flags.model.model is None:
-    params = context.experiment.warm_start(context)
-  state = make_state(context, algorithm, optimizer, params)
-  return state, train.Progress(), context
+  if restored is None:
+    write_run_files(context, run_dir)
+    params = context.model.params
+    if params is None and context.experiment.warm_start is not None:
+      params = context.experiment.warm_start(context)
+    return context, make_state(params), train.Progress()
+  state, progress, old = restored
+  logger.say(f'resumed from step {progress.step}')
+  new = flag_layer.flat(flags)
+  for name in sorted(new.keys() & old.keys() - {'resume'}):
+    if new[name] != old[name]:
+      logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
+  return context, state, progress
 
 
-def _compile(context: Context, algorithm, optimizer, state, eval_prompts):
-  experiment, flags = context.experiment, context.experiment.flags
-  C, G = flags.sampling.num_prompts, flags.sampling.num_generations
-  s, model = flags.sampling, context.model
-
-  def scorer(functions):
-    return rewards.make_scorer(
-      functions, lambda ids: data.decode_all(model.tokenizer, ids), model.end_tokens
-    )
-
+def compile_parts(
+  context: Context, algorithm, optimizer, config: train.LoopConfig, state
+) -> train.Parts:
+  """The step's functions; says that it compiles and for how long."""
+  experiment, s = context.experiment, context.experiment.flags.sampling
+  rows = s.num_prompts * s.num_generations
   sampler = SamplerConfig(
-    G,
+    s.num_generations,
     s.max_completion_length,
-    model.pad_token,
+    context.model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
   )
   with context.logger.doing('compiling the sampler, update and evaluation'):
-    return train.compile_parts(
+    compiled = train.compile_parts(
       context.policy,
       algorithm,
       optimizer,
       sampler,
+      config,
       state,
       context.rule,
-      context.data,
-      context.held_out,
-      C,
-      eval_prompts,
-      scorer(experiment.reward_functions),
-      scorer(experiment.judge_functions),
-      micro_batches=C * G // (flags.model.micro_batch or C * G),
+      (context.data.tokens.shape[1], context.held_out.tokens.shape[1]),
+      rows // (experiment.flags.model.micro_batch or rows),
     )
-
-
-def _run(context: Context, algorithm, optimizer, schedule, begun) -> dict:
-  experiment, flags = context.experiment, context.experiment.flags
-  checkpoints = checkpoint.open_checkpoints(context.run_dir, flags.run.keep)
-  state, progress, context = _begin(
-    context, algorithm, optimizer, checkpoints
+  return train.Parts(
+    **compiled,
+    score=context.scorer(experiment.reward_functions),
+    judge=context.scorer(experiment.judge_functions),
+    decode=context.decode,
   )
-  logger = context.logger
-  ways = sharding.row_shards(context.mesh)
-  eval_prompts = -(-min(len(context.held_out.examples), flags.run.eval_prompts) // ways) * ways
-  parts = _compile(context, algorithm, optimizer, state, eval_prompts)
 
-  def held_out(split):
-    found, rows = train.evaluate_held_out(
-      parts, state, context.held_out, context.rule, eval_prompts
-    )
-    logger.samples(
-      [{'step': progress.step, 'split': split, **row} for row in rows[:20]]
-    )
-    return found, rows[:20]
 
-  if progress.step == 0:
-    found, _ = held_out('before')
-    logger.metrics('eval', 0, found)
-    logger.say(f'held-out before: {found["eval/reward"]:.3f}')
-    progress = dataclasses.replace(
-      progress, first_reward=found['eval/reward']
+def run(experiment: Experiment) -> dict:
+  """The whole run; returns its summary, {label: text}."""
+  begun = time.monotonic()
+  context = prepare(experiment)
+  f = experiment.flags
+  algorithm = build.make_algorithm(f.algorithm, f.sampling)
+  optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
+
+  def make_state(params=None):
+    return build.make_state(
+      context.policy,
+      algorithm,
+      optimizer,
+      context.mesh,
+      f.run.seed,
+      params,
+      f.algorithm.log_kl,
     )
-  run = flags.run
-  try:
-    state, progress, reason = train.train(
-      state,
-      parts,
-      train.LoopConfig(
-        seed=run.seed,
-        num_prompts=flags.sampling.num_prompts,
-        max_steps=run.max_steps,
-        eval_every=run.eval_every,
-        save_every=run.save_every,
-        stop_at_reward=run.stop_at_reward,
-        patience=run.patience,
-      ),
-      context.data,
-      context.held_out,
-      context.rule,
-      eval_prompts,
-      context.model.tokenizer,
-      logger,
-      checkpoints,
-      flag_layer.flat(flags),
-      progress,
-      schedule,
-    )
-  except train.Interrupted as e:
-    checkpoints.close()
-    logger.say(f'{e}; go on with --output_dir {context.run_dir} --resume auto')
-    logger.close()
-    raise SystemExit(75) from None
-  logger.say(f'stopped at step {progress.step}: {reason}')
-  found, rows = held_out('after')
+
+  if f.run.print_config:
+    print_config(context, make_state)
+    return {}
+  run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
+  config = train.LoopConfig(
+    seed=f.run.seed,
+    num_prompts=f.sampling.num_prompts,
+    max_steps=f.run.max_steps,
+    eval_every=f.run.eval_every,
+    eval_batch=context.eval_batch,
+    save_every=f.run.save_every,
+    stop_at_reward=f.run.stop_at_reward,
+    patience=f.run.patience,
+  )
+  checkpoints = checkpoint.open_checkpoints(run_dir, f.run.keep)
+  with jax.set_mesh(context.mesh):
+    context, state, progress = begin(context, run_dir, checkpoints, make_state)
+    parts = compile_parts(context, algorithm, optimizer, config, state)
+    logger = context.logger
+
+    def held_out(state, progress, split):
+      found, rows = evaluation.held_out_reward(
+        parts.greedy,
+        parts.judge,
+        state.params,
+        context.held_out,
+        context.rule,
+        config.eval_batch,
+      )
+      at = {'step': progress.step, 'split': split}
+      logger.samples([{**at, **row} for row in rows[:SHOWN]])
+      return found, rows
+
+    def save(state, progress):
+      checkpoint.save(
+        checkpoints, state, dataclasses.asdict(progress), flag_layer.flat(f)
+      )
+
+    if progress.step == 0:
+      found, _ = held_out(state, progress, 'before')
+      logger.metrics('eval', 0, found)
+      logger.say(f'held-out reward before: {found["eval/reward"]:.3f}')
+      progress = dataclasses.replace(
+        progress, first_reward=found['eval/reward']
+      )
+    try:
+      state, progress, reason = train.train(
+        state,
+        progress,
+        parts,
+        config,
+        context.data,
+        context.held_out,
+        context.rule,
+        logger,
+        save,
+        schedule,
+      )
+    except train.Interrupted as e:
+      checkpoints.close()
+      logger.say(f'{e}; go on with --output_dir {run_dir} --resume auto')
+      logger.close()
+      raise SystemExit(75) from None
+    logger.say(f'stopped at step {progress.step}: {reason}')
+    found, rows = held_out(state, progress, 'after')
+  checkpoints.close()
   summary = {
     'held-out before': f'{progress.first_reward:.1%}',
     'held-out after': f'{found["eval/reward"]:.1%}',
@@ -513,27 +373,15 @@ def _run(context: Context, algorithm, optimizer, schedule, begun) -> dict:
     'tokens': f'{progress.num_tokens:,}',
     'time': duration(time.monotonic() - begun),
   }
-  export(context, state, summary)
-  checkpoints.close()
-  logger.close()
-  page = report.write_report(
-    context.run_dir, f'{experiment.name}: REINFORCE on tokens', summary
-  )
-  show_samples(logger, rows)
-  for name, text in summary.items():
-    logger.say(f'{name}: {text}')
-  logger.say(f'report: {page}')
+  finish(context, run_dir, state, rows, summary)
   return summary
 
 
-def export(context: Context, state, summary: dict) -> None:
-  """The trained policy as a Hugging Face directory; a resume replaces it."""
-  import shutil
-
-  out = context.run_dir / 'export'
-  shutil.rmtree(out, ignore_errors=True)
-  experiment, model = context.experiment, context.model
-  origin = None if model.params is None else model.origin
+def finish(context: Context, run_dir: Path, state, rows, summary) -> None:
+  """Export, report, and the last words on the console."""
+  experiment, model, logger = context.experiment, context.model, context.logger
+  out = run_dir / 'export'
+  shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
   hf.save(
     out,
     model.config,
@@ -541,26 +389,25 @@ def export(context: Context, state, summary: dict) -> None:
     model.tokenizer,
     model.end_tokens,
     model.pad_token,
-    card={
+    {
       'title': f'{experiment.name} policy',
-      'base_model': origin,
-      'data': experiment.described_data,
+      'base_model': None if model.params is None else model.origin,
+      'data': experiment.data,
       'algorithm': experiment.flags.algorithm.algorithm,
       'metrics': summary,
     },
   )
-
-
-def show_samples(logger: Logger, rows: list[dict], limit: int = 8) -> None:
-  """A table of held-out prompts, answers and greedy completions."""
-  import rich.table
-  import rich.text
-
+  title = f'{experiment.name}: reinforcement learning on tokens'
+  logger.close()
+  page = report.write_report(run_dir, title, summary)
   table = rich.table.Table('prompt', 'answer', 'completion', 'reward')
-  for row in rows[:limit]:
+  for row in rows[:8]:
     prompt = row['prompt']
-    if not isinstance(prompt, str):
-      prompt = prompt[-1]['content']
-    cells = prompt, row['answer'] or '', row['completion'], f'{row["reward"]:g}'
-    table.add_row(*(rich.text.Text(cell) for cell in cells))
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]['content']
+    reward = f'{row["reward"]:g}'
+    cells = prompt, row['answer'] or '', row['completion'], reward
+    table.add_row(*map(rich.text.Text, cells))
   logger.console.print(table)
+  for name, text in summary.items():
+    logger.say(f'{name}: {text}')
+  logger.say(f'policy: {out}{os.sep}\nreport: {page}')

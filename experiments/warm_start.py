@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 import jaxrl_tok
-from jaxrl_tok import data, losses, rewards, sharding
+from jaxrl_tok import data, losses, sharding
+from jaxrl_tok.evaluation import held_out_reward
 from jaxrl_tok.models import hf
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
@@ -57,7 +58,9 @@ def targets(records, context) -> tuple[np.ndarray, np.ndarray]:
   tokens = np.full((len(records), T), context.model.pad_token, np.int32)
   mask = np.zeros((len(records), T), bool)
   for i, record in enumerate(records):
-    ids = tokenizer(str(record['answer']), add_special_tokens=False)['input_ids']
+    ids = tokenizer(str(record['answer']), add_special_tokens=False)[
+      'input_ids'
+    ]
     row = [*ids, end]
     if len(row) > T:
       raise ValueError(
@@ -89,10 +92,18 @@ def make_step(context, optimizer):
 
 def learn(context, flags):
   """Trains from random weights until `stop_at` held-out, or `max_steps`."""
-  experiment, policy, logger = context.experiment, context.policy, context.logger
+  experiment, policy, logger = (
+    context.experiment,
+    context.policy,
+    context.logger,
+  )
   seed = experiment.flags.run.seed
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, flags.warm_start_learning_rate, 50, flags.warm_start_max_steps, 0.1 * flags.warm_start_learning_rate
+    0.0,
+    flags.warm_start_learning_rate,
+    50,
+    flags.warm_start_max_steps,
+    0.1 * flags.warm_start_learning_rate,
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0)
@@ -111,34 +122,25 @@ def learn(context, flags):
     1, tokens.shape[1], context.model.pad_token, greedy=True
   )
   sample = jax.jit(make_sampler(policy, greedy))
-  judge = rewards.make_scorer(
-    experiment.judge_functions,
-    lambda ids: data.decode_all(context.model.tokenizer, ids),
-    context.model.end_tokens,
-  )
-  held_out = context.held_out
+  judge = context.scorer(experiment.judge_functions)
 
   def batch(number):
     index = data.record_indices(
-      len(tokens), seed, number * flags.warm_start_batch_size, flags.warm_start_batch_size
+      len(tokens),
+      seed,
+      number * flags.warm_start_batch_size,
+      flags.warm_start_batch_size,
     )
     prompts = Prompts(context.data.tokens[index], context.data.length[index])
-    return sharding.put_rows(context.mesh, (prompts, tokens[index], mask[index]))
+    return sharding.put_rows(
+      context.mesh, (prompts, tokens[index], mask[index])
+    )
 
   def accuracy(params):
-    n = -(-len(held_out.examples) // sharding.row_shards(context.mesh))
-    index = np.arange(n * sharding.row_shards(context.mesh))
-    index %= len(held_out.examples)
-    prompts = Prompts(held_out.tokens[index], held_out.length[index])
-    rollout = sample(
-      params,
-      jax.random.key(0),
-      sharding.put_rows(context.mesh, prompts),
-      context.rule,
+    found, _ = held_out_reward(
+      sample, judge, params, context.held_out, context.rule, context.eval_batch
     )
-    found, chosen = jax.device_get((rollout.tokens, rollout.mask))
-    examples = [held_out.examples[i] for i in index]
-    return float(judge(found, chosen, examples).reward.sum(1).mean())
+    return found['eval/reward']
 
   with logger.doing('compiling the warm start'):
     step = step.lower(params, opt_state, *batch(0)).compile()
@@ -147,12 +149,13 @@ def learn(context, flags):
     for number in range(flags.warm_start_max_steps):
       params, opt_state, loss = step(params, opt_state, *batch(number))
       done = number + 1
-      if done % flags.warm_start_check_every and done < flags.warm_start_max_steps:
+      if (
+        done % flags.warm_start_check_every
+        and done < flags.warm_start_max_steps
+      ):
         continue
       score = accuracy(params)
-      logger.metrics(
-        'warm_start', done, {'loss': loss, 'eval/reward': score}
-      )
+      logger.metrics('warm_start', done, {'loss': loss, 'eval/reward': score})
       show(done, f'loss {float(loss):.3f}  held-out {score:.3f}')
       if score >= flags.warm_start_stop_at:
         break
@@ -186,6 +189,6 @@ def warm_start(context, flags):
       context.model.tokenizer,
       context.model.end_tokens,
       context.model.pad_token,
-      {'title': 'warm start', 'data': context.experiment.described_data},
+      {'title': 'warm start', 'data': context.experiment.data},
     )
   return params

@@ -77,11 +77,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
       except UnicodeDecodeError as e:
         raise ValueError(f'{where}: not UTF-8 ({e.reason})') from None
       except json.JSONDecodeError as e:
-        raise ValueError(f'{where}: not JSON ({e.msg}, column {e.colno})') from None
+        raise ValueError(
+          f'{where}: not JSON ({e.msg}, column {e.colno})'
+        ) from None
       if line:
         records.append(check_record(record, where))
   if not records:
-    raise ValueError(f'{path}: no records; write {{"prompt": ...}} on each line')
+    raise ValueError(
+      f'{path}: no records; write {{"prompt": ...}} on each line'
+    )
   return records
 
 
@@ -169,7 +173,9 @@ def tokenize(
   tokens = np.zeros((len(rows), P), np.int32)
   for i, row in enumerate(rows):
     tokens[i, : len(row)] = row
-  return PromptSet(list(records), tokens, np.array([len(r) for r in rows], np.int32))
+  return PromptSet(
+    list(records), tokens, np.array([len(r) for r in rows], np.int32)
+  )
 
 
 # --- order -------------------------------------------------------------------

@@ -119,9 +119,9 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     index = jnp.sum(summed <= target_B[:, None], axis=-1, dtype=jnp.int32)
     below = jnp.where(
       index > 0,
-      jnp.take_along_axis(
-        summed, jnp.maximum(index - 1, 0)[:, None], axis=-1
-      )[:, 0],
+      jnp.take_along_axis(summed, jnp.maximum(index - 1, 0)[:, None], axis=-1)[
+        :, 0
+      ],
       0.0,
     )
     return index, target_B - below

@@ -31,9 +31,7 @@ def reinforce(stats: TokenStats, trajectory: Trajectory):
 
 def log_ratio(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   """d_t = log pi(y_t) - log ref(y_t), 0 off-mask."""
-  return masked.fill(
-    stats.logp - trajectory.ref_logp, trajectory.rollout.mask
-  )
+  return masked.fill(stats.logp - trajectory.ref_logp, trajectory.rollout.mask)
 
 
 def k2(d: jax.Array) -> jax.Array:
@@ -55,7 +53,9 @@ def add_kl(loss: Callable, estimator: Callable, coefficient: float) -> Callable:
 
   def with_kl(stats: TokenStats, trajectory: Trajectory):
     loss_T, metrics = loss(stats, trajectory)
-    return loss_T + coefficient * estimator(log_ratio(stats, trajectory)), metrics
+    return loss_T + coefficient * estimator(
+      log_ratio(stats, trajectory)
+    ), metrics
 
   return with_kl
 

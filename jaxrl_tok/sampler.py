@@ -91,7 +91,9 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
 
     def step(carry, t):
       cache, token, done = carry
-      hidden, cache = policy.extend(params, prefix, token[:, None], cache, t - 1)
+      hidden, cache = policy.extend(
+        params, prefix, token[:, None], cache, t - 1
+      )
       picked = pick(params, hidden[:, 0], uniforms(t), rule)
       column, done = record(picked, done, rule)
       return (cache, column[0], done), column

@@ -27,7 +27,9 @@ def parse_mesh(spec: str) -> dict[str, int]:
   sizes = dict.fromkeys(AXES, 1)
   for part in spec.split(','):
     name, _, size = part.partition('=')
-    if name.strip() not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size.strip()):
+    if name.strip() not in AXES or not re.fullmatch(
+      r'-1|[1-9]\d*', size.strip()
+    ):
       raise ValueError(
         f'mesh part {part!r} is not axis=size; '
         'pass --mesh data=-1,fsdp=1,tensor=1 (one size may be -1)'

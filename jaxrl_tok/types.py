@@ -86,7 +86,8 @@ class Policy(NamedTuple):
 
   init: Callable  # key -> params
   encode: Callable  # (params, Prompts) -> Prefix
-  # (params, Prefix, tokens [B, t], cache | None, at) -> (hidden [B, t, D], cache)
+  # (params, Prefix, tokens [B, t], cache | None, at)
+  #   -> (hidden [B, t, D], cache)
   extend: Callable
   logits: Callable  # (params, hidden [..., D]) -> float32 [..., V]
   value: Callable | None  # (params, hidden [..., D]) -> float32 [...]

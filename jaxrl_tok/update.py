@@ -32,8 +32,10 @@ def init_state(
   optimizer: optax.GradientTransformation,
   params,
   key: jax.Array,
+  keep_reference: bool = False,
 ) -> TrainState:
-  """The state before the first update; the reference is a copy of params."""
+  """The state before the first update; the reference is a copy of params,
+  kept where the algorithm needs it or the caller asks."""
   copied = jax.tree.map(jnp.copy, params)
   return TrainState(
     step=jnp.int32(0),
@@ -41,7 +43,7 @@ def init_state(
     opt_state=optimizer.init(params),
     key=key,
     algorithm=algorithm.init(),
-    reference=copied if algorithm.needs_reference else None,
+    reference=(copied if algorithm.needs_reference or keep_reference else None),
   )
 
 
@@ -117,9 +119,9 @@ def make_update(
     C = rollout.prompts.length.shape[0]
     parts = split_groups(rollout, micro_batches, C)
     logp = jax.lax.map(
-      lambda part: evaluate(
-        policy, state.reference, part, rule, logits_chunk
-      ).logp,
+      lambda part: (
+        evaluate(policy, state.reference, part, rule, logits_chunk).logp
+      ),
       parts,
     )  # [parts, B / parts, T]
     T = logp.shape[-1]

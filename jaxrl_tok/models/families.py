@@ -114,7 +114,9 @@ def _read_qwen2(j: dict) -> TransformerConfig:
   if j.get('use_sliding_window'):
     raise ValueError('use_sliding_window is not supported yet')
   if j.get('hidden_act', 'silu') != 'silu':
-    raise ValueError(f'hidden_act {j["hidden_act"]} is not supported; only silu')
+    raise ValueError(
+      f'hidden_act {j["hidden_act"]} is not supported; only silu'
+    )
   heads = j['num_attention_heads']
   return TransformerConfig(
     vocab_size=j['vocab_size'],

@@ -1,10 +1,10 @@
 """A policy as a Hugging Face directory, out and back in, bitwise.
 
-  model.safetensors        weights, under the family's names
-  config.json              sizes
-  generation_config.json   end and pad ids
-  tokenizer files          as transformers saves them
-  README.md                the model card
+model.safetensors        weights, under the family's names
+config.json              sizes
+generation_config.json   end and pad ids
+tokenizer files          as transformers saves them
+README.md                the model card
 """
 
 import json
@@ -102,7 +102,9 @@ def from_tensors(config: TransformerConfig, tensors: dict, family, shapes):
     except ValueError:  # reshape of a wrong size
       fits = False
     if not fits:
-      sizes = ', '.join(f'{n} {list(p.shape)}' for n, p in zip(weight.names, parts))
+      sizes = ', '.join(
+        f'{n} {list(p.shape)}' for n, p in zip(weight.names, parts)
+      )
       raise ValueError(
         f'weights have the wrong shape: {sizes}; config.json asks for '
         f'{list(want)} in {weight.path}'

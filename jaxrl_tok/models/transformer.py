@@ -69,9 +69,10 @@ PARTITION_RULES = (
 
 def fan_in(*axes):
   """Normal with variance 1 / (product of the given axes)."""
-  return lambda key, shape, dtype=jnp.float32: jax.random.normal(
-    key, shape, dtype
-  ) / jnp.sqrt(jnp.prod(jnp.array([shape[a] for a in axes], jnp.float32)))
+  return lambda key, shape, dtype=jnp.float32: (
+    jax.random.normal(key, shape, dtype)
+    / jnp.sqrt(jnp.prod(jnp.array([shape[a] for a in axes], jnp.float32)))
+  )
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +85,9 @@ class RMSNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
-    return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+    return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(
+      x.dtype
+    )
 
 
 class Attention(nn.Module):
@@ -120,7 +123,9 @@ class Attention(nn.Module):
           jax.lax.dynamic_update_slice(old, new, (0, 0, at, 0))
           for old, new in zip(cache, (k, v))
         )
-      mixed = attention.shared_prefix_attention(q, prefix, prefix_length, kv, at)
+      mixed = attention.shared_prefix_attention(
+        q, prefix, prefix_length, kv, at
+      )
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
     return jnp.einsum('bkmth,kmhd->btd', mixed, out.astype(x.dtype)), kv
 

@@ -26,7 +26,9 @@ def digits(
       )
     right = str(right)
     share = 1.0 / (len(right) + 1)
-    row = [share * (i < len(right) and c == right[i]) for i, c in enumerate(text)]
+    row = [
+      share * (i < len(right) and c == right[i]) for i, c in enumerate(text)
+    ]
     row += [share * (len(text) == len(right))] * (len(ids) - len(text))
     rewards.append(row)
   return rewards

@@ -97,9 +97,7 @@ def make_scorer(
     ids = [row[m].tolist() for row, m in zip(tokens, mask)]
     texts = decode([i[:-1] if i and i[-1] in ends else i for i in ids])
     rows = [example for example in examples for _ in range(G)]
-    columns = {
-      name: [row.get(name) for row in rows] for name in dict(rows[0])
-    }
+    columns = {name: [row.get(name) for row in rows] for name in dict(rows[0])}
     prompts = columns.pop('prompt')
     columns.pop('completion', None)  # the data's own; the policy's is scored
     total = np.zeros(mask.shape, np.float32)

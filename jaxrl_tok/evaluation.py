@@ -1,0 +1,105 @@
+"""Looking at a policy: held-out prompts, its drift, credit token by token."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxrl_tok import losses, masked
+from jaxrl_tok.data import PromptSet
+from jaxrl_tok.policy import evaluate
+from jaxrl_tok.sharding import put_rows
+from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule
+
+
+def describe(example: dict) -> dict:
+  """The prompt and answer of a record, as samples.jsonl holds them."""
+  answer = example.get('answer')
+  return {
+    'prompt': example['prompt'],
+    'answer': None if answer is None else str(answer),
+  }
+
+
+def held_out_reward(
+  sample: Callable,
+  judge: Callable,
+  params,
+  held_out: PromptSet,
+  rule: SamplingRule,
+  batch: int,
+) -> tuple[dict, list[dict]]:
+  """One completion of every held-out prompt, judged.
+
+  Args:
+    sample: (params, key, Prompts [batch, P], rule) -> Rollout; greedy, so the
+      key decides nothing.
+    judge: (tokens, mask, examples) -> rewards.Scores.
+    batch: prompts at a time; the last batch wraps and its excess is dropped.
+
+  Returns (metrics, rows): mean reward and length, one dict for each prompt.
+  Must run under jax.set_mesh.
+  """
+  mesh, key = jax.sharding.get_mesh(), jax.random.key(0)
+  n = len(held_out.examples)
+  lengths, rows = [], []
+  for start in range(0, n, batch):
+    index = np.arange(start, start + batch) % n
+    real = min(batch, n - start)
+    prompts = Prompts(held_out.tokens[index], held_out.length[index])
+    rollout = sample(params, key, put_rows(mesh, prompts), rule)
+    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    tokens, mask = tokens[:real], mask[:real]
+    examples = [held_out.examples[i] for i in index[:real]]
+    scores = judge(tokens, mask, examples)
+    lengths.extend(mask.sum(1).tolist())
+    rows.extend(
+      {**describe(example), 'completion': text, 'reward': float(reward)}
+      for example, text, reward in zip(
+        examples, scores.completions, scores.reward.sum(1)
+      )
+    )
+  metrics = {
+    'eval/reward': float(np.mean([row['reward'] for row in rows])),
+    'eval/mean_length': float(np.mean(lengths)),
+  }
+  return metrics, rows
+
+
+def make_drift(policy: Policy, logits_chunk: int | None = None) -> Callable:
+  """Returns drift(reference params, rollout, rule) -> mean k3 in nats a
+  token: how far the policy that sampled is from the reference."""
+
+  def drift(reference, rollout: Rollout, rule: SamplingRule):
+    ref = evaluate(policy, reference, rollout, rule, logits_chunk)
+    d = masked.fill(rollout.logp - ref.logp, rollout.mask)
+    return masked.mean(losses.k3(d), rollout.mask)
+
+  return drift
+
+
+def credit_rows(
+  rollout: Rollout, advantage, scores, examples, decode: Callable, prompts=4
+) -> list[dict]:
+  """samples.jsonl rows of a step's first prompts: each chosen token with its
+  log-prob, reward and advantage. decode: list of ids -> texts."""
+  G = len(scores.completions) // len(examples)
+  count = min(prompts, len(examples)) * G
+  tokens, mask, logp, advantage = jax.device_get(
+    (rollout.tokens, rollout.mask, rollout.logp, advantage)
+  )
+  rows = []
+  for b in range(count):
+    chosen = mask[b]
+    rows.append(
+      {
+        **describe(examples[b // G]),
+        'completion': scores.completions[b],
+        'reward': float(scores.reward[b].sum()),
+        'tokens': decode([[t] for t in tokens[b][chosen].tolist()]),
+        'logp': logp[b][chosen].tolist(),
+        'rewards': scores.reward[b][chosen].tolist(),
+        'advantage': advantage[b][chosen].tolist(),
+      }
+    )
+  return rows
