@@ -47,8 +47,10 @@ DEFAULTS = Flags(
   flag_layer.SizeFlags(),
   flag_layer.RunFlags(max_steps=800, stop_at_reward=0.97),
   flag_layer.ModelFlags(),
-  flag_layer.SamplingFlags(max_completion_length=None),
-  flag_layer.AlgorithmFlags(learning_rate=1e-3, lr_schedule='linear'),
+  flag_layer.SamplingFlags(
+    num_prompts=64, num_generations=8, max_completion_length=None
+  ),
+  flag_layer.AlgorithmFlags(learning_rate=1.5e-3, lr_schedule='linear'),
 )
 
 

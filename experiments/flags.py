@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import math
 import re
 import sys
 import time
@@ -120,7 +121,7 @@ class AlgorithmFlags:
   """After the warm-up; linear and cosine end at a tenth, at max_steps."""
   lr_warmup_steps: int = 0
   """Steps of linear warm-up."""
-  adam_b2: float = 0.99
+  adam_b2: float = 0.95
   """Decay of Adam's second moment."""
   weight_decay: float = 0.0
   """AdamW's weight decay."""
@@ -204,6 +205,7 @@ def parse(defaults, prog, argv=None, description=None):
   _check_spelling(type(defaults), argv)
   flags = _tyro(defaults, prog, argv, description)
   try:
+    check_numbers(flags)
     check(flags.run, flags.model, flags.sampling, flags.algorithm)
   except ValueError as e:
     fail(e)
@@ -235,6 +237,30 @@ def _tyro(defaults, prog, argv, description):
     fail(f'{words}; --help lists the flags')
 
 
+AT_LEAST_ONE = (
+  'num_prompts',
+  'num_generations',
+  'max_prompt_length',
+  'max_completion_length',
+  'max_steps',
+  'eval_prompts',
+  'keep',
+  *SizeFlags.__dataclass_fields__,
+  'warm_start_max_steps',
+  'warm_start_batch_size',
+  'warm_start_check_every',
+)
+
+
+def check_numbers(flags) -> None:
+  """Counts are 1 or more and numbers finite, in whatever group."""
+  for name, value in flat(flags).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise FlagError(f'--{name} {value} must be a finite number')
+    if name in AT_LEAST_ONE and value is not None and value < 1:
+      raise FlagError(f'--{name} {value} must be at least 1')
+
+
 def check(
   run: RunFlags,
   model: ModelFlags,
@@ -243,17 +269,6 @@ def check(
 ) -> None:
   """Everything that can be refused without jax. Raises FlagError."""
   C, G = sampling.num_prompts, sampling.num_generations
-  least_one = {
-    '--num_prompts': C,
-    '--num_generations': G,
-    '--max_completion_length': sampling.max_completion_length or 1,
-    '--max_steps': run.max_steps,
-    '--eval_prompts': run.eval_prompts,
-    '--keep': run.keep,
-  }
-  for name, value in least_one.items():
-    if value < 1:
-      raise FlagError(f'{name} {value} must be at least 1')
   limits = (
     (
       '--temperature',

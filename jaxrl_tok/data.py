@@ -8,6 +8,7 @@
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,17 @@ def check_record(record, where: str) -> dict:
   return record
 
 
+def check_surrogates(record, where: str) -> None:
+  """Refuses half of a surrogate pair, which no tokenizer or file takes."""
+  try:
+    json.dumps(record, ensure_ascii=False).encode('utf-8')
+  except UnicodeEncodeError as e:
+    raise ValueError(
+      f'{where}: \\u{ord(e.object[e.start]):x} is half of a surrogate pair; '
+      'write both halves, or the character itself'
+    ) from None
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
   """One record a line; blank lines are skipped. Errors name file:line."""
   records = []
@@ -80,6 +92,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise ValueError(
           f'{where}: not JSON ({e.msg}, column {e.colno})'
         ) from None
+      except (ValueError, RecursionError) as e:  # a number or depth too large
+        raise ValueError(f'{where}: not JSON ({e})') from None
+      if re.search(r'\\u[dD][89a-fA-F]', line):
+        check_surrogates(record, where)
       if line:
         records.append(check_record(record, where))
   if not records:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import rich.console
 import rich.progress
+import rich.text
 
 PLAIN_EVERY = 5.0  # seconds between plain progress lines
 REPORTS = ('tensorboard', 'none')
@@ -34,12 +35,14 @@ def trim_jsonl(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  # split('\n'): splitlines would also cut at U+2028 and U+0085 in a sample
+  lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
+  for line in lines:
     with contextlib.suppress(json.JSONDecodeError):
       if json.loads(line)['step'] <= step:
         kept.append(line + '\n')
   part = path.with_suffix('.partial')
-  part.write_text(''.join(kept))
+  part.write_text(''.join(kept), encoding='utf-8')
   os.replace(part, path)
 
 
@@ -60,7 +63,9 @@ class Logger:
     resume_step: int | None = None,
     speak: bool = True,
   ):
-    self.console = rich.console.Console(quiet=not speak, soft_wrap=True)
+    self.console = rich.console.Console(
+      quiet=not speak, soft_wrap=True, emoji=False
+    )
     self._started = time.monotonic()
     self._files = {}
     self._board = None
@@ -72,7 +77,9 @@ class Logger:
       path = run_dir / f'{name}.jsonl'
       if resume_step is not None:
         trim_jsonl(path, resume_step)
-      self._files[name] = open(path, 'a', buffering=1)  # noqa: SIM115
+      self._files[name] = open(  # noqa: SIM115
+        path, 'a', buffering=1, encoding='utf-8'
+      )
     if report_to == 'tensorboard':
       from tensorboardX import SummaryWriter
 
@@ -113,7 +120,7 @@ class Logger:
     """Says what is going on while it does, and how long it took."""
     begun = time.monotonic()
     if self.console.is_terminal:
-      with self.console.status(f'{what} ...'):
+      with self.console.status(rich.text.Text(f'{what} ...')):
         yield
     else:
       self.say(f'{what} ...')
@@ -142,7 +149,7 @@ class Logger:
       yield show
       return
     columns = (
-      rich.progress.TextColumn(f'[bold]{name}'),
+      rich.progress.TextColumn('{task.description}', 'bold', markup=False),
       rich.progress.BarColumn(bar_width=20),
       rich.progress.MofNCompleteColumn(),
       rich.progress.TextColumn('{task.fields[text]}', markup=False),

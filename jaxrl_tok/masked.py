@@ -41,7 +41,9 @@ def whiten(x: jax.Array, mask: jax.Array, ddof: int = 0, eps=1e-8) -> jax.Array:
 
   One chosen token, or equal values, gives 0 and never NaN.
   """
-  std = jnp.sqrt(jnp.maximum(var(x, mask, ddof), 0.0))
+  square = var(x, mask, ddof)
+  some = square > 0  # the root of 0 has an infinite gradient
+  std = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
   return fill((x - mean(x, mask)) / (std + eps), mask)
 
 

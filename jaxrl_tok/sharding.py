@@ -24,17 +24,18 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
   Raises ValueError on an axis or a size that cannot be; at most one is -1.
   """
-  sizes = dict.fromkeys(AXES, 1)
+  sizes = {}
   for part in spec.split(','):
-    name, _, size = part.partition('=')
-    if name.strip() not in AXES or not re.fullmatch(
-      r'-1|[1-9]\d*', size.strip()
-    ):
+    name, _, size = (word.strip() for word in part.partition('='))
+    if name not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
       raise ValueError(
         f'mesh part {part!r} is not axis=size; '
         'pass --mesh data=-1,fsdp=1,tensor=1 (one size may be -1)'
       )
-    sizes[name.strip()] = int(size)
+    if name in sizes:
+      raise ValueError(f'mesh axis {name} is given twice in {spec!r}')
+    sizes[name] = int(size)
+  sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   if list(sizes.values()).count(-1) > 1:
     raise ValueError(f'mesh {spec!r} has two sizes of -1; give all but one')
   return sizes

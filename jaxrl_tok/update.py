@@ -182,7 +182,7 @@ def make_update(
       'surrogate': -loss,
       **{name: value / tokens for name, value in sums.items()},
       'advantage_std': jnp.sqrt(masked.var(advantage, rollout.mask)),
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
       'sampler_logp_gap': gap,
       **length_metrics(rollout, rule),
     }

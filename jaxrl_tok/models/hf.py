@@ -95,20 +95,19 @@ def from_tensors(config: TransformerConfig, tensors: dict, family, shapes):
     if missing:
       raise ValueError(f'weights are missing: {", ".join(missing)}')
     parts = [tensors.pop(name) for name in weight.names]
-    want = shapes[weight.path].shape
-    try:
-      flat[weight.path] = weight.pack(*parts)
-      fits = flat[weight.path].shape == want
-    except ValueError:  # reshape of a wrong size
-      fits = False
-    if not fits:
-      sizes = ', '.join(
-        f'{n} {list(p.shape)}' for n, p in zip(weight.names, parts)
-      )
+    # in the file's shapes: a reshape would take a transposed k_proj
+    wanted = weight.unpack(np.empty(shapes[weight.path].shape, bool))
+    wrong = [
+      f'{name} is {list(part.shape)}, not {list(want.shape)}'
+      for name, part, want in zip(weight.names, parts, wanted)
+      if part.shape != want.shape
+    ]
+    if wrong:
       raise ValueError(
-        f'weights have the wrong shape: {sizes}; config.json asks for '
-        f'{list(want)} in {weight.path}'
+        f'weights do not fit config.json: {", ".join(wrong)}; use the files '
+        'of one model'
       )
+    flat[weight.path] = weight.pack(*parts)
   if config.tie_embeddings:  # some files repeat the tied head
     tensors.pop('lm_head.weight', None)
   if tensors:
@@ -205,7 +204,12 @@ def load(directory: str | Path, shapes_of) -> Loaded:
       'is never run'
     )
   family = families.family_of(described, str(directory))
-  config = family.read(described)
+  try:
+    config = family.read(described)
+  except KeyError as e:
+    raise ValueError(f'{directory}: config.json has no {e}') from None
+  except ValueError as e:
+    raise ValueError(f'{directory}: {e}') from None
   file = directory / 'model.safetensors'
   if not file.is_file():
     raise FileNotFoundError(

@@ -15,20 +15,25 @@ def digits(
   in its place, and for ending right after it; a right completion sums to 1.
 
   Needs a tokenizer with one token a character. The end token is the token
-  that has no character.
+  that has no character. To a byte tokenizer é is two tokens: from the first
+  character on that is not ASCII, nothing counts (where the answer is ASCII).
   """
   rewards = []
   for text, right, ids in zip(completions, answer, completion_ids):
-    if not len(text) <= len(ids) <= len(text) + 1:
+    right = str(right)
+    n = len(text)  # characters that are one token each
+    if right.isascii():
+      n = next((i for i, c in enumerate(text) if not c.isascii()), n)
+    whole = n == len(text)
+    if n > len(ids) or (whole and len(ids) > n + 1):
       raise ValueError(
         f'the digits reward needs one token a character; {text!r} has '
         f'{len(ids)} tokens; use exact_match with this tokenizer'
       )
-    right = str(right)
     share = 1.0 / (len(right) + 1)
     row = [
-      share * (i < len(right) and c == right[i]) for i, c in enumerate(text)
+      share * (i < len(right) and c == right[i]) for i, c in enumerate(text[:n])
     ]
-    row += [share * (len(text) == len(right))] * (len(ids) - len(text))
+    row += [share * (whole and n == len(right))] * (len(ids) - n)
     rewards.append(row)
   return rewards

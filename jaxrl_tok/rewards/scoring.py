@@ -50,13 +50,17 @@ def lift(values, mask: np.ndarray, name: str = 'reward') -> np.ndarray:
 
 def _number(value, name: str, b: int) -> float:
   try:
+    if isinstance(value, str | bytes):  # float('1') would take it
+      raise TypeError
     value = float(value)
   except (TypeError, ValueError):
     raise ValueError(
       f'reward function {name} gave {value!r} for completion {b}; '
       'a reward is a number, None or a list of numbers'
     ) from None
-  if not np.isfinite(value):
+  except OverflowError:
+    value = np.inf
+  if not abs(value) <= float(np.finfo(np.float32).max):
     raise ValueError(
       f'reward function {name} gave {value} for completion {b}; '
       'rewards must be finite (return None where it does not apply)'
@@ -97,7 +101,8 @@ def make_scorer(
     ids = [row[m].tolist() for row, m in zip(tokens, mask)]
     texts = decode([i[:-1] if i and i[-1] in ends else i for i in ids])
     rows = [example for example in examples for _ in range(G)]
-    columns = {name: [row.get(name) for row in rows] for name in dict(rows[0])}
+    found = dict.fromkeys(name for example in examples for name in example)
+    columns = {name: [row.get(name) for row in rows] for name in found}
     prompts = columns.pop('prompt')
     columns.pop('completion', None)  # the data's own; the policy's is scored
     total = np.zeros(mask.shape, np.float32)

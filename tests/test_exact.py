@@ -1,0 +1,252 @@
+"""Exactness: every sequence of an enumerable case, and every group of them.
+
+V = 3 (token 2 ends), T = 3: 15 completions of one prompt. The expected
+gradient of an algorithm is the sum over all groups of G completions of their
+probability times the gradient that `update` computes for them; the true one
+is the gradient of sum_y pi(y) R(y).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CONFIG, changed, look, sharpened
+
+from jaxrl_tok import advantages, algorithms, distribution, losses, masked
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.policy import completion_hidden, evaluate
+from jaxrl_tok.types import Prompts, Rollout
+from jaxrl_tok.update import init_state, make_update
+
+END, T = 2, 3
+POLICY = make_policy(changed(CONFIG, vocab_size=3, num_layers=1))
+RULE = distribution.make_rule(3, [END])
+# hands out the gradient itself: init_state's parameters, g as the "update"
+RECORD = optax.GradientTransformation(
+  lambda params: jax.tree.map(jnp.zeros_like, params),
+  lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g),
+)
+
+
+def sequences():
+  """All completions: (tokens [n, T], mask [n, T])."""
+  rows = []
+  for row in itertools.product(range(3), repeat=T):
+    length = row.index(END) + 1 if END in row else T
+    if not any(row[length:]):
+      rows.append((row, [t < length for t in range(T)]))
+  tokens, mask = map(np.array, zip(*rows))
+  return tokens.astype(np.int32), mask
+
+
+TOKENS, MASK = sequences()
+N = len(TOKENS)
+
+
+def rollout_of(index):
+  """Rollout of the groups index [C, G] of sequences."""
+  C, G = index.shape
+  flat = index.reshape(-1)
+  prompts = Prompts(np.full((C, 2), 1, np.int32), np.full((C,), 2, np.int32))
+  tokens, mask = jnp.asarray(TOKENS[flat]), jnp.asarray(MASK[flat])
+  return Rollout(prompts, tokens, mask, jnp.zeros(mask.shape), None)
+
+
+def token_rewards(kind):
+  """[N, T]: 'outcome' one number a sequence, 'dense' one for each prefix."""
+  rng = np.random.default_rng(0)
+  if kind == 'outcome':
+    last = np.asarray(masked.last_chosen(jnp.asarray(MASK)))
+    return np.where(last, rng.normal(size=(N, 1)) + 1, 0).astype(np.float32)
+  table = {}
+  reward = np.zeros((N, T), np.float32)
+  for n, t in zip(*np.nonzero(MASK)):
+    prefix = tuple(TOKENS[n, : t + 1])
+    reward[n, t] = table.setdefault(prefix, rng.normal() + 0.5)
+  return reward
+
+
+@pytest.fixture(scope='module')
+def params():
+  return sharpened(jax.jit(POLICY.init)(jax.random.key(3)), 3.0)
+
+
+@pytest.fixture(scope='module')
+def everything(params):
+  """(log-prob [N] of each sequence, its gradient: one leading axis N)."""
+  one = rollout_of(np.arange(N)[:, None])
+
+  def logp(params):
+    return evaluate(POLICY, params, one, RULE).logp.sum(1)
+
+  return jax.jit(lambda p: (logp(p), jax.jacrev(logp)(p)))(params)
+
+
+def true_gradient(everything, value):
+  """sum_y pi(y) R(y) grad log pi(y), for R = value [N]."""
+  logp, jacobian = everything
+  weight = np.exp(np.asarray(logp, np.float64)) * value
+  return jax.tree.map(
+    lambda j: np.tensordot(weight, np.asarray(j, np.float64), 1), jacobian
+  )
+
+
+@pytest.fixture(scope='module')
+def ascend(params):
+  """advantage [N, T] -> the gradient (as ascent) that `update` computes for
+  one row of each sequence; compiled once, the advantage is the carry."""
+  given = algorithms.reinforce(advantages.no_baseline())._replace(
+    advantage=lambda rollout, reward, value, carry: (carry, None, carry)
+  )
+  state = init_state(given, RECORD, params, jax.random.key(0))
+  update = jax.jit(make_update(POLICY, given, RECORD))
+  rows = rollout_of(np.arange(N)[:, None])
+
+  def ascend(advantage):
+    carry = jnp.asarray(advantage, jnp.float32)
+    new, _, _ = update(state.replace(algorithm=carry), rows, carry, RULE)
+    return jax.tree.map(lambda g: -np.asarray(g), new.opt_state)
+
+  return ascend
+
+
+def expected_gradient(ascend, everything, baseline, reward, G, carry):
+  """E[gradient of update] over every group of G.
+
+  A row's gradient is linear in its advantage, so the rows that hold the same
+  sequence are added up before `update` sees them (in float64: 3375 groups
+  of three would lose the sixth digit in float32).
+  """
+  groups = np.array(list(itertools.product(range(N), repeat=G)))
+  logp = np.asarray(everything[0], np.float64)
+  prob = np.exp(logp[groups].sum(1))
+  assert prob.sum() == pytest.approx(1, abs=1e-5)
+  algorithm = algorithms.reinforce(baseline)
+
+  def advantage_of(index):
+    """[G, T]; the whole batch that the baseline sees is this group."""
+    prompts = Prompts(None, jnp.full((1,), 2))
+    one = Rollout(prompts, None, jnp.asarray(MASK)[index], None, None)
+    rewards = jnp.asarray(reward)[index]
+    return algorithm.advantage(one, rewards, None, carry)[0]
+
+  advantage = np.asarray(jax.jit(jax.vmap(advantage_of))(groups), np.float64)
+  summed = np.zeros((N, T))
+  np.add.at(summed, groups, advantage * prob[:, None, None] / G)
+  return ascend(summed * N)  # update takes the mean over its N rows
+
+
+def assert_close(found, want, atol=1e-6):
+  largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
+  assert largest > 0.02, 'the gradient to compare with is nearly zero'
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.parametrize('kind', ['outcome', 'dense'])
+@pytest.mark.parametrize(
+  ('baseline', 'G', 'share'),
+  [
+    (advantages.no_baseline(), 1, 1.0),
+    (advantages.fixed(0.7), 1, 1.0),
+    (advantages.ema(0.9), 1, 1.0),
+    (advantages.leave_one_out(), 2, 1.0),
+    (advantages.leave_one_out(), 3, 1.0),
+    (advantages.group_mean(), 2, 1 / 2),
+    (advantages.group_mean(), 3, 2 / 3),
+    (advantages.batch_mean(), 2, 1 / 2),
+  ],
+  ids=lambda x: str(x) if not isinstance(x, tuple) else 'b',
+)
+def test_expected_gradient_is_exact(
+  ascend, everything, baseline, G, share, kind
+):
+  reward = token_rewards(kind)
+  carry = jnp.float32(0.4)  # what an EMA has learnt; no other looks
+  found = expected_gradient(ascend, everything, baseline, reward, G, carry)
+  want = true_gradient(everything, share * reward.sum(1).astype(np.float64))
+  assert_close(found, want)
+
+
+def test_ema_scores_before_it_learns():
+  baseline = advantages.ema(0.75)
+  returns = jnp.full((2, 2, 3), 4.0)
+  b, carry = baseline.apply(returns, jnp.float32(2.0))
+  assert float(b[0, 0, 0]) == 2.0
+  assert float(carry) == pytest.approx(0.75 * 2 + 0.25 * 4)
+
+
+# --- the KL forms, on-policy -------------------------------------------------
+
+
+def state_distributions(params):
+  """log pi(. | prefix) [N, T, 3] at every position of every sequence."""
+  one = rollout_of(np.arange(N)[:, None])
+  hidden = completion_hidden(POLICY, params, one)
+  return jax.nn.log_softmax(POLICY.logits(params, hidden))
+
+
+REFERENCE_KEY = jax.random.key(8)
+
+
+@pytest.fixture(scope='module')
+def kl_gradients(params, everything):
+  """Gradients of reverse and forward KL per state, visited as pi does, and
+  of the reverse KL between whole sequences."""
+  reference = sharpened(jax.jit(POLICY.init)(REFERENCE_KEY), 2.0)
+  prob = jnp.exp(everything[0])[:, None] * MASK  # [N, T] visits
+  ref = state_distributions(reference)
+
+  def reverse(p):
+    log_pi = state_distributions(p)
+    kl = (jnp.exp(log_pi) * (log_pi - ref)).sum(-1)
+    return (prob * kl).sum()
+
+  def forward(p):
+    kl = (jnp.exp(ref) * (ref - state_distributions(p))).sum(-1)
+    return (prob * kl).sum()
+
+  one = rollout_of(np.arange(N)[:, None])
+
+  def whole(p):
+    logp = evaluate(POLICY, p, one, RULE).logp.sum(1)
+    other = evaluate(POLICY, reference, one, RULE).logp.sum(1)
+    return (jnp.exp(logp) * (logp - other)).sum()
+
+  named = {'reverse': reverse, 'forward': forward, 'reward': whole}
+  grads = jax.jit(lambda p: {k: jax.grad(f)(p) for k, f in named.items()})
+  return reference, grads(params)
+
+
+@pytest.mark.parametrize('kl', ['reverse', 'forward', 'reward'])
+def test_kl_forms_have_the_gradient_of_their_name(
+  params, everything, kl_gradients, kl
+):
+  """With rewards 0 and beta 1 the expected descent direction is the KL's."""
+  reference, wanted = kl_gradients
+  algorithm = algorithms.reinforce(advantages.no_baseline(), kl=kl, beta=1.0)
+  index = np.arange(N)[:, None]
+  rollout = rollout_of(index)
+  rollout = rollout._replace(logp=look(POLICY, params, rollout, RULE).logp)
+  prob = jnp.exp(everything[0])
+  weigh = algorithm._replace(
+    aggregate=lambda mask: mask * prob[:, None]  # the expectation itself
+  )
+  state = init_state(weigh, RECORD, params, jax.random.key(0))
+  state = state.replace(reference=reference)
+  update = jax.jit(make_update(POLICY, weigh, RECORD))
+  state, metrics, _ = update(state, rollout, jnp.zeros((N, T)), RULE)
+  assert_close(state.opt_state, wanted[kl], atol=1e-5)
+  assert float(metrics['kl']) > 0
+
+
+def test_k1_in_the_loss_would_do_nothing(params, everything):
+  """Why it is no choice: E[grad of log pi - log ref] is 0."""
+  zero = true_gradient(everything, np.ones(N))
+  assert max(np.abs(g).max() for g in jax.tree.leaves(zero)) < 1e-5
+  d = jnp.linspace(-2, 2, 9)
+  assert (np.asarray(losses.k3(d)) >= 0).all()
+  np.testing.assert_allclose(losses.k2(d), np.asarray(d) ** 2 / 2)

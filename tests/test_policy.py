@@ -1,0 +1,211 @@
+"""Evaluating: encode once and extend is the plain decoder; chunks and memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIG, END, PAD, changed, look, random_prompts
+
+from jaxrl_tok import distribution
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.policy import completion_hidden, evaluate
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.types import Prompts, Rollout
+from jaxrl_tok.update import init_state, make_update
+
+
+def plain_hidden(policy, params, rollout):
+  """[B, T, D] by reading prompt + completion as one long prompt, again for
+  every token: no prefix, no cache, no sharing."""
+  C, P = rollout.prompts.tokens.shape
+  B, T = rollout.tokens.shape
+  length = np.repeat(np.asarray(rollout.prompts.length), B // C)
+  rows = np.zeros((B, P + T), np.int32)
+  for b in range(B):
+    prompt = np.asarray(rollout.prompts.tokens)[b * C // B, : length[b]]
+    whole = np.concatenate([prompt, np.asarray(rollout.tokens)[b]])
+    rows[b, : len(whole)] = whole
+  states = [
+    policy.encode(params, Prompts(jnp.asarray(rows), jnp.asarray(length + t)))
+    for t in range(T)
+  ]
+  return jnp.stack([s.hidden for s in states], axis=1)
+
+
+def test_shared_prefix_is_the_plain_decoder(tiny):
+  @jax.jit
+  def both(params):
+    def shared(params):
+      return completion_hidden(tiny.policy, params, tiny.rollout)
+
+    def plain(params):
+      return plain_hidden(tiny.policy, params, tiny.rollout)
+
+    weigh = jax.random.normal(jax.random.key(0), (12, 9, 16))
+    weigh = weigh * tiny.rollout.mask[:, :, None]
+    grads = [
+      jax.grad(lambda p, f=f: (f(p) * weigh).sum())(params)
+      for f in (shared, plain)
+    ]
+    return shared(params), plain(params), grads
+
+  # only the mask's columns: what follows an end is of no interest
+  shared, plain, grads = both(tiny.params)
+  mask = np.asarray(tiny.rollout.mask)
+  np.testing.assert_allclose(
+    np.asarray(shared)[mask], np.asarray(plain)[mask], atol=2e-5
+  )
+  for a, b in zip(*map(jax.tree.leaves, grads)):
+    np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
+
+
+def test_cache_is_no_cache(tiny):
+  policy, params, tokens = tiny.policy, tiny.params, tiny.rollout.tokens
+
+  @jax.jit
+  def both(params):
+    prefix = policy.encode(params, tiny.prompts)
+    whole, _ = policy.extend(params, prefix, tokens, None, 0)
+    cache, parts = policy.init_cache(12, 9), []
+    for start, size in ((0, 1), (1, 1), (2, 4), (6, 3)):
+      part, cache = policy.extend(
+        params, prefix, tokens[:, start : start + size], cache, start
+      )
+      parts.append(part)
+    return whole, jnp.concatenate(parts, axis=1)
+
+  np.testing.assert_allclose(*both(params), atol=2e-5)
+
+
+@pytest.mark.parametrize('chunk', [1, 4, 9])
+def test_chunks_change_nothing(tiny, chunk):
+  def loss(params, chunk):
+    stats = evaluate(tiny.policy, params, tiny.rollout, tiny.rule, chunk)
+    return stats.logp.sum() + 0.1 * stats.entropy.sum()
+
+  grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  value, grads = grad(tiny.params, chunk)
+  whole, want = grad(tiny.params, 9)
+  assert value == pytest.approx(float(whole), rel=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
+
+
+def test_value_head_and_remat():
+  config = changed(CONFIG, value_head=True, tie_embeddings=True)
+  prompts = random_prompts()
+  tokens = np.random.default_rng(0).integers(1, 9, (8, 5)).astype(np.int32)
+  mask = np.arange(5)[None] < np.arange(1, 9)[:, None]
+  rollout = Rollout(prompts, tokens, mask, jnp.zeros((8, 5)), None)
+  rule = distribution.make_rule(11, [END])
+  results = []
+  for remat in (False, True):
+    policy = make_policy(config, remat=remat)
+    params = jax.jit(policy.init)(jax.random.key(0))
+
+    @jax.jit
+    def grad(params, policy=policy):
+      def loss(params):
+        stats = evaluate(policy, params, rollout, rule)
+        return stats.logp.sum() + stats.value.sum(), stats
+
+      return jax.grad(loss, has_aux=True)(params)
+
+    results.append(grad(params))
+  (grads, stats), (again, _) = results
+  assert stats.value.shape == (8, 5)
+  assert (np.asarray(stats.value)[~mask] == 0).all()
+  assert (np.asarray(stats.value)[mask] != 0).all()
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(again)):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_follows_the_end_changes_nothing(tiny):
+  mask = np.asarray(tiny.rollout.mask)
+  other = tiny.rollout._replace(
+    tokens=np.where(mask, tiny.rollout.tokens, 5).astype(np.int32)
+  )
+  a = look(tiny.policy, tiny.params, tiny.rollout, tiny.rule)
+  b = look(tiny.policy, tiny.params, other, tiny.rule)
+  np.testing.assert_array_equal(a.logp, b.logp)
+  np.testing.assert_array_equal(a.entropy, b.entropy)
+
+
+# --- gates that need no clock
+
+
+def largest_float_array(compiled) -> int:
+  """Elements of the largest f32 array in the optimised program."""
+  shapes = re.findall(r'f32\[([\d,]+)\]', compiled.as_text())
+  return max(int(np.prod([int(n) for n in s.split(',')])) for s in shapes)
+
+
+@pytest.fixture(scope='module')
+def wide(tiny):
+  """A vocabulary that dwarfs all else: any [B, T, V] array would show."""
+  V, C, G, P, T = 4096, 2, 4, 16, 16
+  config = changed(CONFIG, vocab_size=V, num_layers=1)
+  policy = make_policy(config)
+  params = jax.jit(policy.init)(jax.random.key(0))
+  sampler = changed(tiny.config, samples_per_prompt=G, max_completion_length=T)
+  rule = distribution.make_rule(V, [END])
+  prompts = random_prompts(C, P, V)
+  return policy, params, sampler, prompts, rule, (C, G, P, T, V)
+
+
+def test_no_float_array_of_the_whole_vocabulary(tiny, wide):
+  import optax
+
+  from jaxrl_tok import advantages, algorithms
+
+  policy, params, sampler, prompts, rule, (C, G, P, T, V) = wide
+  sample = jax.jit(make_sampler(policy, sampler))
+  args = params, jax.random.key(0), prompts, rule
+  compiled = sample.lower(*args).compile()
+  assert largest_float_array(compiled) < min(C * G * T, C * P) * V
+  rollout = compiled(*args)
+  algorithm = algorithms.reinforce(advantages.leave_one_out())
+  optimizer = optax.sgd(1.0)
+  state = init_state(algorithm, optimizer, params, jax.random.key(0))
+  update = jax.jit(make_update(policy, algorithm, optimizer, logits_chunk=2))
+  reward = jnp.zeros((C * G, T))
+  compiled = update.lower(state, rollout, reward, rule).compile()
+  assert largest_float_array(compiled) <= max(C * G * 2 * V, 16 * V)
+  # the default chunk is also below the whole
+  update = jax.jit(make_update(policy, algorithm, optimizer))
+  big = jax.tree.map(lambda x: jnp.concatenate([x] * 16), rollout)
+  compiled = update.lower(
+    state, big, jnp.zeros((16 * C * G, T)), rule
+  ).compile()
+  assert largest_float_array(compiled) <= 2**20
+
+
+def test_encode_runs_the_prompts_not_the_rows(tiny):
+  """FLOPs of encoding grow with C and not with G."""
+  seen = []
+
+  def encode(params, prompts):
+    seen.append(prompts.tokens.shape)
+    return tiny.policy.encode(params, prompts)
+
+  policy = tiny.policy._replace(encode=encode)
+  long = random_prompts(4, 256)
+
+  def flops(G):
+    sample = make_sampler(
+      policy,
+      changed(tiny.config, samples_per_prompt=G, max_completion_length=1),
+    )
+    args = tiny.params, jax.random.key(0), long, tiny.rule
+    cost = jax.jit(sample).lower(*args).compile().cost_analysis()
+    tokens = jnp.full((4 * G, 1), PAD)
+    rollout = Rollout(long, tokens, tokens > 0, jnp.zeros((4 * G, 1)), None)
+    looked = jax.jit(lambda p, r: evaluate(policy, p, r, tiny.rule))
+    cost2 = looked.lower(tiny.params, rollout).compile().cost_analysis()
+    return cost['flops'], cost2['flops']
+
+  for one, eight in zip(flops(1), flops(8)):
+    assert eight < 1.1 * one
+  assert set(seen) == {(4, 256)}

@@ -1,0 +1,183 @@
+"""Laws of the sampler: what is sampled is what is evaluated, row by row."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIG, END, OTHER_END, PAD, changed, look, random_prompts
+
+from jaxrl_tok import distribution
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.types import Prompts
+
+FORBIDDEN = np.arange(11) % 4 == 0
+RULES = {
+  'plain': {},
+  'temperature': {'temperature': 0.7},
+  'hot': {'temperature': 1.8},
+  'top_k': {'top_k': 3},
+  'top_p': {'top_p': 0.8},
+  'min_p': {'min_p': 0.1},
+  'forbidden': {'forbidden': FORBIDDEN},
+  'all': {
+    'temperature': 1.3,
+    'top_k': 8,
+    'top_p': 0.9,
+    'min_p': 0.02,
+    'forbidden': FORBIDDEN,
+  },
+}
+
+
+@pytest.fixture(scope='module')
+def samplers(tiny):
+  """truncate -> jitted sampler; the rules themselves are traced."""
+  return {
+    truncate: jax.jit(
+      make_sampler(tiny.policy, changed(tiny.config, truncate=truncate))
+    )
+    for truncate in (False, True)
+  }
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_log_probs_are_those_of_evaluate(tiny, samplers, name):
+  rule = distribution.make_rule(11, [END, OTHER_END], **RULES[name])
+  cut = any(k in RULES[name] for k in ('top_k', 'top_p', 'min_p'))
+  rollout = samplers[cut](tiny.params, jax.random.key(3), tiny.prompts, rule)
+  stats = look(tiny.policy, tiny.params, rollout, rule)
+  np.testing.assert_allclose(rollout.logp, stats.logp, atol=1e-5)
+  mask = np.asarray(rollout.mask)
+  assert (np.asarray(rollout.logp)[~mask] == 0).all()
+  assert (np.asarray(stats.logp)[mask] <= 1e-6).all()
+  if 'forbidden' in RULES[name]:
+    assert not FORBIDDEN[np.asarray(rollout.tokens)[mask]].any()
+  if cut:
+    kept = np.asarray(rollout.kept)
+    assert (kept[mask] >= 1).all()
+    assert (kept[mask] < 11).any()
+
+
+def test_one_compilation_serves_every_rule(tiny, samplers):
+  for temperature, ends in ((1.0, [END, 3]), (0.5, [4, 5])):
+    rule = distribution.make_rule(11, ends, temperature, top_p=0.9)
+    samplers[True](tiny.params, jax.random.key(0), tiny.prompts, rule)
+  before = samplers[True]._cache_size()
+  rule = distribution.make_rule(11, [1, 2], 3.0, top_k=2, min_p=0.3)
+  samplers[True](tiny.params, jax.random.key(9), tiny.prompts, rule)
+  assert samplers[True]._cache_size() == before
+
+
+def test_greedy_is_the_most_likely_token_and_certain(tiny):
+  greedy = changed(tiny.config, greedy=True)
+  sample = jax.jit(make_sampler(tiny.policy, greedy))
+  rollout = sample(tiny.params, jax.random.key(0), tiny.prompts, tiny.rule)
+  other = sample(tiny.params, jax.random.key(1), tiny.prompts, tiny.rule)
+  np.testing.assert_array_equal(rollout.tokens, other.tokens)
+  full = look(tiny.policy, tiny.params, rollout._replace(kept=None), tiny.rule)
+  stats = look(tiny.policy, tiny.params, rollout, tiny.rule)
+  assert (np.asarray(rollout.logp) == 0).all()
+  np.testing.assert_allclose(stats.logp, 0, atol=1e-6)
+  mask = np.asarray(rollout.mask)
+  assert (np.exp(np.asarray(full.logp))[mask] >= 1 / 11).all()
+
+
+def test_the_end_is_chosen_and_nothing_after_it(tiny):
+  tokens, mask = map(np.asarray, (tiny.rollout.tokens, tiny.rollout.mask))
+  ends = np.isin(tokens, [END, OTHER_END]) & mask
+  for row_tokens, row_mask, row_ends in zip(tokens, mask, ends):
+    n = row_mask.sum()
+    assert row_mask[:n].all()
+    assert (row_tokens[n:] == PAD).all()
+    assert not row_ends[: n - 1].any()
+    assert n == len(row_mask) or row_ends[n - 1]
+  assert {END, OTHER_END} <= set(tokens[ends])
+
+
+def test_pad_may_be_an_end_token(tiny):
+  rule = distribution.make_rule(11, [PAD])
+  rollout = tiny.sample(tiny.params, jax.random.key(2), tiny.prompts, rule)
+  tokens, mask = map(np.asarray, (rollout.tokens, rollout.mask))
+  ended = ~mask[:, -1]
+  assert ended.any()
+  lengths = mask.sum(1)
+  assert (tokens[ended, lengths[ended] - 1] == PAD).all()
+
+
+def test_padding_changes_nothing(tiny):
+  wide = Prompts(
+    np.pad(tiny.prompts.tokens, ((0, 0), (0, 5))), tiny.prompts.length
+  )
+  rollout = tiny.sample(tiny.params, jax.random.key(7), wide, tiny.rule)
+  np.testing.assert_array_equal(rollout.tokens, tiny.rollout.tokens)
+  np.testing.assert_allclose(rollout.logp, tiny.rollout.logp, atol=1e-5)
+
+
+def test_what_stands_in_the_padding_changes_nothing(tiny):
+  P = tiny.prompts.tokens.shape[1]
+  real = np.arange(P) < tiny.prompts.length[:, None]
+  other = Prompts(np.where(real, tiny.prompts.tokens, 5), tiny.prompts.length)
+  rollout = tiny.sample(tiny.params, jax.random.key(7), other, tiny.rule)
+  np.testing.assert_array_equal(rollout.tokens, tiny.rollout.tokens)
+
+
+def test_other_rows_change_nothing(tiny):
+  few = Prompts(tiny.prompts.tokens[:2], tiny.prompts.length[:2])
+  rollout = tiny.sample(tiny.params, jax.random.key(7), few, tiny.rule)
+  np.testing.assert_array_equal(rollout.tokens, tiny.rollout.tokens[:6])
+  mates = random_prompts(seed=9).tokens.copy()
+  mates[:2] = tiny.prompts.tokens[:2]
+  other = Prompts(mates, tiny.prompts.length)
+  rollout = tiny.sample(tiny.params, jax.random.key(7), other, tiny.rule)
+  np.testing.assert_array_equal(rollout.tokens[:6], tiny.rollout.tokens[:6])
+  np.testing.assert_allclose(rollout.logp[:6], tiny.rollout.logp[:6], atol=1e-5)
+
+
+@pytest.mark.parametrize(('T', 'chunk'), [(1, 16), (2, 16), (5, 2), (9, 16)])
+def test_length_and_chunk_change_nothing(tiny, T, chunk):
+  config = changed(tiny.config, max_completion_length=T, chunk=chunk)
+  sample = jax.jit(make_sampler(tiny.policy, config))
+  rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
+  assert rollout.tokens.shape == (12, T)
+  np.testing.assert_array_equal(rollout.tokens, tiny.rollout.tokens[:, :T])
+  np.testing.assert_allclose(rollout.logp, tiny.rollout.logp[:, :T], atol=1e-5)
+
+
+def test_samples_of_a_prompt_differ(tiny):
+  rows = np.asarray(tiny.rollout.tokens).reshape(4, 3, -1)
+  pairs = itertools.combinations(range(3), 2)
+  assert all((rows[:, i] != rows[:, j]).any() for i, j in pairs)
+
+
+def test_stops_when_every_row_has_ended(tiny):
+  """All rows end at the first token: no extend runs, whatever T is."""
+  steps = []
+
+  def extend(*args):
+    jax.debug.callback(lambda: steps.append(1))
+    return tiny.policy.extend(*args)
+
+  policy = tiny.policy._replace(extend=extend)
+  sample = jax.jit(make_sampler(policy, tiny.config))
+  rule = distribution.make_rule(11, range(11))
+  rollout = sample(tiny.params, jax.random.key(0), tiny.prompts, rule)
+  jax.effects_barrier()
+  assert (np.asarray(rollout.mask.sum(1)) == 1).all()
+  assert steps == []
+  sample(tiny.params, jax.random.key(0), tiny.prompts, tiny.rule)
+  jax.effects_barrier()
+  assert len(steps) >= 8
+
+
+def test_bfloat16_samples_and_evaluates_close(tiny):
+  policy = make_policy(CONFIG, jnp.bfloat16)
+  sample = jax.jit(make_sampler(policy, tiny.config))
+  rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
+  stats = look(policy, tiny.params, rollout, tiny.rule)
+  assert rollout.logp.dtype == jnp.float32
+  gap = np.abs(np.asarray(rollout.logp) - np.asarray(stats.logp))
+  assert gap.max() < 0.3
+  assert gap.mean() < 0.03

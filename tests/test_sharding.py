@@ -1,0 +1,142 @@
+"""The mesh changes no number; rules place parameters and moments alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CONFIG, END, changed, random_prompts, sharpened
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_tok import advantages, algorithms, distribution, sharding
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.update import init_state, make_update
+
+ALGORITHM = algorithms.reinforce(advantages.leave_one_out())
+# sizes that tensor=2 and fsdp=2 divide, an odd vocabulary that they do not
+POLICY = make_policy(changed(CONFIG, num_layers=1, value_head=True))
+RULE = distribution.make_rule(11, [END])
+RECORD = optax.GradientTransformation(
+  lambda params: jax.tree.map(jnp.zeros_like, params),
+  lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g),
+)
+
+
+@pytest.fixture(scope='module')
+def step(tiny):
+  """step(mesh spec, devices) -> what one sample and update give there."""
+  prompts = random_prompts(8)
+  config = changed(tiny.config, max_completion_length=5)
+
+  def step(spec, devices, parts=1):
+    mesh = sharding.make_mesh(spec, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+
+      def make(key):
+        params = sharpened(POLICY.init(key))
+        return init_state(ALGORITHM, RECORD, params, key)
+
+      state, placed = sharding.born_sharded(
+        make, mesh, POLICY.partition_rules, jax.random.key(1)
+      )
+      rule = sharding.put_replicated(mesh, RULE)
+      sample = jax.jit(make_sampler(POLICY, config))
+      rollout = sample(
+        state.params, jax.random.key(5), sharding.put_rows(mesh, prompts), rule
+      )
+      reward = np.random.default_rng(0).normal(size=rollout.tokens.shape)
+      update = jax.jit(
+        make_update(POLICY, ALGORITHM, RECORD, parts),
+        donate_argnums=0,
+      )
+      params = jax.device_get(state.params)
+      new, metrics, _ = update(
+        state,
+        rollout,
+        sharding.put_rows(mesh, reward.astype(np.float32)),
+        rule,
+      )
+      found = jax.device_get((rollout, metrics, new.opt_state))
+    return params, *found, placed
+
+  return step
+
+
+@pytest.fixture(scope='module')
+def alone(step):
+  return step('data=1', 1)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'devices', 'parts'),
+  [
+    ('data=4', 4, 1),
+    ('data=-1,fsdp=2', 4, 4),
+    ('fsdp=2,tensor=2', 4, 1),
+    ('data=2,fsdp=2,tensor=2', 8, 2),
+  ],
+)
+def test_devices_change_nothing(step, alone, spec, devices, parts):
+  params, rollout, metrics, grads, placed = step(spec, devices, parts)
+  jax.tree.map(np.testing.assert_array_equal, params, alone[0])
+  np.testing.assert_array_equal(rollout.tokens, alone[1].tokens)
+  np.testing.assert_array_equal(rollout.mask, alone[1].mask)
+  np.testing.assert_allclose(rollout.logp, alone[1].logp, atol=1e-5)
+  for name, value in alone[2].items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone[3])):
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+  specs = {s.spec for s in jax.tree.leaves(placed.params)}
+  assert (len(specs) > 1) == ('fsdp' in spec)
+
+
+def test_moments_lie_where_their_parameters_do():
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+  def make(key):
+    return init_state(ALGORITHM, optimizer, POLICY.init(key), key, True)
+
+  state, _ = sharding.born_sharded(
+    make, mesh, POLICY.partition_rules, jax.random.key(0)
+  )
+  adam = state.opt_state[1][0]
+  for tree in (adam.mu, adam.nu, state.reference):
+    jax.tree.map(
+      lambda p, m: np.testing.assert_equal(p.sharding, m.sharding),
+      state.params,
+      tree,
+    )
+  qkv = state.params['layer_0']['attention']['qkv']
+  assert qkv.sharding.spec == P('fsdp', 'tensor', None, None)
+  assert qkv.addressable_shards[0].data.size == qkv.size // 4
+  # 11 rows cannot be shared by 2: that dimension is whole on each
+  embedding = state.params['embed']['embedding']
+  assert embedding.sharding.spec == P(None, 'fsdp')
+  assert adam.count.sharding.spec == P()
+
+
+@pytest.mark.parametrize(
+  ('spec', 'fault'),
+  [
+    ('data=3', 'needs 3 devices and there are 8'),
+    ('data=-1,fsdp=3', 'needs 6 devices and there are 8'),
+    ('data=16', 'needs 16 devices'),
+    ('data=-1,fsdp=-1', 'two sizes of -1'),
+    ('rows=2', 'is not axis=size'),
+    ('data=0', 'is not axis=size'),
+    ('data=2,data=4', 'given twice'),
+    ('', 'is not axis=size'),
+  ],
+)
+def test_a_mesh_that_cannot_be_is_refused(spec, fault):
+  with pytest.raises(ValueError, match=fault):
+    sharding.make_mesh(spec)
+
+
+def test_mesh_axes_are_auto_and_minus_one_takes_the_rest():
+  mesh = sharding.make_mesh('tensor=2,data=-1')
+  assert dict(mesh.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
+  assert {str(t) for t in mesh.axis_types} == {'Auto'}
+  assert sharding.row_shards(mesh) == 4
