@@ -101,7 +101,7 @@ def learn(context, flags):
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     flags.warm_start_learning_rate,
-    50,
+    min(50, flags.warm_start_max_steps // 4),
     flags.warm_start_max_steps,
     0.1 * flags.warm_start_learning_rate,
   )

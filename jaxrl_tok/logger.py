@@ -29,6 +29,14 @@ def duration(seconds: float) -> str:
   return f'{head}:{seconds % 60:02d}'
 
 
+def _stays(row: dict, step: int) -> bool:
+  """Whether a resume from `step` keeps a row. A warm start counts steps of
+  its own; what was said 'after' the run is said again."""
+  if row.get('phase') == 'warm_start':
+    return True
+  return row['step'] <= step and row.get('split') != 'after'
+
+
 def trim_jsonl(path: Path, step: int) -> None:
   """Drops the rows after a step, and an unfinished last line: a resumed run
   writes them again."""
@@ -39,7 +47,7 @@ def trim_jsonl(path: Path, step: int) -> None:
   lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
   for line in lines:
     with contextlib.suppress(json.JSONDecodeError):
-      if json.loads(line)['step'] <= step:
+      if _stays(json.loads(line), step):
         kept.append(line + '\n')
   part = path.with_suffix('.partial')
   part.write_text(''.join(kept), encoding='utf-8')

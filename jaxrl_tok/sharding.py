@@ -147,6 +147,16 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain(x: jax.Array, *spec) -> jax.Array:
+  """Says inside jit how x lies on the mesh; axes that do not divide a
+  dimension are dropped. Without a mesh it does nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  fitted = _fit(PartitionSpec(*spec), x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, fitted)
+
+
 def gathered_for_rollout(params, rules):
   """Undoes the fsdp split of params inside jit, once, before a token loop.
 

@@ -48,7 +48,7 @@ N = len(TOKENS)
 
 def rollout_of(index):
   """Rollout of the groups index [C, G] of sequences."""
-  C, G = index.shape
+  C = len(index)
   flat = index.reshape(-1)
   prompts = Prompts(np.full((C, 2), 1, np.int32), np.full((C,), 2, np.int32))
   tokens, mask = jnp.asarray(TOKENS[flat]), jnp.asarray(MASK[flat])

@@ -297,3 +297,17 @@ def test_a_terminal_gets_a_live_line_with_an_eta():
 )
 def test_duration(seconds, text):
   assert duration(seconds) == text
+
+
+def test_a_resume_keeps_the_warm_start_and_says_after_again(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  rows = [
+    {'step': 40, 'phase': 'warm_start'},
+    {'step': 2, 'split': 'before'},
+    {'step': 2, 'split': 'after'},
+    {'step': 3, 'phase': 'train'},
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  trim_jsonl(path, 2)
+  kept = [json.loads(line) for line in path.read_text().splitlines()]
+  assert kept == rows[:2]

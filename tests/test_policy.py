@@ -1,4 +1,4 @@
-"""Evaluating: encode once and extend is the plain decoder; chunks and memory."""
+"""Encode once and extend is the plain decoder; chunks; memory."""
 
 import re
 

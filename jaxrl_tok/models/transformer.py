@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxrl_tok.models import attention
-from jaxrl_tok.sharding import constrain_rows
+from jaxrl_tok.sharding import constrain, constrain_rows
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 
@@ -200,8 +200,11 @@ class Transformer(nn.Module):
 
   def _run(self, tokens, positions, prefix, caches, at):
     """Embeds tokens [R, t] at positions [R, t] and runs the blocks."""
-    x = self.embed().astype(self.dtype)[tokens]
-    x = constrain_rows(x)
+    # rows are looked up in a table that is whole along D: split over fsdp, the
+    # partitioner could bring the result to the rows' devices only by copying
+    # all of it to every device
+    table = constrain(self.embed().astype(self.dtype), 'tensor', None)
+    x = constrain_rows(table[tokens])
     # one set of angles for all layers, broadcast over heads
     rope = attention.rope_angles(
       positions[:, None], self.config.head_dim, self.config.rope_theta

@@ -1,0 +1,85 @@
+"""What is saved comes back bitwise; what cannot be resumed is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CONFIG, changed
+
+from jaxrl_tok import advantages, algorithms, checkpoint, sharding
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.update import init_state
+
+ALGORITHM = algorithms.reinforce(advantages.ema(), kl='reverse', beta=0.1)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+POLICY = make_policy(changed(CONFIG, num_layers=1))
+
+
+def born(spec, optimizer=OPTIMIZER, policy=POLICY):
+  mesh = sharding.make_mesh(spec)
+
+  def make(key):
+    state = init_state(ALGORITHM, optimizer, policy.init(key), key)
+    return state.replace(step=jnp.int32(4))
+
+  rules = policy.partition_rules
+  return sharding.born_sharded(make, mesh, rules, jax.random.key(2))[0]
+
+
+@pytest.fixture
+def state():
+  return born('data=2,fsdp=2,tensor=2')
+
+
+def plain(state):
+  state = state.replace(key=jax.random.key_data(state.key))
+  return jax.device_get(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize('spec', ['data=2,fsdp=2,tensor=2', 'data=8'])
+def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
+  progress = {'step': 4, 'position': 77, 'eval_reward': 0.1, 'best': None}
+  with checkpoint.open_checkpoints(tmp_path, 2) as manager:
+    checkpoint.save(manager, state, progress, {'seed': 3})
+    manager.wait_until_finished()
+    like = jax.tree.map(lambda x: x, born(spec))
+    found, meta = checkpoint.restore(manager, 4, like)
+  assert meta['progress'] == progress
+  assert meta['flags'] == {'seed': 3}
+  for a, b in zip(plain(found), plain(state)):
+    np.testing.assert_array_equal(a, b)
+    assert a.dtype == b.dtype
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+    assert a.sharding == b.sharding
+  np.testing.assert_array_equal(
+    jax.random.uniform(found.key), jax.random.uniform(state.key)
+  )
+
+
+def test_keeps_the_newest_and_finds_them(tmp_path, state):
+  with checkpoint.open_checkpoints(tmp_path, 2) as manager:
+    assert checkpoint.choose_step(manager, 'auto') is None
+    with pytest.raises(ValueError, match=r'no checkpoint of step 3 .*none'):
+      checkpoint.choose_step(manager, '3')
+    for step in (1, 2, 3):
+      checkpoint.save(manager, state.replace(step=jnp.int32(step)), {}, {})
+    manager.wait_until_finished()
+    assert sorted(manager.all_steps()) == [2, 3]
+    assert checkpoint.choose_step(manager, 'auto') == 3
+    assert checkpoint.choose_step(manager, '2') == 2
+    with pytest.raises(ValueError, match='there are: 2, 3'):
+      checkpoint.choose_step(manager, '1')
+    with pytest.raises(RuntimeError, match='was not saved'):
+      checkpoint.save(manager, state.replace(step=jnp.int32(2)), {}, {})
+
+
+def test_another_optimizer_or_model_is_refused(tmp_path, state):
+  wider = make_policy(changed(CONFIG, num_layers=1, d_ff=24))
+  with checkpoint.open_checkpoints(tmp_path, 1) as manager:
+    checkpoint.save(manager, state, {}, {})
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match=r'opt_state.*resume with the flags'):
+      checkpoint.restore(manager, 4, born('data=8', optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r'mlp/down float32\[20, 16\]'):
+      checkpoint.restore(manager, 4, born('data=8', policy=wider))
