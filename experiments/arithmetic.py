@@ -25,7 +25,7 @@ class TaskFlags:
   digits: int = 2
   """Digits of each operand."""
   num_problems: int = 20_000
-  """Training problems at most; fewer where fewer exist."""
+  """Training problems."""
   reward: Literal['exact', 'digits'] = 'exact'
   """exact: 1 for the right answer; digits: a share for each right token."""
 
@@ -95,8 +95,6 @@ def check(flags: Flags) -> None:
   task, T = flags.task, flags.sampling.max_completion_length
   if not 1 <= task.digits <= 9:
     flag_layer.fail(f'--digits {task.digits} must be in 1..9')
-  if task.num_problems < 1:
-    flag_layer.fail(f'--num_problems {task.num_problems} must be at least 1')
   if task.digits + 2 > T:
     flag_layer.fail(
       f'--max_completion_length {T} cannot hold an answer of '

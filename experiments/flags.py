@@ -237,28 +237,46 @@ def _tyro(defaults, prog, argv, description):
     fail(f'{words}; --help lists the flags')
 
 
-AT_LEAST_ONE = (
-  'num_prompts',
-  'num_generations',
-  'max_prompt_length',
-  'max_completion_length',
-  'max_steps',
-  'eval_prompts',
-  'keep',
-  *SizeFlags.__dataclass_fields__,
-  'warm_start_max_steps',
-  'warm_start_batch_size',
-  'warm_start_check_every',
-)
+def _ranges() -> dict[str, tuple]:
+  """{flag: (whether a value is fine, what it must be)}."""
+  rules = (
+    (
+      lambda x: x >= 1,
+      'at least 1',
+      'num_prompts num_generations max_prompt_length max_completion_length '
+      'max_steps eval_prompts keep num_problems d_model num_layers num_heads '
+      'num_kv_heads d_ff warm_start_max_steps warm_start_batch_size '
+      'warm_start_check_every',
+    ),
+    (
+      lambda x: x > 0,
+      'above 0',
+      'temperature learning_rate max_grad_norm warm_start_learning_rate',
+    ),
+    (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
+    (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma warm_start_stop_at'),
+    (lambda x: 0 <= x < 1, 'in [0, 1)', 'ema_decay adam_b2'),
+    (
+      lambda x: x >= 0,
+      '0 or more',
+      'top_k beta micro_batch eval_every save_every patience seed '
+      'lr_warmup_steps weight_decay',
+    ),
+  )
+  return {
+    name: (fine, said) for fine, said, names in rules for name in names.split()
+  }
 
 
 def check_numbers(flags) -> None:
-  """Counts are 1 or more and numbers finite, in whatever group."""
+  """Numbers are finite and in their range, in whatever group they are."""
+  ranges = _ranges()
   for name, value in flat(flags).items():
     if isinstance(value, float) and not math.isfinite(value):
       raise FlagError(f'--{name} {value} must be a finite number')
-    if name in AT_LEAST_ONE and value is not None and value < 1:
-      raise FlagError(f'--{name} {value} must be at least 1')
+    fine, said = ranges.get(name, (lambda x: True, ''))
+    if value is not None and not fine(value):
+      raise FlagError(f'--{name} {value} must be {said}')
 
 
 def check(
@@ -267,57 +285,8 @@ def check(
   sampling: SamplingFlags,
   algorithm: AlgorithmFlags,
 ) -> None:
-  """Everything that can be refused without jax. Raises FlagError."""
+  """Flags that must fit each other, and words. Raises FlagError."""
   C, G = sampling.num_prompts, sampling.num_generations
-  limits = (
-    (
-      '--temperature',
-      sampling.temperature,
-      sampling.temperature > 0,
-      'above 0',
-    ),
-    ('--top_p', sampling.top_p, 0 < sampling.top_p <= 1, 'in (0, 1]'),
-    ('--min_p', sampling.min_p, 0 <= sampling.min_p <= 1, 'in [0, 1]'),
-    ('--top_k', sampling.top_k, sampling.top_k >= 0, '0 (all) or more'),
-    ('--gamma', algorithm.gamma, 0 <= algorithm.gamma <= 1, 'in [0, 1]'),
-    ('--beta', algorithm.beta, algorithm.beta >= 0, '0 or more'),
-    (
-      '--ema_decay',
-      algorithm.ema_decay,
-      0 <= algorithm.ema_decay < 1,
-      'in [0, 1)',
-    ),
-    (
-      '--learning_rate',
-      algorithm.learning_rate,
-      algorithm.learning_rate > 0,
-      'above 0',
-    ),
-    (
-      '--max_grad_norm',
-      algorithm.max_grad_norm,
-      algorithm.max_grad_norm > 0,
-      'above 0',
-    ),
-    (
-      '--micro_batch',
-      model.micro_batch,
-      model.micro_batch >= 0,
-      '0 (all) or more',
-    ),
-    ('--eval_every', run.eval_every, run.eval_every >= 0, '0 (never) or more'),
-    (
-      '--save_every',
-      run.save_every,
-      run.save_every >= 0,
-      '0 (at the end) or more',
-    ),
-    ('--patience', run.patience, run.patience >= 0, '0 (never) or more'),
-    ('--seed', run.seed, run.seed >= 0, '0 or more'),
-  )
-  for name, value, fine, range_ in limits:
-    if not fine:
-      raise FlagError(f'{name} {value} must be {range_}')
   if algorithm.baseline == 'leave_one_out' and G < 2:
     raise FlagError(
       'leave_one_out needs 2 samples a prompt; pass --num_generations 2 or '

@@ -56,6 +56,7 @@ class Experiment(NamedTuple):
   reward_functions: list
   judge_functions: list  # of the held-out evaluation
   data: str  # in words
+  reward_weights: list | None = None  # 1 each by default
   # Context -> params: supervised, when no --model is given
   warm_start: Callable | None = None
 
@@ -76,8 +77,9 @@ class Context(NamedTuple):
   def decode(self, ids: list[list[int]]) -> list[str]:
     return data.decode_all(self.model.tokenizer, ids)
 
-  def scorer(self, functions) -> Callable:
-    return rewards.make_scorer(functions, self.decode, self.model.end_tokens)
+  def scorer(self, functions, weights=None) -> Callable:
+    ends = self.model.end_tokens
+    return rewards.make_scorer(functions, self.decode, ends, weights)
 
 
 def check_devices(flags, mesh) -> None:
@@ -275,7 +277,9 @@ def compile_parts(
     )
   return train.Parts(
     **compiled,
-    score=context.scorer(experiment.reward_functions),
+    score=context.scorer(
+      experiment.reward_functions, experiment.reward_weights
+    ),
     judge=context.scorer(experiment.judge_functions),
     decode=context.decode,
   )

@@ -304,7 +304,8 @@ def write_report(
   title: str = 'Training report',
   summary: dict | None = None,
 ) -> Path:
-  """Writes run_dir/report.html from the files of the run and returns its path.
+  """Writes run_dir/report.html from the files of the run and returns its path;
+  its first figure also stands alone in reward.svg.
 
   `summary` maps a label to a text, shown as cards in that order; without one
   the cards are read off the metrics. Missing files leave a line in their place.
@@ -312,12 +313,12 @@ def write_report(
   run_dir = Path(run_dir)
   metrics = list(read_rows(run_dir / 'metrics.jsonl'))
   samples = read_samples(run_dir / 'samples.jsonl')
+  recorded = any('reward' in row or 'eval/reward' in row for row in metrics)
+  drawn = reward_curve_svg(metrics) if recorded else None
   page = template().render(
     title=title,
     cards=headline(metrics) if summary is None else summary,
-    reward=Markup(reward_curve_svg(metrics))
-    if any('reward' in row or 'eval/reward' in row for row in metrics)
-    else None,
+    reward=drawn and Markup(drawn),
     panels=panels(metrics),
     times=time_split(metrics),
     pairs=greedy_pairs(samples),
@@ -329,8 +330,14 @@ def write_report(
       if (text := read_text(run_dir / name))
     ],
   )
-  path = run_dir / 'report.html'
-  part = run_dir / f'.report.{os.getpid()}.html'
-  part.write_text(page, encoding='utf-8', errors='replace')
+  if drawn:
+    replace(run_dir / 'reward.svg', drawn)
+  return replace(run_dir / 'report.html', page)
+
+
+def replace(path: Path, text: str) -> Path:
+  """Writes a file that is never seen half-written."""
+  part = path.with_name(f'.{path.name}.{os.getpid()}')
+  part.write_text(text, encoding='utf-8', errors='replace')
   os.replace(part, path)
   return path

@@ -98,6 +98,7 @@ def test_a_run_leaves_what_it_promises(whole):
     'samples.jsonl',
     'checkpoints',
     'report.html',
+    'reward.svg',
     'export',
   }
   assert summary['steps'] == '6'
