@@ -6,11 +6,12 @@ A tiny decoder is warm-started by supervision until it is right on some of the
 held-out problems, and then learns the rest from reward alone: 1 for an exact
 answer, 0 otherwise (--reward digits: one reward for every token).
 
-TIME-AND-NUMBERS
+TIME_AND_NUMBERS
 """
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Literal
 
 from experiments import flags as flag_layer
@@ -26,6 +27,8 @@ class TaskFlags:
   """Digits of each operand."""
   num_problems: int = 20_000
   """Training problems."""
+  data: str | None = None
+  """A jsonl of {"prompt", "answer"} to learn instead; its end is held out."""
   reward: Literal['exact', 'digits'] = 'exact'
   """exact: 1 for the right answer; digits: a share for each right token."""
 
@@ -90,36 +93,63 @@ def problems(
   return train, list(held_out.values())
 
 
-def check(flags: Flags) -> None:
+def from_file(path: str, num_held_out: int) -> tuple[list[dict], list[dict]]:
+  """(training, held-out) records of a jsonl; the last fifth at most is held
+  out. Raises ValueError, naming the record, where one cannot be used."""
+  from jaxrl_tok import data
+
+  records = data.read_jsonl(path)
+  for i, record in enumerate(records, 1):
+    if not isinstance(record.get('answer'), str):
+      raise ValueError(f'{path}: record {i} has no "answer" that is text')
+  held_out = min(num_held_out, len(records) // 5)
+  if not held_out:
+    raise ValueError(
+      f'{path} has {len(records)} records; give 5 or more, so that some can '
+      'be held out'
+    )
+  return records[:-held_out], records[-held_out:]
+
+
+def load(flags: Flags):
+  """(flags with a completion length, training and held-out records, and what
+  they are in words). Raises ValueError."""
+  task, number = flags.task, flags.run.eval_prompts
+  if task.data is None:
+    train, held_out = problems(task.digits, task.num_problems, number)
+    words = (
+      f'{len(train):,} generated additions and subtractions of '
+      f'{task.digits}-digit numbers; {len(held_out)} others held out'
+    )
+  else:
+    train, held_out = from_file(task.data, number)
+    words = f'{task.data}: {len(train):,} records; {len(held_out)} held out'
+  answers = [record['answer'] for record in train + held_out]
+  flags = flag_layer.fit_completion_length(flags, answers)
+  return flags, train, held_out, words
+
+
+def check(task: TaskFlags) -> None:
   """What only this experiment can refuse."""
-  task, T = flags.task, flags.sampling.max_completion_length
   if not 1 <= task.digits <= 9:
     flag_layer.fail(f'--digits {task.digits} must be in 1..9')
-  if task.digits + 2 > T:
-    flag_layer.fail(
-      f'--max_completion_length {T} cannot hold an answer of '
-      f'{task.digits + 1} digits and the end; pass '
-      f'--max_completion_length {task.digits + 2}'
-    )
+  if task.data is not None and not Path(task.data).is_file():
+    flag_layer.fail(f'--data {task.data} is no file')
 
 
 def main(argv=None) -> dict:
   flags = flag_layer.parse(
     DEFAULTS, 'python -m experiments.arithmetic', argv, __doc__
   )
-  if flags.sampling.max_completion_length is None:
-    length = flags.task.digits + 2  # the answer's places and the end token
-    sampling = dataclasses.replace(flags.sampling, max_completion_length=length)
-    flags = dataclasses.replace(flags, sampling=sampling)
-  check(flags)
+  check(flags.task)
 
   from experiments import launch, warm_start
   from jaxrl_tok import data, rewards
 
-  task = flags.task
-  train, held_out = problems(
-    task.digits, task.num_problems, flags.run.eval_prompts
-  )
+  try:
+    flags, train, held_out, words = load(flags)
+  except ValueError as e:
+    flag_layer.fail(e)
   functions = {'exact': rewards.exact_match, 'digits': rewards.digits}
   return launch.run(
     launch.Experiment(
@@ -128,12 +158,9 @@ def main(argv=None) -> dict:
       tokenizer=data.byte_tokenizer,
       train_records=train,
       held_out_records=held_out,
-      reward_functions=[functions[task.reward]],
+      reward_functions=[functions[flags.task.reward]],
       judge_functions=[rewards.exact_match],
-      data=(
-        f'{len(train):,} generated additions and subtractions of '
-        f'{task.digits}-digit numbers; {len(held_out)} others held out'
-      ),
+      data=words,
       warm_start=lambda context: warm_start.warm_start(
         context, flags.warm_start
       ),

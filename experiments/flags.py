@@ -321,6 +321,23 @@ def check(
     )
 
 
+def fit_completion_length(flags, answers: list[str]):
+  """flags with a max_completion_length that holds every answer and its end
+  (bytes are tokens). Raises FlagError where a warm start could not learn an
+  answer in the given one."""
+  need = max(len(answer.encode()) for answer in answers) + 1
+  given = flags.sampling.max_completion_length
+  if given is None:
+    sampling = dataclasses.replace(flags.sampling, max_completion_length=need)
+    return dataclasses.replace(flags, sampling=sampling)
+  if given < need and flags.model.model is None:
+    raise FlagError(
+      f'--max_completion_length {given} cannot hold an answer of {need - 1} '
+      f'tokens and the end; pass --max_completion_length {need}'
+    )
+  return flags
+
+
 def _nearest_micro_batch(wanted: int, C: int, G: int) -> int:
   sizes = [n * G for n in range(1, C + 1) if C % n == 0]
   return min(sizes, key=lambda n: abs(n - wanted))

@@ -285,30 +285,10 @@ def compile_parts(
   )
 
 
-def run(experiment: Experiment) -> dict:
-  """The whole run; returns its summary, {label: text}."""
-  begun = time.monotonic()
-  context = prepare(experiment)
-  f = experiment.flags
-  algorithm = build.make_algorithm(f.algorithm, f.sampling)
-  optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
-
-  def make_state(params=None):
-    return build.make_state(
-      context.policy,
-      algorithm,
-      optimizer,
-      context.mesh,
-      f.run.seed,
-      params,
-      f.algorithm.log_kl,
-    )
-
-  if f.run.print_config:
-    print_config(context, make_state)
-    return {}
-  run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
-  config = train.LoopConfig(
+def loop_config(context: Context) -> train.LoopConfig:
+  """When things happen, from the flags."""
+  f = context.experiment.flags
+  return train.LoopConfig(
     seed=f.run.seed,
     num_prompts=f.sampling.num_prompts,
     max_steps=f.run.max_steps,
@@ -318,58 +298,106 @@ def run(experiment: Experiment) -> dict:
     stop_at_reward=f.run.stop_at_reward,
     patience=f.run.patience,
   )
+
+
+def look(context: Context, parts: train.Parts, state, step: int, split: str):
+  """Greedy held-out completions, recorded as 'before' or 'after'."""
+  found, rows = evaluation.held_out_reward(
+    parts.greedy,
+    parts.judge,
+    state.params,
+    context.held_out,
+    context.rule,
+    context.eval_batch,
+  )
+  at = {'step': step, 'split': split}
+  context.logger.samples([{**at, **row} for row in rows[:SHOWN]])
+  return found, rows
+
+
+def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
+  """Begins, compiles, looks, trains and looks again.
+
+  Returns (context, state, progress, the last look). Must run under
+  jax.set_mesh.
+  """
+  f = context.experiment.flags
   checkpoints = checkpoint.open_checkpoints(run_dir, f.run.keep)
+
+  def save(state, progress):
+    checkpoint.save(
+      checkpoints, state, dataclasses.asdict(progress), flag_layer.flat(f)
+    )
+
+  def make_state(params=None):
+    return new_state(context, algorithm, optimizer, params)
+
+  context, state, progress = begin(context, run_dir, checkpoints, make_state)
+  config, logger = loop_config(context), context.logger
+  parts = compile_parts(context, algorithm, optimizer, config, state)
+  if progress.step == 0:
+    found, _ = look(context, parts, state, 0, 'before')
+    first = found['eval/reward']
+    logger.metrics('eval', 0, found)
+    logger.say(f'held-out reward before: {first:.3f}')
+    progress = dataclasses.replace(progress, first_reward=first)
+  try:
+    state, progress, reason = train.train(
+      state,
+      progress,
+      parts,
+      config,
+      context.data,
+      context.held_out,
+      context.rule,
+      logger,
+      save,
+      schedule,
+    )
+  except train.Interrupted as e:
+    logger.say(f'{e}; go on with --output_dir {run_dir} --resume auto')
+    logger.close()
+    raise SystemExit(75) from None
+  finally:
+    checkpoints.close()  # waits until the last one is on disk
+  logger.say(f'stopped at step {progress.step}: {reason}')
+  return (
+    context,
+    state,
+    progress,
+    look(context, parts, state, progress.step, 'after'),
+  )
+
+
+def new_state(context: Context, algorithm, optimizer, params=None):
+  """TrainState around params; None: random ones."""
+  f = context.experiment.flags
+  return build.make_state(
+    context.policy,
+    algorithm,
+    optimizer,
+    context.mesh,
+    f.run.seed,
+    params,
+    f.algorithm.log_kl,
+  )
+
+
+def run(experiment: Experiment) -> dict:
+  """The whole run; returns its summary, {label: text}."""
+  begun = time.monotonic()
+  context = prepare(experiment)
+  f = experiment.flags
+  algorithm = build.make_algorithm(f.algorithm, f.sampling)
+  optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
+  if f.run.print_config:
+    print_config(context, lambda: new_state(context, algorithm, optimizer))
+    return {}
+  run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
   with jax.set_mesh(context.mesh):
-    context, state, progress = begin(context, run_dir, checkpoints, make_state)
-    parts = compile_parts(context, algorithm, optimizer, config, state)
-    logger = context.logger
-
-    def held_out(state, progress, split):
-      found, rows = evaluation.held_out_reward(
-        parts.greedy,
-        parts.judge,
-        state.params,
-        context.held_out,
-        context.rule,
-        config.eval_batch,
-      )
-      at = {'step': progress.step, 'split': split}
-      logger.samples([{**at, **row} for row in rows[:SHOWN]])
-      return found, rows
-
-    def save(state, progress):
-      checkpoint.save(
-        checkpoints, state, dataclasses.asdict(progress), flag_layer.flat(f)
-      )
-
-    if progress.step == 0:
-      found, _ = held_out(state, progress, 'before')
-      logger.metrics('eval', 0, found)
-      logger.say(f'held-out reward before: {found["eval/reward"]:.3f}')
-      progress = dataclasses.replace(
-        progress, first_reward=found['eval/reward']
-      )
-    try:
-      state, progress, reason = train.train(
-        state,
-        progress,
-        parts,
-        config,
-        context.data,
-        context.held_out,
-        context.rule,
-        logger,
-        save,
-        schedule,
-      )
-    except train.Interrupted as e:
-      checkpoints.close()
-      logger.say(f'{e}; go on with --output_dir {run_dir} --resume auto')
-      logger.close()
-      raise SystemExit(75) from None
-    logger.say(f'stopped at step {progress.step}: {reason}')
-    found, rows = held_out(state, progress, 'after')
-  checkpoints.close()
+    context, state, progress, (found, rows) = learn(
+      context, run_dir, algorithm, optimizer, schedule
+    )
   summary = {
     'held-out before': f'{progress.first_reward:.1%}',
     'held-out after': f'{found["eval/reward"]:.1%}',

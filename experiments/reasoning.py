@@ -9,7 +9,7 @@ decoder is warm-started by supervision on the task's answers; --model DIR
 starts from a saved policy instead. Held-out problems come from another seed,
 and none of them is trained on.
 
-TIME-AND-NUMBERS
+TIME_AND_NUMBERS
 """
 
 import dataclasses
@@ -51,14 +51,14 @@ class Flags:
 
 DEFAULTS = Flags(
   TaskFlags(),
-  flag_layer.WarmStartFlags(),
+  flag_layer.WarmStartFlags(warm_start_stop_at=0.5, warm_start_check_every=25),
   flag_layer.SizeFlags(),
   flag_layer.RunFlags(max_steps=600),
   flag_layer.ModelFlags(),
   flag_layer.SamplingFlags(
     num_prompts=64, num_generations=8, max_completion_length=None
   ),
-  flag_layer.AlgorithmFlags(learning_rate=1.5e-3, lr_schedule='linear'),
+  flag_layer.AlgorithmFlags(learning_rate=5e-4, lr_schedule='linear'),
 )
 
 
@@ -167,12 +167,7 @@ def prepare(flags: Flags):
       f'{flags.task.task} has problems without one written answer, so there '
       'is nothing to warm-start from; pass --model a saved policy'
     )
-  if flags.sampling.max_completion_length is None:
-    longest = max(len(str(a).encode()) for a in answers)  # bytes are tokens
-    sampling = dataclasses.replace(
-      flags.sampling, max_completion_length=longest + 1
-    )
-    flags = dataclasses.replace(flags, sampling=sampling)
+  flags = flag_layer.fit_completion_length(flags, list(map(str, answers)))
   return flags, datasets[0], train, held_out
 
 

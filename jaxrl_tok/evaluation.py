@@ -81,25 +81,30 @@ def make_drift(policy: Policy, logits_chunk: int | None = None) -> Callable:
 def credit_rows(
   rollout: Rollout, advantage, scores, examples, decode: Callable, prompts=4
 ) -> list[dict]:
-  """samples.jsonl rows of a step's first prompts: each chosen token with its
-  log-prob, reward and advantage. decode: list of ids -> texts."""
-  G = len(scores.completions) // len(examples)
-  count = min(prompts, len(examples)) * G
+  """samples.jsonl rows of the step's prompts with the largest advantages, all
+  their samples: each chosen token with its log-prob, reward and advantage.
+
+  decode: list of ids -> texts.
+  """
+  C = len(examples)
   tokens, mask, logp, advantage = jax.device_get(
     (rollout.tokens, rollout.mask, rollout.logp, advantage)
   )
+  largest = np.abs(advantage).reshape(C, -1).max(axis=1)
   rows = []
-  for b in range(count):
-    chosen = mask[b]
-    rows.append(
-      {
-        **describe(examples[b // G]),
-        'completion': scores.completions[b],
-        'reward': float(scores.reward[b].sum()),
-        'tokens': decode([[t] for t in tokens[b][chosen].tolist()]),
-        'logp': logp[b][chosen].tolist(),
-        'rewards': scores.reward[b][chosen].tolist(),
-        'advantage': advantage[b][chosen].tolist(),
-      }
-    )
+  for c in np.argsort(-largest, kind='stable')[:prompts]:
+    G = len(tokens) // C
+    for b in range(c * G, (c + 1) * G):
+      chosen = mask[b]
+      rows.append(
+        {
+          **describe(examples[c]),
+          'completion': scores.completions[b],
+          'reward': float(scores.reward[b].sum()),
+          'tokens': decode([[t] for t in tokens[b][chosen].tolist()]),
+          'logp': logp[b][chosen].tolist(),
+          'rewards': scores.reward[b][chosen].tolist(),
+          'advantage': advantage[b][chosen].tolist(),
+        }
+      )
   return rows

@@ -15,6 +15,7 @@ Progress) is saved together; a resumed run is the run that was not stopped.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -249,6 +250,19 @@ class StepLog:
     self._show(progress.step, '  '.join(said))
 
 
+def _after_step(
+  progress: Progress, prompts: Prompts, rows: int, generated: int
+) -> Progress:
+  C = len(prompts.length)
+  read = int(prompts.length.sum()) * rows // C
+  return dataclasses.replace(
+    progress,
+    step=progress.step + 1,
+    position=progress.position + C,
+    num_tokens=progress.num_tokens + generated + read,
+  )
+
+
 def _after_evaluation(progress: Progress, reward: float) -> Progress:
   best = progress.best_reward
   better = best is None or reward > best
@@ -282,6 +296,14 @@ def train(
   """
   mesh = jax.sharding.get_mesh()
   fold_in = jax.jit(jax.random.fold_in)
+  look = functools.partial(
+    held_out_reward,
+    parts.greedy,
+    parts.judge,
+    held_out=held_out,
+    rule=rule,
+    batch=config.eval_batch,
+  )
   saved = progress.step
   with (
     logger.bar('train', config.max_steps, progress.step) as show,
@@ -308,13 +330,7 @@ def train(
         state, rollout, put_rows(mesh, scores.reward), rule
       )
       generated = int(mask.sum())
-      read = int(prompts.length.sum()) * len(tokens) // config.num_prompts
-      progress = dataclasses.replace(
-        progress,
-        step=step + 1,
-        position=progress.position + config.num_prompts,
-        num_tokens=progress.num_tokens + generated + read,
-      )
+      progress = _after_step(progress, prompts, len(tokens), generated)
       rate = {'learning_rate': float(learning_rate(step))}
       due = config.eval_every and progress.step % config.eval_every == 0
       due = due or progress.step == config.max_steps
@@ -323,28 +339,20 @@ def train(
       log.hold(progress, generated, metrics, scores.metrics, rate)
       if due:
         log.flush()
-        found, _ = held_out_reward(
-          parts.greedy,
-          parts.judge,
-          state.params,
-          held_out,
-          rule,
-          config.eval_batch,
-        )
-        logger.metrics('eval', progress.step, found)
+        found, _ = look(state.params)
         rows = credit_rows(rollout, advantage, scores, examples, parts.decode)
         at = {'step': progress.step, 'split': 'train'}
         logger.samples([{**at, **row} for row in rows])
         progress = _after_evaluation(progress, found['eval/reward'])
         log.restart()
-      if asked() or (
-        config.save_every and progress.step % config.save_every == 0
-      ):
+      stop = asked()
+      every = config.save_every
+      if stop or (every and progress.step % every == 0):
         log.flush()
         save(state, progress)
         saved = progress.step
         log.restart()
-      if asked():
+      if stop:
         raise Interrupted(f'stopped by a signal after step {progress.step}')
     log.flush()
   if progress.step != saved:

@@ -271,16 +271,21 @@ def test_a_model_that_is_no_directory_is_refused(capsys, tmp_path):
   parse('--model', str(tmp_path))
 
 
-def test_a_completion_that_cannot_hold_an_answer_is_refused(capsys):
+def test_what_cannot_hold_an_answer_is_refused(capsys):
   def start(*argv):
-    arithmetic.check(parse(*argv))
+    return arithmetic.load(parse(*argv))[0].sampling
 
-  argv = ('--digits', '3', '--max_completion_length')
-  line = the_line(capsys, start, *argv, '4')
-  assert line.endswith('pass --max_completion_length 5')
-  start(*argv, '5')
+  argv = ('--digits', '3', '--num_problems', '50', '--max_completion_length')
+  with pytest.raises(ValueError, match='pass --max_completion_length 5$'):
+    start(*argv, '4')
+  assert start(*argv, '5').max_completion_length == 5
+  assert start(*argv[:-1]).max_completion_length == 5
+
+  def check(*argv):
+    arithmetic.check(parse(*argv).task)
+
   for digits in ('0', '10'):
-    line = the_line(capsys, start, *argv, '20', '--digits', digits)
+    line = the_line(capsys, check, '--digits', digits)
     assert f'--digits {digits} must be in 1..9' in line
 
 

@@ -556,6 +556,31 @@ def test_an_end_id_beyond_the_vocabulary_is_named(copy):
   assert f'end token {V} is beyond the {V} rows' in said
 
 
+@pytest.mark.parametrize(
+  ('fields', 'fact'),
+  [
+    ({'eos_token_id': [257], 'pad_token_id': 999}, 'pad token 999 is beyond'),
+    ({'eos_token_id': [], 'pad_token_id': 256}, 'no end token'),
+  ],
+)
+def test_special_ids_that_cannot_be_are_named(copy, fields, fact):
+  (copy / 'generation_config.json').write_text(json.dumps(fields))
+  assert fact in fault(copy)
+
+
+def test_a_config_that_is_no_object_is_named(copy):
+  (copy / 'config.json').write_text('[1]')
+  assert 'a list, not an object' in fault(copy)
+
+
+def test_a_killed_save_leaves_nothing_behind(tmp_path):
+  stale = tmp_path / 'policy.partial'
+  stale.mkdir()
+  (stale / 'pytorch_model.bin').write_text('stale')
+  out = save(tmp_path / 'policy', PLAIN, random_params(PLAIN), (257,), 256)
+  assert not (out / 'pytorch_model.bin').exists()
+
+
 def test_several_end_ids_survive(tmp_path):
   out = save(tmp_path / 'policy', PLAIN, random_params(PLAIN), (5, 257), 5)
   loaded = hf.load(out, shapes_of)

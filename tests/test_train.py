@@ -266,7 +266,7 @@ def test_a_used_directory_is_refused_and_left_alone(whole, capsys):
     ({'mesh': 'data=3'}, 'needs 3 devices and there are 8'),
     ({'max_prompt_length': 3}, 'more than max_prompt_length 3; pass'),
     ({'model': '/nonexistent'}, 'is no directory'),
-    ({'max_completion_length': 2}, 'cannot hold an answer of 2 digits'),
+    ({'max_completion_length': 2}, 'cannot hold an answer of 2 tokens'),
     ({'d_model': 15}, 'divisible by --num_heads'),
     ({'resume': 'auto', 'd_ff': 24}, 'resume with the flags'),
   ],
@@ -298,6 +298,43 @@ def test_token_rewards_run_end_to_end(cache, tmp_path):
   assert any(len(set(row['advantage'])) > 1 for row in sampled)
   steps = [r for r in rows(out / 'metrics.jsonl') if r['phase'] == 'train']
   assert 'rewards/digits/mean' in steps[0]
+
+
+def test_ones_own_jsonl_is_learnt(cache, tmp_path):
+  file = tmp_path / 'own.jsonl'
+  lines = [
+    json.dumps({'prompt': f'say {c}{c}', 'answer': c, 'note': 1})
+    for c in 'abcdefghijklmnopqrst'
+  ]
+  file.write_text('\n'.join(lines))
+  out = tmp_path / 'run'
+  arithmetic.main(flags(out, data=file, max_steps=1))
+  found = {r['answer'] for r in rows(out / 'samples.jsonl')}
+  assert found <= set('abcdefghijklmnopqrst')
+  assert {r['answer'] for r in rows(out / 'samples.jsonl')} & set('qrst')
+
+
+@pytest.mark.parametrize(
+  ('text', 'fact'),
+  [
+    ('{"prompt": "a", "answer": "b"}\n{"prompt"', 'own.jsonl:2: not JSON'),
+    ('{"prompt": "", "answer": "b"}', 'own.jsonl:1: the prompt is empty'),
+    ('{"prompt": "a"}', 'record 1 has no "answer"'),
+    ('{"prompt": "a", "answer": "b"}', 'give 5 or more'),
+    (None, 'is no file'),
+  ],
+)
+def test_a_bad_jsonl_is_one_line(tmp_path, capsys, text, fact):
+  file, out = tmp_path / 'own.jsonl', tmp_path / 'run'
+  if text is not None:
+    file.write_text(text)
+  with pytest.raises(SystemExit) as stopped:
+    arithmetic.main(flags(out, data=file))
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err.strip()
+  assert fact in said
+  assert '\n' not in said
+  assert not out.exists()
 
 
 # --- the parts of the loop ---------------------------------------------------

@@ -271,6 +271,9 @@ def test_metrics(tiny, run, reward):
   std = R.reshape(4, 3).std(1, ddof=1).mean()
   assert metrics['reward_std'] == pytest.approx(std, abs=1e-5)
   assert metrics['sampler_logp_gap'] < 1e-5
+  stale = tiny.rollout._replace(logp=tiny.rollout.logp.at[5, 0].add(-0.25))
+  _, others, _ = run(stale, reward)
+  assert others['sampler_logp_gap'] == pytest.approx(0.25, abs=1e-4)
   chosen = np.asarray(advantage)[mask]
   assert metrics['advantage_std'] == pytest.approx(chosen.std(), rel=1e-5)
   stats = jax.jit(evaluate, static_argnums=0)(

@@ -9,6 +9,7 @@ README.md                the model card
 
 import json
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -137,7 +138,8 @@ def save(
   entry = families.FAMILIES[family]
   tensors = to_tensors(config, params, entry)
   part = out.with_name(out.name + '.partial')
-  part.mkdir(parents=True, exist_ok=True)
+  shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+  part.mkdir(parents=True)
   save_file(tensors, part / 'model.safetensors', metadata={'format': 'pt'})
   dtype = str(next(iter(tensors.values())).dtype)
   ends = list(map(int, end_tokens))
@@ -172,9 +174,12 @@ def save(
 
 def _read_json(path: Path) -> dict:
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise ValueError(f'{path}: not JSON ({e.msg}, line {e.lineno})') from None
+  if not isinstance(found, dict):
+    raise ValueError(f'{path}: a {type(found).__name__}, not an object')
+  return found
 
 
 def load(directory: str | Path, shapes_of) -> Loaded:
@@ -229,11 +234,12 @@ def load(directory: str | Path, shapes_of) -> Loaded:
     directory, local_files_only=True, trust_remote_code=False
   )
   ends, pad = special_tokens(directory, described, tokenizer)
-  if max(ends) >= config.vocab_size:
-    raise ValueError(
-      f'{directory}: end token {max(ends)} is beyond the {config.vocab_size} '
-      'rows of the model'
-    )
+  for name, ids in (('end', ends), ('pad', (pad,))):
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+      raise ValueError(
+        f'{directory}: {name} token {max(ids)} is beyond the '
+        f'{config.vocab_size} rows of the model'
+      )
   return Loaded(config, params, tokenizer, ends, pad)
 
 
@@ -252,7 +258,7 @@ def special_tokens(directory: Path, described: dict, tokenizer):
 
   ends = first('eos_token_id', tokenizer.eos_token_id)
   ends = tuple(ends) if isinstance(ends, list) else (ends,)
-  if ends == (None,):
+  if not ends or None in ends:
     raise ValueError(
       f'{directory}: no end token in generation_config.json, config.json or '
       'the tokenizer; add eos_token_id'
