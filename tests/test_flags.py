@@ -276,7 +276,7 @@ def test_what_cannot_hold_an_answer_is_refused(capsys):
     return arithmetic.load(parse(*argv))[0].sampling
 
   argv = ('--digits', '3', '--num_problems', '50', '--max_completion_length')
-  with pytest.raises(ValueError, match='pass --max_completion_length 5$'):
+  with pytest.raises(ValueError, match=r'pass --max_completion_length 5$'):
     start(*argv, '4')
   assert start(*argv, '5').max_completion_length == 5
   assert start(*argv[:-1]).max_completion_length == 5
