@@ -340,6 +340,7 @@ def train(
       if due:
         log.flush()
         found, _ = look(state.params)
+        logger.metrics('eval', progress.step, found)
         rows = credit_rows(rollout, advantage, scores, examples, parts.decode)
         at = {'step': progress.step, 'split': 'train'}
         logger.samples([{**at, **row} for row in rows])
