@@ -50,10 +50,10 @@ DEFAULTS = Flags(
   TaskFlags(),
   flag_layer.WarmStartFlags(),
   flag_layer.SizeFlags(),
-  flag_layer.RunFlags(max_steps=800, stop_at_reward=0.97),
+  flag_layer.RunFlags(max_steps=600, stop_at_reward=0.95),
   flag_layer.ModelFlags(),
   flag_layer.SamplingFlags(
-    num_prompts=64, num_generations=8, max_completion_length=None
+    num_prompts=128, num_generations=8, max_completion_length=None
   ),
   flag_layer.AlgorithmFlags(learning_rate=1.5e-3, lr_schedule='linear'),
 )
