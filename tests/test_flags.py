@@ -218,10 +218,11 @@ def test_micro_batch_takes_whole_groups(capsys, C, G, micro, cure):
 
 def test_every_micro_batch_that_fits_is_taken():
   for micro in (0, 4, 8, 12, 24):
-    parse(
+    found = parse(
       *('--num_prompts', '6', '--num_generations', '4'),
       *('--micro_batch', str(micro)),
     )
+    assert found.model.micro_batch == micro
 
 
 @pytest.mark.parametrize(
