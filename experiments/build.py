@@ -3,17 +3,13 @@
 The tables here are the only places where a user's word names a function.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import numpy as np
 import optax
 
 from experiments import flags as flag_layer
 from jaxrl_tok import advantages, algorithms, losses, sharding, update
-from jaxrl_tok.models import hf
-from jaxrl_tok.models.transformer import TransformerConfig, make_policy
+from jaxrl_tok.models import families, hf, lora
 from jaxrl_tok.types import Algorithm, Policy, TrainState
 
 BASELINES = {
@@ -36,53 +32,55 @@ SCHEDULES = {
 }
 
 
-class Model(NamedTuple):
-  """A policy to start from. `params` None: random weights."""
-
-  config: TransformerConfig
-  params: Any
-  tokenizer: Any
-  end_tokens: tuple
-  pad_token: int
-  origin: str
-
-
-def decoder_config(
-  size: flag_layer.SizeFlags, vocab_size: int
-) -> TransformerConfig:
-  """A decoder of the given size that the Qwen2 layout can hold."""
+def random_model(size: flag_layer.SizeFlags, tokenizer) -> hf.Model:
+  """A decoder of the given size in Qwen2's layout, without weights yet."""
   if size.d_model % size.num_heads:
     raise ValueError(
       f'--d_model {size.d_model} must be divisible by --num_heads '
       f'{size.num_heads}'
     )
-  return TransformerConfig(
-    vocab_size=vocab_size,
-    d_model=size.d_model,
-    num_layers=size.num_layers,
-    num_heads=size.num_heads,
-    num_kv_heads=size.num_kv_heads,
-    head_dim=size.d_model // size.num_heads,
-    d_ff=size.d_ff,
-    tie_embeddings=True,
-    qkv_bias=True,
+  described = {
+    'architectures': ['Qwen2ForCausalLM'],
+    'model_type': 'qwen2',
+    'hidden_act': 'silu',
+    'hidden_size': size.d_model,
+    'intermediate_size': size.d_ff,
+    'max_position_embeddings': 32_768,
+    'num_attention_heads': size.num_heads,
+    'num_hidden_layers': size.num_layers,
+    'num_key_value_heads': size.num_kv_heads,
+    'rms_norm_eps': 1e-6,
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 10_000.0},
+    'rope_theta': 10_000.0,
+    'tie_word_embeddings': True,
+    'use_sliding_window': False,
+    'vocab_size': len(tokenizer),
+  }
+  return hf.Model(
+    families.read_config(described),
+    described,
+    tokenizer,
+    (tokenizer.eos_token_id,),
+    tokenizer.pad_token_id,
+    'random weights',
   )
 
 
-def make_model(
-  directory: str | None, size: flag_layer.SizeFlags, tokenizer: Callable
-) -> Model:
-  """The policy saved in a directory, or a random one of the given size."""
-  if directory is None:
-    made = tokenizer()
-    config = decoder_config(size, len(made))
-    ends, pad = (made.eos_token_id,), made.pad_token_id
-    return Model(config, None, made, ends, pad, 'random weights')
+def lora_config(f: flag_layer.ModelFlags) -> lora.LoraConfig | None:
+  """What the flags, or the adapter that they name, say of adapters."""
+  if f.lora_adapter:
+    return lora.load_config(f.lora_adapter)
+  if f.lora_rank:
+    return lora.LoraConfig(f.lora_rank, f.lora_alpha, f.lora_targets)
+  return None
 
-  def shapes(config):
-    return jax.eval_shape(make_policy(config).init, jax.random.key(0))
 
-  return Model(*hf.load(directory, shapes), directory)
+def param_dtype(f: flag_layer.ModelFlags) -> str | None:
+  """Of the parameters that are read; None: as in the file. What is trained is
+  float32 unless asked, what is frozen as it came."""
+  if f.param_dtype != 'auto':
+    return f.param_dtype
+  return None if f.lora_rank or f.lora_adapter else 'float32'
 
 
 def make_optimizer(f: flag_layer.AlgorithmFlags, max_steps: int):
@@ -117,11 +115,13 @@ def make_algorithm(
   )
 
 
-def forbidden_tokens(model: Model) -> np.ndarray | None:
+def forbidden_tokens(model: hf.Model) -> np.ndarray | None:
   """bool [V] of ids that no completion may hold: rows without a token, and
   padding where it ends nothing. None when there are none."""
   V = model.config.vocab_size
-  forbidden = np.arange(V) >= len(model.tokenizer)
+  forbidden = np.ones(V, bool)
+  ids = np.fromiter(model.tokenizer.get_vocab().values(), int)
+  forbidden[ids[ids < V]] = False
   if model.pad_token not in model.end_tokens and model.pad_token < V:
     forbidden[model.pad_token] = True
   return forbidden if forbidden.any() else None
@@ -134,16 +134,31 @@ def make_state(
   mesh,
   seed: int,
   params=None,
+  frozen=None,
   keep_reference: bool = False,
 ) -> TrainState:
-  """TrainState around params (None: random ones), born where it will live."""
+  """TrainState around params (None: random ones) and what is frozen, born
+  where it will live. Takes over what it is given; of ShapeDtypeStructs it
+  makes a state of them."""
   rules, key = policy.partition_rules, jax.random.key(seed)
 
-  def make(params, key):
+  def make(params, frozen, key):
     params = policy.init(key) if params is None else params
-    return update.init_state(algorithm, optimizer, params, key, keep_reference)
+    return update.init_state(
+      algorithm, optimizer, params, key, keep_reference, frozen
+    )
 
-  if params is not None:
-    placed = sharding.tree_shardings(mesh, params, rules)
-    params = jax.device_put(params, placed)
-  return sharding.born_sharded(make, mesh, rules, params, key)[0]
+  given = params, frozen
+  shapes = jax.eval_shape(make, *given, key)
+  placed = sharding.tree_shardings(mesh, shapes, rules)
+  leaves = jax.tree.leaves(given)
+  if leaves and isinstance(leaves[0], jax.ShapeDtypeStruct):
+    return jax.tree.map(
+      lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
+      shapes,
+      placed,
+    )
+  if leaves:
+    given = jax.device_put(given, (placed.params, placed.frozen))
+  make = jax.jit(make, out_shardings=placed, donate_argnums=(0, 1))
+  return make(*given, key)

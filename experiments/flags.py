@@ -19,6 +19,8 @@ from typing import Literal
 
 import tyro
 
+from jaxrl_tok.models import hub
+
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
@@ -44,6 +46,8 @@ class RunFlags:
   """Checkpoints kept."""
   resume: str = 'never'
   """never, auto (go on from the newest checkpoint of output_dir) or a step."""
+  push_to_hub: str | None = None
+  """Upload the trained policy to this repository (token: HF_TOKEN)."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
   """Where metrics go beside metrics.jsonl."""
   print_config: bool = False
@@ -55,7 +59,19 @@ class ModelFlags:
   """The model and the machine."""
 
   model: str | None = None
-  """A saved policy (Hugging Face directory) to start from."""
+  """Hugging Face directory or hub id to start from."""
+  revision: str | None = None
+  """Of the hub id: branch, tag or commit."""
+  param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+  """Of the parameters; auto: float32, what LoRA freezes as in the file."""
+  lora_rank: int = 0
+  """Train adapters of this rank, not the model; 0: the model."""
+  lora_alpha: float = 32.0
+  """Adapters are multiplied by alpha / rank."""
+  lora_targets: tuple[str, ...] = ('all-linear',)
+  """Matrices with an adapter, by the ends of their names."""
+  lora_adapter: str | None = None
+  """PEFT directory to start from; it says rank, alpha and targets."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
   remat: bool = False
@@ -207,7 +223,7 @@ def parse(defaults, prog, argv=None, description=None):
   try:
     check_numbers(flags)
     check(flags.run, flags.model, flags.sampling, flags.algorithm)
-  except ValueError as e:
+  except (ValueError, OSError) as e:
     fail(e)
   return flags
 
@@ -251,7 +267,8 @@ def _ranges() -> dict[str, tuple]:
     (
       lambda x: x > 0,
       'above 0',
-      'temperature learning_rate max_grad_norm warm_start_learning_rate',
+      'temperature learning_rate max_grad_norm warm_start_learning_rate '
+      'lora_alpha',
     ),
     (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
     (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma warm_start_stop_at'),
@@ -260,7 +277,7 @@ def _ranges() -> dict[str, tuple]:
       lambda x: x >= 0,
       '0 or more',
       'top_k beta micro_batch eval_every save_every patience seed '
-      'lr_warmup_steps weight_decay',
+      'lr_warmup_steps weight_decay lora_rank',
     ),
   )
   return {
@@ -314,11 +331,18 @@ def check(
         f'--mesh part {part!r} is not axis=size; '
         'pass --mesh data=-1,fsdp=1,tensor=1'
       )
-  if model.model and not Path(model.model).is_dir():
-    raise FlagError(
-      f'--model {model.model} is no directory; give a saved policy '
-      '(hub ids cannot be loaded yet)'
-    )
+  if (model.lora_rank or model.lora_adapter) and not model.model:
+    raise FlagError('LoRA adapts a model that there is; pass --model')
+  if model.param_dtype != 'auto' and not model.model:
+    raise FlagError('--param_dtype is how a --model is read; pass --model')
+  if model.lora_adapter and not Path(model.lora_adapter).is_dir():
+    raise FlagError(f'--lora_adapter {model.lora_adapter} is no directory')
+  if run.push_to_hub:
+    hub.push_token()
+    if not hub.is_hub_id(run.push_to_hub):
+      raise FlagError(f'--push_to_hub {run.push_to_hub!r} is no OWNER/NAME')
+  if model.model:  # before jax takes its seconds
+    hub.locate(model.model, model.revision, weights=False)
 
 
 def fit_completion_length(flags, answers: list[str]):

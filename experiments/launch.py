@@ -38,7 +38,7 @@ from jaxrl_tok import (
   train,
 )
 from jaxrl_tok.logger import Logger, duration
-from jaxrl_tok.models import hf
+from jaxrl_tok.models import hf, hub, lora
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig
 
@@ -65,7 +65,7 @@ class Context(NamedTuple):
   """An experiment on this machine: checked, placed, not compiled."""
 
   experiment: Experiment
-  model: build.Model
+  model: hf.Model
   policy: Any
   mesh: Any
   rule: Any
@@ -73,6 +73,7 @@ class Context(NamedTuple):
   held_out: data.PromptSet
   eval_batch: int
   logger: Logger
+  adapter: lora.LoraConfig | None = None
 
   def decode(self, ids: list[list[int]]) -> list[str]:
     return data.decode_all(self.model.tokenizer, ids)
@@ -97,6 +98,23 @@ def check_devices(flags, mesh) -> None:
     )
 
 
+def make_model(flags, tokenizer: Callable) -> hf.Model:
+  """The model that --model names, or a random one of the flags' size."""
+  if flags.model.model is None:
+    return build.random_model(flags.size, tokenizer())
+  return hf.open_model(flags.model.model, flags.model.revision)
+
+
+def check_context(model: hf.Model, P: int, T: int) -> None:
+  """Refuses prompts and completions that do not fit the model's context."""
+  if model.config.max_length < P + T:
+    raise ValueError(
+      f'prompts of {P} and completions of {T} tokens are more than the '
+      f'context of {model.config.max_length}; pass a smaller '
+      '--max_completion_length or shorter prompts'
+    )
+
+
 def prepare(experiment: Experiment) -> Context:
   """Checks all that needs the model, the data or the devices; a fault is one
   line and exit status 2."""
@@ -105,9 +123,7 @@ def prepare(experiment: Experiment) -> Context:
   try:
     mesh = sharding.make_mesh(flags.model.mesh)
     check_devices(flags, mesh)
-    model = build.make_model(
-      flags.model.model, flags.size, experiment.tokenizer
-    )
+    model = make_model(flags, experiment.tokenizer)
     V = model.config.vocab_size
     train_set, held_out = (
       data.tokenize(records, model.tokenizer, V, s.max_prompt_length, name)
@@ -116,6 +132,11 @@ def prepare(experiment: Experiment) -> Context:
         (experiment.held_out_records, 'held-out prompt'),
       )
     )
+    P = max(train_set.tokens.shape[1], held_out.tokens.shape[1])
+    check_context(model, P, s.max_completion_length)
+    adapter = build.lora_config(flags.model)
+    if adapter is not None:
+      lora.targeted(model.config, model.family, adapter.targets)
   except (ValueError, OSError) as e:
     flag_layer.fail(e)
   rule = distribution.make_rule(
@@ -132,6 +153,9 @@ def prepare(experiment: Experiment) -> Context:
     cpu = jax.default_backend() == 'cpu'
     dtype = 'float32' if cpu else 'bfloat16'
   policy = make_policy(model.config, jnp.dtype(dtype), flags.model.remat)
+  if adapter is not None:
+    join = lora.make_join(model.config, model.family, adapter.scale)
+    policy = policy._replace(join=join)
   ways = sharding.row_shards(mesh)
   return Context(
     experiment,
@@ -143,6 +167,7 @@ def prepare(experiment: Experiment) -> Context:
     held_out,
     eval_batch=-(-min(len(held_out.examples), 512) // ways) * ways,
     logger=Logger(speak=jax.process_index() == 0),
+    adapter=adapter,
   )
 
 
@@ -173,7 +198,7 @@ def settings(context: Context) -> dict:
     **flag_layer.flat(context.experiment.flags),
     'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
-    'model_config': dataclasses.asdict(context.model.config),
+    'model_config': context.model.described,
     'data': context.experiment.data,
   }
 
@@ -186,48 +211,97 @@ def write_run_files(context: Context, run_dir: Path) -> None:
   command = shlex.join(['python', '-m', module, *sys.argv[1:]])
   (run_dir / 'command.txt').write_text(command + '\n')
   (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
+  # with it, a checkpoint can be exported when the model has gone
+  with hf.appearing(run_dir / 'model') as part:
+    hf.write_description(part, context.model)
 
 
-def print_config(context: Context, make_state: Callable) -> None:
-  """Every setting, what the state weighs and where each parameter lies."""
+def print_config(context: Context, state) -> None:
+  """Every setting, what the state (of structs) weighs and where each parameter
+  lies."""
   say = context.logger.say
   say(yaml.safe_dump(settings(context), sort_keys=False).rstrip())
-  state = jax.eval_shape(make_state)
-  placed = sharding.tree_shardings(
-    context.mesh, state.params, context.policy.partition_rules
-  )
 
   def weight(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    count = sum(x.size for x in leaves)
+    return f'{count:,} in {sum(x.size * x.dtype.itemsize for x in leaves):,}'
 
-  count = sum(x.size for x in jax.tree.leaves(state.params))
-  say(f'parameters: {count:,} in {weight(state.params):,} bytes')
-  say(f'optimizer state: {weight(state.opt_state):,} bytes')
+  say(f'trained parameters: {weight(state.params)} bytes')
+  if state.frozen is not None:
+    say(f'frozen parameters: {weight(state.frozen)} bytes')
+  say(f'optimizer state: {weight(state.opt_state)} bytes')
   say(f'mesh: {dict(context.mesh.shape)}')
-  leaves = jax.tree_util.tree_leaves_with_path(state.params)
-  for (path, leaf), place in zip(leaves, jax.tree.leaves(placed)):
-    name = sharding.path_name(path)
-    say(f'  {name} {list(leaf.shape)} {tuple(place.spec)}')
+  for tree in state.weights:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      name, spec = sharding.path_name(path), tuple(leaf.sharding.spec)
+      say(f'  {name} {list(leaf.shape)} {leaf.dtype} {spec}')
 
 
-def restore(flags, checkpoints, make_state: Callable):
+def structs(context: Context) -> tuple:
+  """ShapeDtypeStructs of (what is trained, what is frozen)."""
+  model, adapter = context.model, context.adapter
+  dtype = build.param_dtype(context.experiment.flags.model)
+  base = hf.param_structs(model, dtype)
+  if adapter is None:
+    return base, None
+  return jax.eval_shape(lambda: new_adapters(context)), base
+
+
+def new_adapters(context: Context) -> dict:
+  model, adapter = context.model, context.adapter
+  modules = lora.targeted(model.config, model.family, adapter.targets)
+  key = jax.random.key(context.experiment.flags.run.seed)
+  return lora.init(modules, adapter.rank, key)
+
+
+def read_base(context: Context):
+  """The parameters of --model, placed."""
+  dtype = build.param_dtype(context.experiment.flags.model)
+  with context.logger.doing(f'reading {context.model.origin}'):
+    return hf.read_params(context.model, context.mesh, dtype)
+
+
+def first_weights(context: Context) -> tuple:
+  """(what is trained, what is frozen) at step 0; None: random weights."""
+  model, adapter = context.model, context.adapter
+  if model.directory is None:
+    warm_start = context.experiment.warm_start
+    return (warm_start(context) if warm_start else None), None
+  base = read_base(context)
+  if adapter is None:
+    return base, None
+  where = context.experiment.flags.model.lora_adapter
+  if where is None:
+    return jax.jit(lambda: new_adapters(context))(), base
+  try:
+    return lora.load(where, adapter, model.config, model.family), base
+  except (ValueError, OSError) as e:
+    flag_layer.fail(e)
+
+
+def restore(context: Context, checkpoints, make_state: Callable):
   """(state, progress, old flags) that --resume names, None without any."""
-  if flags.run.resume == 'never':
+  resume = context.experiment.flags.run.resume
+  if resume == 'never':
     return None
   try:
-    step = checkpoint.choose_step(checkpoints, flags.run.resume)
+    step = checkpoint.choose_step(checkpoints, resume)
     if step is None:
       return None
-    state, meta = checkpoint.restore(checkpoints, step, make_state())
+    like = make_state(*structs(context))
+    state, meta = checkpoint.restore(checkpoints, step, like)
   except ValueError as e:
     flag_layer.fail(e)
+  if context.adapter is not None:
+    state = state.replace(frozen=read_base(context))
   return state, train.Progress(**meta['progress']), meta['flags']
 
 
 def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   """(context with the run's logger, state, progress)."""
   flags = context.experiment.flags
-  restored = restore(flags, checkpoints, make_state)
+  restored = restore(context, checkpoints, make_state)
   logger = Logger(
     run_dir,
     flags.run.report_to,
@@ -238,15 +312,12 @@ def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   context = context._replace(logger=logger)
   if restored is None:
     write_run_files(context, run_dir)
-    params = context.model.params
-    if params is None and context.experiment.warm_start is not None:
-      params = context.experiment.warm_start(context)
-    return context, make_state(params), train.Progress()
+    return context, make_state(*first_weights(context)), train.Progress()
   state, progress, old = restored
   logger.say(f'resumed from step {progress.step}')
   new = flag_layer.flat(flags)
   for name in sorted(new.keys() & old.keys() - {'resume'}):
-    if new[name] != old[name]:
+    if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
       logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
   return context, state, progress
 
@@ -305,7 +376,7 @@ def look(context: Context, parts: train.Parts, state, step: int, split: str):
   found, rows = evaluation.held_out_reward(
     parts.greedy,
     parts.judge,
-    state.params,
+    state.weights,
     context.held_out,
     context.rule,
     context.eval_batch,
@@ -329,8 +400,8 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
       checkpoints, state, dataclasses.asdict(progress), flag_layer.flat(f)
     )
 
-  def make_state(params=None):
-    return new_state(context, algorithm, optimizer, params)
+  def make_state(params, frozen):
+    return new_state(context, algorithm, optimizer, params, frozen)
 
   context, state, progress = begin(context, run_dir, checkpoints, make_state)
   config, logger = loop_config(context), context.logger
@@ -369,8 +440,8 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
   )
 
 
-def new_state(context: Context, algorithm, optimizer, params=None):
-  """TrainState around params; None: random ones."""
+def new_state(context: Context, algorithm, optimizer, params, frozen):
+  """TrainState around params (None: random ones) and what is frozen."""
   f = context.experiment.flags
   return build.make_state(
     context.policy,
@@ -379,6 +450,7 @@ def new_state(context: Context, algorithm, optimizer, params=None):
     context.mesh,
     f.run.seed,
     params,
+    frozen,
     f.algorithm.log_kl,
   )
 
@@ -391,7 +463,8 @@ def run(experiment: Experiment) -> dict:
   algorithm = build.make_algorithm(f.algorithm, f.sampling)
   optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
   if f.run.print_config:
-    print_config(context, lambda: new_state(context, algorithm, optimizer))
+    state = new_state(context, algorithm, optimizer, *structs(context))
+    print_config(context, state)
     return {}
   run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
   with jax.set_mesh(context.mesh):
@@ -409,26 +482,35 @@ def run(experiment: Experiment) -> dict:
   return summary
 
 
+def export(context: Context, run_dir: Path, state, summary) -> Path:
+  """Writes export/, and for adapters adapter/; uploads where asked."""
+  experiment, model = context.experiment, context.model
+  flags, out = experiment.flags, run_dir / 'export'
+  card = {
+    'title': f'{experiment.name} policy',
+    'base_model': None if model.directory is None else model.origin,
+    'data': experiment.data,
+    'algorithm': flags.algorithm.algorithm,
+    'metrics': summary,
+  }
+  params = state.params
+  if context.adapter is not None:
+    beside = run_dir / 'adapter'
+    lora.save(beside, context.adapter, params, model.family, model.origin)
+    hf.write_card(beside, card, library='peft')
+    params = jax.jit(context.policy.join)(*state.weights)
+  shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
+  hf.save(out, model, params, card)
+  if flags.run.push_to_hub and jax.process_index() == 0:
+    with context.logger.doing(f'uploading to {flags.run.push_to_hub}'):
+      context.logger.say(hub.push(out, flags.run.push_to_hub))
+  return out
+
+
 def finish(context: Context, run_dir: Path, state, rows, summary) -> None:
   """Export, report, and the last words on the console."""
-  experiment, model, logger = context.experiment, context.model, context.logger
-  out = run_dir / 'export'
-  shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
-  hf.save(
-    out,
-    model.config,
-    state.params,
-    model.tokenizer,
-    model.end_tokens,
-    model.pad_token,
-    {
-      'title': f'{experiment.name} policy',
-      'base_model': None if model.params is None else model.origin,
-      'data': experiment.data,
-      'algorithm': experiment.flags.algorithm.algorithm,
-      'metrics': summary,
-    },
-  )
+  experiment, logger = context.experiment, context.logger
+  out = export(context, run_dir, state, summary)
   title = f'{experiment.name}: reinforcement learning on tokens'
   logger.close()
   page = report.write_report(run_dir, title, summary)

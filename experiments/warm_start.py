@@ -36,7 +36,7 @@ def cache_dir(context, flags) -> Path:
     'seed': experiment.flags.run.seed,
     'length': experiment.flags.sampling.max_completion_length,
     'dtype': str(context.policy.dtype),
-    'model': dataclasses.asdict(context.model.config),
+    'model': context.model.described,
     'data': hashlib.sha256(
       json.dumps(
         [experiment.train_records, experiment.held_out_records],
@@ -159,13 +159,9 @@ def learn(context, flags):
 def warm_start(context, flags):
   """Parameters that the warm start ends with, from the cache if it has them."""
   where = cache_dir(context, flags)
-
-  def shapes(config):
-    return jax.eval_shape(context.policy.init, jax.random.key(0))
-
   if flags.cache and where.is_dir():
     try:
-      params = hf.load(where, shapes).params
+      params = hf.read_params(hf.open_model(where), context.mesh)
       context.logger.say(f'warm start from {where} (--no_cache makes it anew)')
       return params
     except (ValueError, OSError) as e:
@@ -178,11 +174,8 @@ def warm_start(context, flags):
     shutil.rmtree(where, ignore_errors=True)
     hf.save(
       where,
-      context.model.config,
+      context.model,
       params,
-      context.model.tokenizer,
-      context.model.end_tokens,
-      context.model.pad_token,
       {'title': 'warm start', 'data': context.experiment.data},
     )
   return params

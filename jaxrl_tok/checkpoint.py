@@ -36,7 +36,11 @@ def _leaves(state) -> dict[str, str]:
 def save(
   manager: ocp.CheckpointManager, state: TrainState, progress: dict, flags: dict
 ) -> None:
-  """Starts writing; `wait` or `close` the manager to be sure of it."""
+  """Starts writing; `wait` or `close` the manager to be sure of it.
+
+  What is frozen is not written: it is where it was read from.
+  """
+  state = state.replace(frozen=None)
   meta = {
     'format': FORMAT,
     'progress': progress,
@@ -74,7 +78,8 @@ def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
 def restore(
   manager: ocp.CheckpointManager, step: int, like: TrainState
 ) -> tuple[TrainState, dict]:
-  """(state, meta) of a step, placed as the state `like` is.
+  """(state, meta) of a step, placed as the state `like` is, but for what is
+  frozen: that is None. `like` may hold ShapeDtypeStructs.
 
   Raises ValueError when the checkpoint's leaves are not those of `like`: it
   was made with another model, optimizer or algorithm.
@@ -87,6 +92,7 @@ def restore(
       f'checkpoint {step} has format {meta["format"]}; this version reads '
       f'{FORMAT}'
     )
+  like = like.replace(frozen=None)
   want, have = _leaves(like), meta['leaves']
   for name in sorted(want.keys() | have.keys()):
     if want.get(name) != have.get(name):

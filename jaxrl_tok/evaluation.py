@@ -24,7 +24,7 @@ def describe(example: dict) -> dict:
 def held_out_reward(
   sample: Callable,
   judge: Callable,
-  params,
+  weights,
   held_out: PromptSet,
   rule: SamplingRule,
   batch: int,
@@ -32,8 +32,8 @@ def held_out_reward(
   """One completion of every held-out prompt, judged.
 
   Args:
-    sample: (params, key, Prompts [batch, P], rule) -> Rollout; greedy, so the
-      key decides nothing.
+    sample: (weights, key, Prompts [batch, P], rule) -> Rollout; greedy, so
+      the key decides nothing.
     judge: (tokens, mask, examples) -> rewards.Scores.
     batch: prompts at a time; the last batch wraps and its excess is dropped.
 
@@ -47,7 +47,7 @@ def held_out_reward(
     index = np.arange(start, start + batch) % n
     real = min(batch, n - start)
     prompts = Prompts(held_out.tokens[index], held_out.length[index])
-    rollout = sample(params, key, put_rows(mesh, prompts), rule)
+    rollout = sample(weights, key, put_rows(mesh, prompts), rule)
     tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
     tokens, mask = tokens[:real], mask[:real]
     examples = [held_out.examples[i] for i in index[:real]]

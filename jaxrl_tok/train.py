@@ -64,9 +64,9 @@ class Progress:
 class Parts(NamedTuple):
   """The step's functions, those of the device compiled."""
 
-  sample: Callable  # (params, key, Prompts, rule) -> Rollout
+  sample: Callable  # (state.weights, key, Prompts, rule) -> Rollout
   update: Callable  # (state, rollout, reward, rule) -> (state, metrics, A)
-  greedy: Callable  # (params, key, Prompts, rule) -> Rollout
+  greedy: Callable  # (state.weights, key, Prompts, rule) -> Rollout
   drift: Callable | None  # (reference, rollout, rule) -> KL
   score: Callable  # (tokens, mask, examples) -> rewards.Scores
   judge: Callable  # the same, for held-out data
@@ -108,8 +108,13 @@ def compile_parts(
   greedy = dataclasses.replace(
     sampler, samples_per_prompt=1, greedy=True, truncate=False
   )
-  sample = make_sampler(policy, sampler)
-  sampled = jax.eval_shape(sample, state.params, state.key, prompts, rule)
+
+  def sampling(config):
+    sample = make_sampler(policy, config)
+    return lambda weights, *args: sample(policy.join(*weights), *args)
+
+  sample = sampling(sampler)
+  sampled = jax.eval_shape(sample, state.weights, state.key, prompts, rule)
   rollout = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), sampled)
   reward = array(*rollout.logp.shape, dtype=np.float32)
   update = make_update(
@@ -120,20 +125,20 @@ def compile_parts(
   jobs = {
     'sample': (
       jax.jit(sample, out_shardings=rows),
-      (state.params, state.key, prompts, rule),
+      (state.weights, state.key, prompts, rule),
     ),
     'update': (
       jax.jit(update, donate_argnums=0, out_shardings=(placed, whole, rows)),
       (state, rollout, reward, rule),
     ),
     'greedy': (
-      jax.jit(make_sampler(policy, greedy), out_shardings=rows),
-      (state.params, state.key, held_out, rule),
+      jax.jit(sampling(greedy), out_shardings=rows),
+      (state.weights, state.key, held_out, rule),
     ),
   }
-  if state.reference is not None and not algorithm.needs_reference:
+  if state.reference_params is not None and not algorithm.needs_reference:
     drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
-    jobs['drift'] = drift, (state.reference, rollout, rule)
+    jobs['drift'] = drift, (state.reference_params, rollout, rule)
 
   def build(job):
     function, args = job
@@ -316,7 +321,7 @@ def train(
         data, config.seed, progress.position, config.num_prompts
       )
       rollout = parts.sample(
-        state.params,
+        state.weights,
         fold_in(state.key, step),
         put_rows(mesh, prompts),
         rule,
@@ -335,11 +340,11 @@ def train(
       due = config.eval_every and progress.step % config.eval_every == 0
       due = due or progress.step == config.max_steps
       if due and parts.drift is not None:
-        metrics['kl'] = parts.drift(state.reference, rollout, rule)
+        metrics['kl'] = parts.drift(state.reference_params, rollout, rule)
       log.hold(progress, generated, metrics, scores.metrics, rate)
       if due:
         log.flush()
-        found, _ = look(state.params)
+        found, _ = look(state.weights)
         logger.metrics('eval', progress.step, found)
         rows = credit_rows(rollout, advantage, scores, examples, parts.decode)
         at = {'step': progress.step, 'split': 'train'}

@@ -94,6 +94,8 @@ class Policy(NamedTuple):
   # (rows, length) -> per layer (k, v), each [B, K, T, H]
   init_cache: Callable
   partition_rules: tuple  # ((path regex, PartitionSpec), ...)
+  # (what is trained, what is frozen) -> the params of the functions above
+  join: Callable
   vocab_size: int
   dtype: Any  # compute dtype; the sampler casts params to it once a rollout
 
@@ -127,3 +129,14 @@ class TrainState:
   key: jax.Array  # never advances: a step's key is fold_in(key, step)
   algorithm: Any  # the algorithm's carry
   reference: Any  # parameters of the reference policy, or None
+  frozen: Any = None  # what no update changes: the base under adapters
+
+  @property
+  def weights(self) -> tuple:
+    """What Policy.join makes the current policy's parameters of."""
+    return self.params, self.frozen
+
+  @property
+  def reference_params(self):
+    """Adapters' reference is their base: no second copy."""
+    return self.reference if self.frozen is None else self.frozen

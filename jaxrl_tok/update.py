@@ -33,17 +33,23 @@ def init_state(
   params,
   key: jax.Array,
   keep_reference: bool = False,
+  frozen=None,
 ) -> TrainState:
   """The state before the first update; the reference is a copy of params,
-  kept where the algorithm needs it or the caller asks."""
-  copied = jax.tree.map(jnp.copy, params)
+  kept where the algorithm needs it or the caller asks. What is `frozen`
+  (Policy.join) is the reference itself."""
+  wanted = algorithm.needs_reference or keep_reference
+  copied = None
+  if wanted and frozen is None:
+    copied = jax.tree.map(jnp.copy, params)
   return TrainState(
     step=jnp.int32(0),
     params=params,
     opt_state=optimizer.init(params),
     key=key,
     algorithm=algorithm.init(),
-    reference=(copied if algorithm.needs_reference or keep_reference else None),
+    reference=copied,
+    frozen=frozen,
   )
 
 
@@ -116,22 +122,21 @@ def make_update(
   (state, metrics, advantage [B, T]), pure; jit it with the state donated."""
 
   def reference_logp(state, rollout, rule):
-    C = rollout.prompts.length.shape[0]
+    C, reference = rollout.prompts.length.shape[0], state.reference_params
     parts = split_groups(rollout, micro_batches, C)
     logp = jax.lax.map(
-      lambda part: (
-        evaluate(policy, state.reference, part, rule, logits_chunk).logp
-      ),
+      lambda part: evaluate(policy, reference, part, rule, logits_chunk).logp,
       parts,
     )  # [parts, B / parts, T]
     T = logp.shape[-1]
     by_prompt = logp.reshape(micro_batches, C // micro_batches, -1, T)
     return merge_rows(by_prompt).reshape(-1, T)
 
-  def weighted_loss(params, trajectory: Trajectory, weight, rule):
+  def weighted_loss(params, frozen, trajectory: Trajectory, weight, rule):
     """A micro-batch's share of the loss, and sums over its tokens."""
     rollout = trajectory.rollout
-    stats = evaluate(policy, params, rollout, rule, logits_chunk)
+    joined = policy.join(params, frozen)
+    stats = evaluate(policy, joined, rollout, rule, logits_chunk)
     rows = trajectory._replace(rollout=rollout._replace(prompts=None))
     loss_BxT, metrics = jax.vmap(algorithm.loss)(stats, rows)
     metrics['entropy'] = stats.entropy
@@ -141,15 +146,15 @@ def make_update(
     gap = masked.fill(jnp.abs(stats.logp - rollout.logp), rollout.mask)
     return masked.total(loss_BxT * weight, rollout.mask), (sums, gap.max())
 
-  def gradient(params, trajectory, weight, rule):
+  def gradient(params, frozen, trajectory, weight, rule):
     grad = jax.value_and_grad(weighted_loss, has_aux=True)
     if micro_batches == 1:
-      return grad(params, trajectory, weight, rule)
+      return grad(params, frozen, trajectory, weight, rule)
     C = trajectory.rollout.prompts.length.shape[0]
     parts = split_groups((trajectory, weight), micro_batches, C)
 
     def step(total, part):
-      outs, grads = grad(params, *part, rule)
+      outs, grads = grad(params, frozen, *part, rule)
       added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
       return added, outs
 
@@ -173,7 +178,7 @@ def make_update(
     trajectory = Trajectory(rollout, scored, advantage, value_target, ref_logp)
     weight = algorithm.aggregate(rollout.mask)
     (loss, (sums, gap)), grads = gradient(
-      state.params, trajectory, weight, rule
+      *state.weights, trajectory, weight, rule
     )
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     tokens = masked.count(rollout.mask)

@@ -18,7 +18,8 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 from jaxrl_tok import distribution
-from jaxrl_tok.models.transformer import TransformerConfig, make_policy
+from jaxrl_tok.models.rope import make_rope
+from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.types import Prompts
@@ -26,13 +27,13 @@ from jaxrl_tok.types import Prompts
 CONFIG = TransformerConfig(
   vocab_size=11,
   d_model=16,
-  num_layers=2,
   num_heads=4,
   num_kv_heads=2,
   head_dim=6,
   d_ff=20,
+  layers=(Layer(make_rope({'rope_theta': 10_000.0}, 6)),) * 2,
   qkv_bias=True,
-  qk_norm=True,
+  qk_norm='head',
 )
 PAD, END, OTHER_END = 0, 10, 9
 

@@ -13,7 +13,7 @@ from jaxrl_tok.update import init_state
 
 ALGORITHM = algorithms.reinforce(advantages.ema(), kl='reverse', beta=0.1)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-POLICY = make_policy(changed(CONFIG, num_layers=1))
+POLICY = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
 
 
 def born(spec, optimizer=OPTIMIZER, policy=POLICY):
@@ -75,7 +75,7 @@ def test_keeps_the_newest_and_finds_them(tmp_path, state):
 
 
 def test_another_optimizer_or_model_is_refused(tmp_path, state):
-  wider = make_policy(changed(CONFIG, num_layers=1, d_ff=24))
+  wider = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], d_ff=24))
   with checkpoint.open_checkpoints(tmp_path, 1) as manager:
     checkpoint.save(manager, state, {}, {})
     manager.wait_until_finished()

@@ -22,7 +22,7 @@ from jaxrl_tok.types import Prompts, Rollout
 from jaxrl_tok.update import init_state, make_update
 
 END, T = 2, 3
-POLICY = make_policy(changed(CONFIG, vocab_size=3, num_layers=1))
+POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))
 RULE = distribution.make_rule(3, [END])
 # hands out the gradient itself: init_state's parameters, g as the "update"
 RECORD = optax.GradientTransformation(

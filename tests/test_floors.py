@@ -30,13 +30,17 @@ FLOORS = {
   'evaluation': 3,
   'train': 4,
 }
-# inside models/: attention <- transformer <- families <- hf
+# inside models/: attention <- transformer <- families <- lora <- hf
 MODEL_FLOORS = {
   '__init__': 0,
   'attention': 0,
+  'rope': 0,
+  'experts': 0,
+  'hub': 0,
   'transformer': 1,
   'families': 2,
-  'hf': 3,
+  'lora': 3,
+  'hf': 4,
 }
 FILES = sorted(PACKAGE.rglob('*.py'))
 

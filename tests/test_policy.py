@@ -146,7 +146,7 @@ def largest_float_array(compiled) -> int:
 def wide(tiny):
   """A vocabulary that dwarfs all else: any [B, T, V] array would show."""
   V, C, G, P, T = 4096, 2, 4, 16, 16
-  config = changed(CONFIG, vocab_size=V, num_layers=1)
+  config = changed(CONFIG, vocab_size=V, layers=CONFIG.layers[:1])
   policy = make_policy(config)
   params = jax.jit(policy.init)(jax.random.key(0))
   sampler = changed(tiny.config, samples_per_prompt=G, max_completion_length=T)

@@ -15,7 +15,7 @@ from jaxrl_tok.update import init_state, make_update
 
 ALGORITHM = algorithms.reinforce(advantages.leave_one_out())
 # sizes that tensor=2 and fsdp=2 divide, an odd vocabulary that they do not
-POLICY = make_policy(changed(CONFIG, num_layers=1, value_head=True))
+POLICY = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], value_head=True))
 RULE = distribution.make_rule(11, [END])
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),

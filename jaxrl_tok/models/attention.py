@@ -1,9 +1,13 @@
-"""Attention of completions to a prompt that they share, and rotary positions.
+"""Attention of completions to a prompt that they share.
 
 Letters beyond types.py's: M = N/K query heads for each key/value head, S keys
 of the completion, t tokens looked at now. Queries are [B, K, M, t, H] and
 keys and values [B, K, S, H]: the layout whose products need no transpose of
 the large side. Softmax is in float32.
+
+Both functions take the same choices: `scale` multiplies the scores, `cap`
+then bounds them (cap * tanh(score / cap)), and a query sees only the `window`
+last keys, its own included. None: no bound, all keys.
 """
 
 import jax
@@ -12,46 +16,43 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite, so that 0 * MASKED is 0
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float):
-  """(cos, sin), each float32 [..., H/2], of int positions [...].
+def capped(scores: jax.Array, cap: float | None) -> jax.Array:
+  """Bounds scores to (-cap, cap). Gemma 2, arXiv:2408.00118."""
+  return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-  angle_j = position * theta^(-2j/H). RoFormer, arXiv:2104.09864.
+
+def sees(query, key, window: int | None) -> jax.Array:
+  """Whether a query at a position sees a key at another, broadcast.
+
+  # window 2, queries down, keys across   1 0 0
+  #                                       1 1 0
+  #                                       0 1 1
   """
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  speed = jnp.expand_dims(theta**-exponent, tuple(range(positions.ndim)))
-  angles = positions[..., None].astype(jnp.float32) * speed
-  return jnp.cos(angles), jnp.sin(angles)
+  seen = key <= query
+  return seen if window is None else seen & (query - key < window)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns the pairs (x_j, x_{j + H/2}) by their angle (the Hugging Face order).
-
-  x [..., H], cos and sin broadcastable to [..., H/2].
-  """
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return turned.astype(x.dtype)
-
-
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, scale, cap=None, window=None):
   """Attention among the tokens of right-padded prompts.
 
   q [C, K, M, P, H], k and v [C, K, P, H] -> [C, K, M, P, H]. Padding is after
   every real token, so the causal mask alone hides it.
   """
-  P = q.shape[3]
+  at = jnp.arange(q.shape[3])
   scores_CKMtP = jnp.einsum(
     'ckmth,ckph->ckmtp', q, k, preferred_element_type=jnp.float32
   )
-  causal_PxP = jnp.tril(jnp.ones((P, P), bool))
+  seen_PxP = sees(at[:, None], at[None], window)
   scores_CKMtP = jnp.where(
-    causal_PxP[None, None, None], scores_CKMtP * q.shape[-1] ** -0.5, MASKED
+    seen_PxP[None, None, None], capped(scores_CKMtP * scale, cap), MASKED
   )
   weights = jax.nn.softmax(scores_CKMtP, axis=-1).astype(v.dtype)
   return jnp.einsum('ckmtp,ckph->ckmth', weights, v)
 
 
-def shared_prefix_attention(q, prefix, prefix_length, suffix, at):
+def shared_prefix_attention(
+  q, prefix, prefix_length, suffix, at, scale, cap=None, window=None
+):
   """One softmax over [prompt | completion], the prompt read once per group.
 
   The G rows of a prompt stand as extra queries in one matrix product with its
@@ -72,7 +73,7 @@ def shared_prefix_attention(q, prefix, prefix_length, suffix, at):
   B, K, M, t, H = q.shape
   C, P, S = kp.shape[0], kp.shape[2], ks.shape[2]
   G = B // C
-  q = q * H**-0.5
+  q = q * scale
   q_CKGMtH = q.reshape(C, G, K, M, t, H).swapaxes(1, 2)
   scores_p = jnp.einsum(
     'ckgmth,ckph->ckgmtp', q_CKGMtH, kp, preferred_element_type=jnp.float32
@@ -80,10 +81,18 @@ def shared_prefix_attention(q, prefix, prefix_length, suffix, at):
   scores_s = jnp.einsum(
     'bkmth,bksh->bkmts', q, ks, preferred_element_type=jnp.float32
   )
-  seen_CxP = jnp.arange(P)[None] < prefix_length[:, None]
-  scores_p = jnp.where(seen_CxP[:, None, None, None, None], scores_p, MASKED)
-  seen_txS = jnp.arange(S)[None] <= at + jnp.arange(t)[:, None]
-  scores_s = jnp.where(seen_txS[None, None, None], scores_s, MASKED)
+  column_t, key_P = at + jnp.arange(t), jnp.arange(P)
+  seen_Cx1xP = (key_P[None] < prefix_length[:, None])[:, None]
+  if window is not None:  # a query's position is its prompt's length + column
+    query_Cxt = prefix_length[:, None] + column_t[None]
+    near = query_Cxt[..., None] - key_P[None, None] < window
+    seen_Cx1xP = seen_Cx1xP & near
+  seen_p = seen_Cx1xP[:, None, None, None]  # over K, G, M
+  scores_p = jnp.where(seen_p, capped(scores_p, cap), MASKED)
+  seen_txS = sees(column_t[:, None], jnp.arange(S)[None], window)
+  scores_s = jnp.where(
+    seen_txS[None, None, None], capped(scores_s, cap), MASKED
+  )
 
   def by_row(x_CKGMt):  # -> [B, K, M, t, ...]: small arrays only
     return x_CKGMt.swapaxes(1, 2).reshape(B, K, *x_CKGMt.shape[3:])

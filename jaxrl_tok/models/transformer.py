@@ -1,4 +1,4 @@
-"""The decoder: RMSNorm, rotary grouped-query attention, SwiGLU, in Linen.
+"""The decoder, in Linen: attention and feed-forward blocks on a residual.
 
 The way of one batch through it:
 
@@ -9,21 +9,38 @@ The way of one batch through it:
    written at the one column `at` (sampling).
 3. `logits` and `value` read hidden states.
 
-Parameters are float32 (or what was loaded); `dtype` is the compute dtype;
-norms, softmax and logits are float32. q/k/v and gate/up are single
-parameters, so that a token costs few, large products.
+Families differ by the values of TransformerConfig, never by code of their
+own. Parameters are float32 (or what was loaded); `dtype` is the compute dtype;
+norms, softmax and logits are float32. q/k/v and gate/up are single parameters,
+so that a token costs few, large products.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.models import attention
+from jaxrl_tok.models import attention, experts, rope
 from jaxrl_tok.sharding import constrain, constrain_rows
 from jaxrl_tok.types import Policy, Prefix, Prompts
+
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """What may differ from one block to the next."""
+
+  rope: rope.Rope | None  # None: this layer does not see positions
+  window: int | None = None  # keys seen, the query's own included; None: all
+  routed: bool = False  # experts in place of the one feed-forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +49,34 @@ class TransformerConfig:
 
   vocab_size: int  # V
   d_model: int  # D
-  num_layers: int  # L
   num_heads: int  # N
   num_kv_heads: int  # K
   head_dim: int  # H
   d_ff: int  # F
-  rope_theta: float = 10_000.0
+  layers: tuple  # of Layer, L of them
+  max_length: int = 32_768  # prompt and completion together
+  learned_positions: bool = False  # max_length of them, added to embeddings
+  embedding_scale: float = 1.0
+  norm: str = 'rms'  # rms, rms_plus_one (x * (1 + scale)) or layer
   norm_eps: float = 1e-6
-  tie_embeddings: bool = False
+  pre_norm: bool = True  # of what goes into attention and feed-forward
+  post_norm: bool = False  # of what comes out of them
+  parallel: bool = False  # both read x, not one after the other
+  qk_norm: str | None = None  # 'head': of each head; 'all': of all together
   qkv_bias: bool = False
-  qk_norm: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  activation: str = 'silu'  # of ACTIVATIONS
+  gated: bool = True  # activation(x gate) * x up; False: activation(x up)
+  attention_scale: float | None = None  # None: 1 / sqrt(H)
+  attention_cap: float | None = None
+  logit_cap: float | None = None
+  num_experts: int = 0  # of each routed layer
+  experts_per_token: int = 0
+  expert_d_ff: int = 0
+  normalize_experts: bool = True  # the chosen ones' weights sum to 1
+  tie_embeddings: bool = False
+  lm_head: bool = True  # False: a classifier, which has no logits
   value_head: bool = False
 
   def __post_init__(self):
@@ -53,17 +88,23 @@ class TransformerConfig:
     if self.head_dim % 2:
       raise ValueError(f'head_dim {self.head_dim} must be even, for RoPE')
 
+  @property
+  def num_layers(self) -> int:
+    return len(self.layers)
+
 
 # Attention splits by key/value head and the feed-forward by F over `tensor`;
 # the other large dimension lies over `fsdp`.
 PARTITION_RULES = (
+  *experts.PARTITION_RULES,
   (r'attention/qkv$', PartitionSpec('fsdp', 'tensor', None, None)),
   (r'attention/qkv_bias$', PartitionSpec('tensor', None, None)),
   (r'attention/out$', PartitionSpec('tensor', None, None, 'fsdp')),
   (r'mlp/gate_up$', PartitionSpec('fsdp', None, 'tensor')),
+  (r'mlp/up$', PartitionSpec('fsdp', 'tensor')),
+  (r'mlp/up_bias$', PartitionSpec('tensor')),
   (r'mlp/down$', PartitionSpec('tensor', 'fsdp')),
-  (r'embed/embedding$', PartitionSpec('tensor', 'fsdp')),
-  (r'head/kernel$', PartitionSpec('fsdp', 'tensor')),
+  (r'(embed|head)/embedding$', PartitionSpec('tensor', 'fsdp')),
 )
 
 
@@ -75,26 +116,47 @@ def fan_in(*axes):
   )
 
 
-class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * scale, in float32. arXiv:1910.07467."""
+class Norm(nn.Module):
+  """Over `axes`, in float32.
 
-  eps: float
+  rms           x / sqrt(mean(x^2) + eps) * scale      arXiv:1910.07467
+  rms_plus_one  the same, times 1 + scale              Gemma
+  layer         (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
+  """
+
+  config: TransformerConfig
+  axes: tuple = (-1,)
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
-    return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(
-      x.dtype
-    )
+    kind, eps = self.config.norm, self.config.norm_eps
+    axes = tuple(a % x.ndim for a in self.axes)
+    shape = tuple(x.shape[a] for a in axes)
+    others = tuple(a for a in range(x.ndim) if a not in axes)
+    zero, one = nn.initializers.zeros, nn.initializers.ones
+
+    def parameter(name, init):
+      return jnp.expand_dims(self.param(name, init, shape), others)
+
+    y = x.astype(jnp.float32)
+    if kind == 'layer':
+      y = y - jnp.mean(y, axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y**2, axes, keepdims=True) + eps)
+    if kind == 'rms_plus_one':
+      y = y * (1 + parameter('scale', zero))
+    else:
+      y = y * parameter('scale', one)
+    if kind == 'layer':
+      y = y + parameter('bias', zero)
+    return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
   config: TransformerConfig
+  layer: Layer
 
   @nn.compact
-  def __call__(self, x, rope, prefix, prefix_length, cache, at):
+  def __call__(self, x, angles, prefix, prefix_length, cache, at):
     """x [B, t, D] -> (out [B, t, D], this layer's (k, v)).
 
     Without `prefix` the rows are prompts and attend to themselves.
@@ -107,77 +169,106 @@ class Attention(nn.Module):
       bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
       y = y + bias.astype(x.dtype)[None, :, :, None]
     q, k, v = y[:, :, :M], y[:, :, M], y[:, :, M + 1]
-    if c.qk_norm:
-      q = RMSNorm(c.norm_eps, name='q_norm')(q)
-      k = RMSNorm(c.norm_eps, name='k_norm')(k)
-    cos, sin = rope  # [B, 1, t, H/2]
-    q = attention.rotate(q, cos[:, :, None], sin[:, :, None])
-    k = attention.rotate(k, cos, sin)
+    if c.qk_norm:  # axes of heads and H, or of H alone
+      over = ((1, 2, 4), (1, 3)) if c.qk_norm == 'all' else ((-1,), (-1,))
+      q = Norm(c, over[0], name='q_norm')(q)
+      k = Norm(c, over[1], name='k_norm')(k)
+    if angles is not None:
+      cos, sin = angles  # [B, 1, t, R/2]
+      q = rope.rotate(q, cos[:, :, None], sin[:, :, None])
+      k = rope.rotate(k, cos, sin)
+    scale = H**-0.5 if c.attention_scale is None else c.attention_scale
+    how = {'cap': c.attention_cap, 'window': self.layer.window}
+    kv = (k, v)
     if prefix is None:
-      kv = (k, v)
-      mixed = attention.causal_attention(q, k, v)
+      mixed = attention.causal_attention(q, k, v, scale, **how)
     else:
-      kv = (k, v)
       if cache is not None:  # write first, then attend to the updated buffer
         kv = tuple(
           jax.lax.dynamic_update_slice(old, new, (0, 0, at, 0))
           for old, new in zip(cache, (k, v))
         )
       mixed = attention.shared_prefix_attention(
-        q, prefix, prefix_length, kv, at
+        q, prefix, prefix_length, kv, at, scale, **how
       )
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
-    return jnp.einsum('bkmth,kmhd->btd', mixed, out.astype(x.dtype)), kv
+    x = jnp.einsum('bkmth,kmhd->btd', mixed, out.astype(x.dtype))
+    return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
 
 
-class SwiGLU(nn.Module):
+def with_bias(module: nn.Module, name: str, x):
+  """x plus a bias over its last axis."""
+  bias = module.param(name, nn.initializers.zeros, x.shape[-1:])
+  return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
+
+
+class FeedForward(nn.Module):
+  """(activation(x W_gate) * x W_up) W_down, arXiv:2002.05202, or without the
+  gate activation(x W_up) W_down."""
+
   config: TransformerConfig
 
   @nn.compact
   def __call__(self, x):
-    """(silu(x W_gate) * x W_up) W_down. arXiv:2002.05202."""
-    D, F = self.config.d_model, self.config.d_ff
-    gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
-    down = self.param('down', fan_in(0), (F, D))
-    y = jnp.einsum('btd,dgf->btgf', x, gate_up.astype(x.dtype))
-    return (nn.silu(y[:, :, 0]) * y[:, :, 1]) @ down.astype(x.dtype)
+    c = self.config
+    D, F, activation = c.d_model, c.d_ff, ACTIVATIONS[c.activation]
+    if c.gated:
+      gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
+      y = jnp.einsum('btd,dgf->btgf', x, gate_up.astype(x.dtype))
+      if c.mlp_bias:
+        bias = self.param('gate_up_bias', nn.initializers.zeros, (2, F))
+        y = y + bias.astype(x.dtype)[None, None]
+      y = activation(y[:, :, 0]) * y[:, :, 1]
+    else:
+      y = x @ self.param('up', fan_in(0), (D, F)).astype(x.dtype)
+      y = activation(with_bias(self, 'up_bias', y) if c.mlp_bias else y)
+    x = y @ self.param('down', fan_in(0), (F, D)).astype(x.dtype)
+    return with_bias(self, 'down_bias', x) if c.mlp_bias else x
 
 
 class Block(nn.Module):
   config: TransformerConfig
+  layer: Layer
 
   @nn.compact
-  def __call__(self, x, rope, prefix, prefix_length, cache, at):
-    eps = self.config.norm_eps
-    mixed, kv = Attention(self.config, name='attention')(
-      RMSNorm(eps, name='attention_norm')(x),
-      rope,
-      prefix,
-      prefix_length,
-      cache,
-      at,
+  def __call__(self, x, angles, prefix, prefix_length, cache, at):
+    c = self.config
+
+    def before(name, y):
+      return Norm(c, name=f'{name}_norm')(y) if c.pre_norm else y
+
+    def after(name, y):
+      return Norm(c, name=f'{name}_post_norm')(y) if c.post_norm else y
+
+    mixed, kv = Attention(c, self.layer, name='attention')(
+      before('attention', x), angles, prefix, prefix_length, cache, at
     )
-    x = x + mixed
-    x = x + SwiGLU(self.config, name='mlp')(RMSNorm(eps, name='mlp_norm')(x))
-    return constrain_rows(x), kv
+    mixed = after('attention', mixed)
+    y = before('mlp', x if c.parallel else x + mixed)
+    if self.layer.routed:
+      y = experts.Experts(
+        c.num_experts,
+        c.experts_per_token,
+        c.expert_d_ff,
+        c.normalize_experts,
+        ACTIVATIONS[c.activation],
+        fan_in,
+        name='experts',
+      )(y)
+    else:
+      y = FeedForward(c, name='mlp')(y)
+    return constrain_rows(x + mixed + after('mlp', y)), kv
 
 
-class Embed(nn.Module):
+class Table(nn.Module):
+  """A matrix with a row for each id."""
+
+  rows: int
   config: TransformerConfig
 
   @nn.compact
   def __call__(self):
-    shape = (self.config.vocab_size, self.config.d_model)
-    return self.param('embedding', fan_in(1), shape)
-
-
-class Head(nn.Module):
-  features: int
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self):
-    return self.param('kernel', fan_in(0), (self.config.d_model, self.features))
+    return self.param('embedding', fan_in(1), (self.rows, self.config.d_model))
 
 
 class Transformer(nn.Module):
@@ -186,17 +277,19 @@ class Transformer(nn.Module):
   remat: bool
 
   def setup(self):
+    c = self.config
     block = nn.remat(Block) if self.remat else Block
-    self.embed = Embed(self.config)
+    self.embed = Table(c.vocab_size, c)
+    if c.learned_positions:
+      self.positions = Table(c.max_length, c)
     self.layers = [
-      block(self.config, name=f'layer_{i}')
-      for i in range(self.config.num_layers)
+      block(c, layer, name=f'layer_{i}') for i, layer in enumerate(c.layers)
     ]
-    self.norm = RMSNorm(self.config.norm_eps)
-    if not self.config.tie_embeddings:
-      self.head = Head(self.config.vocab_size, self.config)
-    if self.config.value_head:
-      self.value_head = Head(1, self.config)
+    self.norm = Norm(c)
+    if c.lm_head and not c.tie_embeddings:
+      self.head = Table(c.vocab_size, c)
+    if c.value_head:
+      self.value_head = Table(1, c)
 
   def _run(self, tokens, positions, prefix, caches, at):
     """Embeds tokens [R, t] at positions [R, t] and runs the blocks."""
@@ -205,15 +298,18 @@ class Transformer(nn.Module):
     # all of it to every device
     table = constrain(self.embed().astype(self.dtype), 'tensor', None)
     x = constrain_rows(table[tokens])
-    # one set of angles for all layers, broadcast over heads
-    rope = attention.rope_angles(
-      positions[:, None], self.config.head_dim, self.config.rope_theta
-    )
+    if self.config.embedding_scale != 1:
+      x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+    if self.config.learned_positions:
+      x = x + self.positions().astype(self.dtype)[positions]
+    # one set of angles for all layers of a kind, broadcast over heads
+    kinds = {layer.rope for layer in self.config.layers} - {None}
+    angles = {r: rope.rope_angles(positions[:, None], r) for r in kinds}
     new = []
     for i, layer in enumerate(self.layers):
       x, kv = layer(
         x,
-        rope,
+        angles.get(self.config.layers[i].rope),
         None if prefix is None else prefix.kv[i],
         None if prefix is None else prefix.length,
         None if caches is None else caches[i],
@@ -238,26 +334,25 @@ class Transformer(nn.Module):
     return x, None if cache is None else kv
 
   def logits(self, hidden):
-    if self.config.tie_embeddings:
-      kernel, form = self.embed(), '...d,vd->...v'
-    else:
-      kernel, form = self.head(), '...d,dv->...v'
-    return jnp.einsum(
-      form,
+    table = self.embed() if self.config.tie_embeddings else self.head()
+    logits = jnp.einsum(
+      '...d,vd->...v',
       hidden,
-      kernel.astype(hidden.dtype),
+      table.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     )
+    return attention.capped(logits, self.config.logit_cap)
 
   def value(self, hidden):
-    kernel = self.value_head()
-    return (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32))[..., 0]
+    row = self.value_head().astype(jnp.float32)
+    return (hidden.astype(jnp.float32) @ row.T)[..., 0]
 
   def everything(self, prompts):
     """Touches every parameter, for init."""
     hidden = self.encode(prompts).hidden
+    logits = self.logits(hidden) if self.config.lm_head else None
     value = self.value(hidden) if self.config.value_head else None
-    return self.logits(hidden), value
+    return logits, value
 
 
 def make_policy(
@@ -297,6 +392,7 @@ def make_policy(
     value=method('value') if config.value_head else None,
     init_cache=init_cache,
     partition_rules=PARTITION_RULES,
+    join=lambda params, frozen: params,
     vocab_size=config.vocab_size,
     dtype=jnp.dtype(dtype),
   )

@@ -1,0 +1,160 @@
+"""Where a model's files are: a local directory, or one fetched from the hub.
+
+Only the files that are read are fetched: configuration, tokenizer, and
+safetensors. huggingface_hub is imported when a hub id is asked for; its
+HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and tokens come from the
+environment only.
+"""
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
+TIMEOUT = 3  # seconds until the hub counts as out of reach
+INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+# what goes with the weights, and is copied as it is
+COMPANIONS = (
+  'generation_config.json',
+  'tokenizer*.json',
+  'tokenizer.model',
+  'vocab.json',
+  'vocab.txt',
+  'merges.txt',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.j*',
+)
+
+
+def is_hub_id(model: str) -> bool:
+  """Whether it can only be an id: owner/name, and no directory."""
+  return bool(re.fullmatch(HUB_ID, model)) and not Path(model).exists()
+
+
+def locate(
+  model: str, revision: str | None = None, weights: bool = True
+) -> Path:
+  """The directory of a model; fetched where it is a hub id.
+
+  Args:
+    revision: a branch, tag or commit of the hub.
+    weights: False: all but these.
+
+  Raises FileNotFoundError or ConnectionError in one line that says what to
+  pass instead.
+  """
+  path = Path(model).expanduser()
+  if path.is_dir():
+    return path
+  if not is_hub_id(model):
+    raise FileNotFoundError(
+      f'{model} is no directory and no hub id; pass --model a directory with '
+      'config.json and model.safetensors, or an id such as '
+      'Qwen/Qwen2.5-0.5B-Instruct'
+    )
+  found = Path(_fetch(model, revision, ['config.json', INDEX, *COMPANIONS]))
+  if not weights:
+    return found
+  index, shards = found / INDEX, [SINGLE]
+  if index.is_file():
+    shards = sorted(set(weight_map(index).values()))
+  return Path(_fetch(model, revision or found.name, shards))
+
+
+def _fetch(model: str, revision: str | None, patterns: list[str]) -> str:
+  import huggingface_hub as hub
+  from huggingface_hub import constants, errors
+
+  def snapshot(**options):
+    return hub.snapshot_download(
+      model, revision=revision, allow_patterns=patterns, **options
+    )
+
+  if constants.HF_HUB_OFFLINE:
+    why = 'HF_HUB_OFFLINE is set'
+  else:
+    try:
+      _ask(hub.HfApi().model_info, model, revision=revision, timeout=TIMEOUT)
+      return snapshot(etag_timeout=TIMEOUT)
+    except errors.RevisionNotFoundError:
+      raise FileNotFoundError(
+        f'{model} has no revision {revision}; look at '
+        f'https://huggingface.co/{model}/refs'
+      ) from None
+    except errors.RepositoryNotFoundError:
+      raise FileNotFoundError(
+        f'{model} is not on the hub, or is private or gated; check the id, '
+        'and set HF_TOKEN where it needs one'
+      ) from None
+    except Exception as e:  # whatever the network does: one line
+      why = f'the hub cannot be reached ({type(e).__name__})'
+  try:
+    return snapshot(local_files_only=True)
+  except errors.LocalEntryNotFoundError:
+    raise ConnectionError(
+      f'{model} is not in the local cache and {why}; pass --model a local '
+      'directory'
+    ) from None
+
+
+def _ask(question, *args, **options):
+  """question(...), or TimeoutError: looking up a name has no timeout of its
+  own."""
+  answers, faults = [], []
+
+  def ask():
+    try:
+      answers.append(question(*args, **options))
+    except Exception as e:
+      faults.append(e)
+
+  asking = threading.Thread(target=ask, daemon=True)
+  asking.start()
+  asking.join(TIMEOUT + 1)
+  if faults:
+    raise faults[0]
+  if not answers:
+    raise TimeoutError(f'no answer in {TIMEOUT + 1} s')
+  return answers[0]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+  """{tensor: file} of a shard index; refuses files outside its directory."""
+  try:
+    found = json.loads(index.read_text())['weight_map']
+  except (json.JSONDecodeError, KeyError, TypeError):
+    raise ValueError(f'{index}: no shard index; fetch it again') from None
+  for file in found.values():
+    if not isinstance(file, str) or Path(file).name != file:
+      raise ValueError(
+        f'{index} points to {file!r}, outside its directory; it is not to be '
+        'trusted'
+      )
+  return found
+
+
+def push_token() -> str:
+  """The token of the environment. Raises ValueError without one."""
+  token = os.environ.get('HF_TOKEN')
+  if not token:
+    raise ValueError(
+      '--push_to_hub needs a token with write access in the environment; set '
+      'HF_TOKEN'
+    )
+  return token
+
+
+def push(directory: str | Path, repository: str) -> str:
+  """Uploads a directory to a model repository, made where there is none.
+
+  Returns its address.
+  """
+  import huggingface_hub as hub
+
+  api = hub.HfApi(token=push_token())
+  url = api.create_repo(repository, exist_ok=True)
+  api.upload_folder(repo_id=repository, folder_path=str(directory))
+  return str(url)
