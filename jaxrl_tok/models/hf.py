@@ -11,6 +11,7 @@
   python -m jaxrl_tok.models.hf export RUN_DIR OUT_DIR [--step N]
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ import jinja2
 import numpy as np
 
 from jaxrl_tok import sharding
-from jaxrl_tok.models import families, hub
+from jaxrl_tok.models import families, hub, lora
 from jaxrl_tok.models.transformer import (
   PARTITION_RULES,
   TransformerConfig,
@@ -461,3 +463,111 @@ def save(
     write_description(part, model, dtype)
     write_card(part, card)
   return Path(out)
+
+
+# --- a run's checkpoint, later -----------------------------------------------
+
+
+def _restored_params(run_dir: Path, step: int | None, like):
+  """(step, the `params` of a checkpoint), on the first device."""
+  import orbax.checkpoint as ocp
+
+  manager = ocp.CheckpointManager(run_dir.absolute() / 'checkpoints')
+  steps = sorted(manager.all_steps())
+  if not steps or (step is not None and step not in steps):
+    raise ValueError(
+      f'{run_dir} has no checkpoint{"" if step is None else f" of step {step}"}'
+      f'; there are: {", ".join(map(str, steps)) or "none"}'
+    )
+  step = steps[-1] if step is None else step
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  tree = {
+    'params': jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
+    )
+  }
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(
+        tree,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+      )
+    ),
+  )
+  return step, restored.state['params']
+
+
+def export_run(
+  run_dir: str | Path, out: str | Path, step: int | None = None
+) -> Path:
+  """A checkpoint of a run as a Hugging Face directory.
+
+  Adapters are joined to the model that the run began with, which must still
+  be where it was. step: None: the newest.
+  """
+  import yaml
+
+  run_dir = Path(run_dir)
+  file = run_dir / 'config.yaml'
+  if not file.is_file():
+    raise FileNotFoundError(f'{run_dir} is no run directory (no config.yaml)')
+  if Path(out).exists():
+    raise FileExistsError(f'{out} exists; give another directory')
+  flags = yaml.safe_load(file.read_text())
+  model = open_model(run_dir / 'model', weights=False)
+  adapter = None
+  if flags.get('lora_adapter'):
+    adapter = lora.load_config(flags['lora_adapter'])
+  elif flags.get('lora_rank'):
+    adapter = lora.LoraConfig(
+      flags['lora_rank'], flags['lora_alpha'], tuple(flags['lora_targets'])
+    )
+  asked = flags['param_dtype']
+  dtype = None if asked == 'auto' else asked
+  if adapter is None:
+    like = param_structs(model, dtype or 'float32')
+    step, params = _restored_params(run_dir, step, like)
+  else:
+    model = open_model(flags['model'], flags['revision'])
+    modules = lora.targeted(model.config, model.family, adapter.targets)
+    like = jax.eval_shape(
+      lambda key: lora.init(modules, adapter.rank, key), jax.random.key(0)
+    )
+    step, adapters = _restored_params(run_dir, step, like)
+    join = lora.make_join(model.config, model.family, adapter.scale)
+    params = jax.jit(join)(adapters, read_params(model, dtype=dtype))
+  card = {
+    'title': Path(out).name,
+    'base_model': flags['model'],
+    'data': flags['data'],
+    'algorithm': flags['algorithm'],
+    'metrics': {'steps': step},
+  }
+  return save(out, model, params, card)
+
+
+def main(argv=None) -> None:
+  parser = argparse.ArgumentParser(
+    'python -m jaxrl_tok.models.hf', description=export_run.__doc__
+  )
+  parser.add_argument('command', choices=['export'])
+  parser.add_argument('run_dir')
+  parser.add_argument('out_dir')
+  parser.add_argument('--step', type=int, help='default: the newest')
+  parser.add_argument('--push_to_hub', metavar='OWNER/NAME')
+  given = parser.parse_args(argv)
+  try:
+    if given.push_to_hub:
+      hub.push_token()
+    print(export_run(given.run_dir, given.out_dir, given.step))
+    if given.push_to_hub:
+      print(hub.push(given.out_dir, given.push_to_hub))
+  except (ValueError, OSError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+if __name__ == '__main__':
+  main()

@@ -73,7 +73,7 @@ GPT2 = COMMON | {
   'n_inner': 35,
   'n_layer': 2,
   'n_head': 4,
-  'n_positions': 64,
+  'n_positions': 128,
   'layer_norm_epsilon': EPS,
 }
 GPT_NEOX = COMMON | {
@@ -81,7 +81,7 @@ GPT_NEOX = COMMON | {
   'intermediate_size': 28,
   'num_hidden_layers': 2,
   'num_attention_heads': 3,
-  'max_position_embeddings': 64,
+  'max_position_embeddings': 128,
   'layer_norm_eps': EPS,
   'tie_word_embeddings': False,
 }
