@@ -72,6 +72,11 @@ class ModelFlags:
   """Matrices with an adapter, by the ends of their names."""
   lora_adapter: str | None = None
   """PEFT directory to start from; it says rank, alpha and targets."""
+  reward_model: str | None = None
+  """Classifier of one label (directory or hub id): its score is added to the
+  reward."""
+  reward_model_weight: float = 1.0
+  """Multiplies that score."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
   remat: bool = False
@@ -343,6 +348,8 @@ def check(
       raise FlagError(f'--push_to_hub {run.push_to_hub!r} is no OWNER/NAME')
   if model.model:  # before jax takes its seconds
     hub.locate(model.model, model.revision, weights=False)
+  if model.reward_model:
+    hub.locate(model.reward_model, weights=False)
 
 
 def fit_completion_length(flags, answers: list[str]):

@@ -30,6 +30,7 @@ from experiments import flags as flag_layer
 from jaxrl_tok import (
   checkpoint,
   data,
+  device_rewards,
   distribution,
   evaluation,
   report,
@@ -74,6 +75,7 @@ class Context(NamedTuple):
   eval_batch: int
   logger: Logger
   adapter: lora.LoraConfig | None = None
+  reward_model: hf.Model | None = None
 
   def decode(self, ids: list[list[int]]) -> list[str]:
     return data.decode_all(self.model.tokenizer, ids)
@@ -105,6 +107,25 @@ def make_model(flags, tokenizer: Callable) -> hf.Model:
   return hf.open_model(flags.model.model, flags.model.revision)
 
 
+def make_reward_model(flags, policy: hf.Model, P: int) -> hf.Model | None:
+  """The classifier that --reward_model names. It reads the policy's tokens."""
+  if flags.model.reward_model is None:
+    return None
+  model = hf.open_model(flags.model.reward_model)
+  if model.config.lm_head:
+    raise ValueError(
+      f'--reward_model {model.origin} is no classifier '
+      '(...ForSequenceClassification of one label)'
+    )
+  if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    raise ValueError(
+      f'--reward_model {model.origin} has another tokenizer than the policy, '
+      'whose tokens it would read; use one of the same family'
+    )
+  check_context(model, P, flags.sampling.max_completion_length)
+  return model
+
+
 def check_context(model: hf.Model, P: int, T: int) -> None:
   """Refuses prompts and completions that do not fit the model's context."""
   if model.config.max_length < P + T:
@@ -134,6 +155,7 @@ def prepare(experiment: Experiment) -> Context:
     )
     P = max(train_set.tokens.shape[1], held_out.tokens.shape[1])
     check_context(model, P, s.max_completion_length)
+    reward_model = make_reward_model(flags, model, P)
     adapter = build.lora_config(flags.model)
     if adapter is not None:
       lora.targeted(model.config, model.family, adapter.targets)
@@ -168,6 +190,7 @@ def prepare(experiment: Experiment) -> Context:
     eval_batch=-(-min(len(held_out.examples), 512) // ways) * ways,
     logger=Logger(speak=jax.process_index() == 0),
     adapter=adapter,
+    reward_model=reward_model,
   )
 
 
@@ -322,6 +345,17 @@ def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   return context, state, progress
 
 
+def device_reward(context: Context) -> tuple | None:
+  """(function, parameters) of the reward model, read and placed."""
+  model = context.reward_model
+  if model is None:
+    return None
+  with context.logger.doing(f'reading {model.origin}'):
+    params = hf.read_params(model, context.mesh)
+  policy = make_policy(model.config, context.policy.dtype)
+  return device_rewards.reward_model(policy), params
+
+
 def compile_parts(
   context: Context, algorithm, optimizer, config: train.LoopConfig, state
 ) -> train.Parts:
@@ -334,6 +368,7 @@ def compile_parts(
     context.model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
   )
+  scoring = device_reward(context)
   with context.logger.doing('compiling the sampler, update and evaluation'):
     compiled = train.compile_parts(
       context.policy,
@@ -345,6 +380,7 @@ def compile_parts(
       context.rule,
       (context.data.tokens.shape[1], context.held_out.tokens.shape[1]),
       rows // (experiment.flags.model.micro_batch or rows),
+      device_reward=scoring,
     )
   return train.Parts(
     **compiled,
@@ -353,6 +389,7 @@ def compile_parts(
     ),
     judge=context.scorer(experiment.judge_functions),
     decode=context.decode,
+    device_weight=experiment.flags.model.reward_model_weight,
   )
 
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_tok import rewards
 from jaxrl_tok.data import PromptSet, batch_at
 from jaxrl_tok.evaluation import credit_rows, held_out_reward, make_drift
 from jaxrl_tok.logger import Logger
@@ -71,6 +72,8 @@ class Parts(NamedTuple):
   score: Callable  # (tokens, mask, examples) -> rewards.Scores
   judge: Callable  # the same, for held-out data
   decode: Callable  # lists of ids -> texts
+  device_reward: Callable | None = None  # rollout -> reward [B, T]
+  device_weight: float = 1.0
 
 
 class Interrupted(Exception):
@@ -88,11 +91,14 @@ def compile_parts(
   prompt_lengths: tuple[int, int],
   micro_batches: int = 1,
   logits_chunk: int | None = None,
+  device_reward: tuple | None = None,
 ) -> dict[str, Callable]:
   """Compiles the sampler, update, evaluation and drift, side by side.
 
-  prompt_lengths: P of the training and of the held-out prompts. Must run
-  under jax.set_mesh. Nothing is compiled after this for these shapes.
+  prompt_lengths: P of the training and of the held-out prompts.
+  device_reward: (function of (params, Rollout), params).
+
+  Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
   """
   mesh = jax.sharding.get_mesh()
   rows = NamedSharding(mesh, PartitionSpec(ROWS))
@@ -139,6 +145,10 @@ def compile_parts(
   if state.reference_params is not None and not algorithm.needs_reference:
     drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
     jobs['drift'] = drift, (state.reference_params, rollout, rule)
+  if device_reward is not None:
+    function, params = device_reward
+    scored = jax.jit(function, out_shardings=rows)
+    jobs['device_reward'] = scored, (params, rollout)
 
   def build(job):
     function, args = job
@@ -147,6 +157,8 @@ def compile_parts(
 
   with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
     built = dict(zip(jobs, pool.map(build, jobs.values())))
+  if device_reward is not None:
+    built['device_reward'] = functools.partial(built['device_reward'], params)
   return {'drift': None, **built}
 
 
@@ -330,6 +342,9 @@ def train(
       tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
       log.mark('rollout')
       scores = parts.score(tokens, mask, examples)
+      if parts.device_reward is not None:
+        more = jax.device_get(parts.device_reward(rollout))
+        scores = rewards.add(scores, 'reward_model', more, parts.device_weight)
       log.mark('score')
       state, metrics, advantage = parts.update(
         state, rollout, put_rows(mesh, scores.reward), rule

@@ -1,15 +1,26 @@
 """Eight fake CPU devices, strict rank promotion, and one tiny policy."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['TRANSFORMERS_NO_ADVISORY_WARNINGS'] = '1'
 # tests compile much and compute little: half the time, the same programs
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+# and much of it again: one cache for all of a session's processes, then gone
+CACHE = 'JAX_COMPILATION_CACHE_DIR'
+if CACHE not in os.environ:
+  os.environ[CACHE] = tempfile.mkdtemp(prefix='jaxrl_tok-tests-')
+  atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import dataclasses
+import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,6 +47,8 @@ CONFIG = TransformerConfig(
   qk_norm='head',
 )
 PAD, END, OTHER_END = 0, 10, 9
+GOLDEN = Path(__file__).parent / 'golden/families'  # directories torch made
+ONE, FOUR = 'data=1', 'data=1,fsdp=2,tensor=2'  # meshes for train_fixture
 
 
 def random_prompts(C=4, P=6, V=11, seed=0) -> Prompts:
@@ -93,3 +106,33 @@ def changed(record, **fields):
   if dataclasses.is_dataclass(record):
     return dataclasses.replace(record, **fields)
   return record._replace(**fields)
+
+
+@pytest.fixture
+def train_fixture(tmp_path, monkeypatch):
+  """train(fixture's name, mesh, *flags) -> (run directory, its train rows)."""
+  reasoning = pytest.importorskip('experiments.reasoning')
+  short = [
+    '--num_problems=60',
+    '--num_prompts=8',
+    '--num_generations=2',
+    '--eval_prompts=8',
+    '--max_steps=3',
+    '--eval_every=0',
+    '--report_to=none',
+    '--baseline=none',
+    '--max_completion_length=3',
+    '--no_log_kl',
+  ]
+
+  def train(name, mesh, *flags, out='run'):
+    devices = jax.local_devices()[: 1 if mesh == ONE else 4]
+    monkeypatch.setattr(jax, 'devices', lambda *args: devices)
+    run = tmp_path / out
+    given = f'--model={GOLDEN / name} --output_dir={run} --mesh={mesh}'
+    reasoning.main([*short, *given.split(), *flags])
+    lines = (run / 'metrics.jsonl').read_text().splitlines()
+    rows = map(json.loads, lines)
+    return run, [row for row in rows if row['phase'] == 'train']
+
+  return train

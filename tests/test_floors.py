@@ -24,6 +24,7 @@ FLOORS = {
   'sampler': 2,
   'advantages': 2,
   'losses': 2,
+  'device_rewards': 2,
   'algorithms': 3,
   'update': 3,
   'checkpoint': 3,

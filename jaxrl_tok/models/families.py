@@ -304,11 +304,15 @@ def _layers(j) -> tuple:
     window = None
   everywhere = 'sliding_attention' if window else 'full_attention'
   kinds = getattr(j, 'layer_types', None) or [everywhere] * L
+  for kind in sorted(set(kinds) - {'sliding_attention', 'full_attention'}):
+    raise ValueError(f'layer_types {kind} is not supported')
   ropes = j.rope_parameters
   if not isinstance(ropes.get(kinds[0]), dict):  # one for all kinds
     ropes = dict.fromkeys(kinds, ropes)
   made = {kind: make_rope(ropes[kind], _head_dim(j)) for kind in set(kinds)}
   turned = getattr(j, 'no_rope_layers', None) or [1] * L
+  if len(turned) != L:
+    raise ValueError(f'no_rope_layers has {len(turned)} layers, not {L}')
   return tuple(
     Layer(
       made[kind] if turn else None,
@@ -397,6 +401,11 @@ def _read_gpt_neox(j) -> TransformerConfig:
 
 
 def _read_qwen3_moe(j) -> TransformerConfig:
+  if j.num_experts_per_tok > j.num_experts:
+    raise ValueError(
+      f'num_experts_per_tok {j.num_experts_per_tok} is more than the '
+      f'{j.num_experts} experts'
+    )
   every, dense = j.decoder_sparse_step, j.mlp_only_layers
   return _read(
     j,
@@ -447,7 +456,7 @@ FAMILIES = {
   ),
   'phi3': Family(
     'Phi3ForCausalLM',
-    'microsoft/Phi-3-mini-4k-instruct',
+    'microsoft/phi-4',
     _read,
     DECODER | {'qkv': 'self_attn.qkv_proj', 'gate_up': 'mlp.gate_up_proj'},
     fused='rows',
@@ -476,11 +485,45 @@ FAMILIES = {
 def family_of(described: dict) -> Family:
   """The entry for a config.json, or ValueError with the families there are."""
   kind = described.get('model_type')
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise ValueError(
       f'model_type {kind!r} is not supported; supported: {", ".join(FAMILIES)}'
     )
   return FAMILIES[kind]
+
+
+REQUIRED = (
+  'vocab_size',
+  'hidden_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+)
+SIZES = REQUIRED + (
+  'num_key_value_heads',
+  'head_dim',
+  'intermediate_size',
+  'max_position_embeddings',
+  'query_pre_attn_scalar',
+  'decoder_sparse_step',
+  'moe_intermediate_size',
+  'num_experts',
+  'num_experts_per_tok',
+)
+
+
+def _check_sizes(described: dict, theirs: dict) -> None:
+  """theirs: {a size: what this family calls it}."""
+  for size in SIZES:
+    for name in (size, theirs.get(size, size)):
+      found = described.get(name)
+      if found is None:
+        continue
+      if type(found) not in (int, float) or found <= 0:
+        raise ValueError(
+          f'config.json: {name} is {found!r}, not a number above zero'
+        )
+    if found is None and size in REQUIRED:
+      raise ValueError(f'config.json has no {name!r}; fetch it again')
 
 
 def read_config(described: dict) -> TransformerConfig:
@@ -494,7 +537,8 @@ def read_config(described: dict) -> TransformerConfig:
   family = family_of(described)
   if described.get('auto_map'):
     raise ValueError(
-      'config.json asks for code of its own (auto_map), which is never run'
+      'config.json asks for code of its own (auto_map), which is never run; '
+      f'remove auto_map where the weights are those of a {family.architecture}'
     )
   if described.get('quantization_config'):
     raise ValueError(
@@ -502,12 +546,11 @@ def read_config(described: dict) -> TransformerConfig:
       'were made from'
     )
   kind = CONFIG_MAPPING[described['model_type']]
-  for size in ('vocab_size', 'hidden_size', 'num_hidden_layers'):
-    name = kind.attribute_map.get(size, size)
-    if name not in described:
-      raise ValueError(f'config.json has no {name!r}')
-  architecture, *_ = described.get('architectures') or [family.architecture]
-  classifier = architecture.endswith('ForSequenceClassification')
+  _check_sizes(described, kind.attribute_map)
+  architecture = described.get('architectures') or family.architecture
+  if isinstance(architecture, list):
+    architecture = architecture[0]
+  classifier = str(architecture).endswith('ForSequenceClassification')
   if not classifier and architecture != family.architecture:
     raise ValueError(
       f'architecture {architecture} is not supported; supported: '
@@ -517,11 +560,11 @@ def read_config(described: dict) -> TransformerConfig:
   logging.set_verbosity_error()  # advice on its own classes
   try:
     j = kind.from_dict(copy.deepcopy(described))
+    config = family.read(j)
   except Exception as e:  # its validators raise errors of many kinds
     raise ValueError(f'config.json: {" ".join(str(e).split())}') from None
   finally:
     logging.set_verbosity(said)
-  config = family.read(j)
   if classifier:
     if j.num_labels != 1:
       raise ValueError(

@@ -14,6 +14,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -45,6 +46,8 @@ READ_BYTES = 16 * 2**20  # of a tensor, at a time
 SHARD_BYTES = 5 * 10**9  # of a file
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 VALUE_HEAD = 'v_head.weight'
+GENERIC = 'PreTrainedTokenizerFast', 'TokenizersBackend'
+VOCABULARIES = 'tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt'
 
 
 class Model(NamedTuple):
@@ -84,10 +87,12 @@ def versions() -> dict[str, str]:
 def _read_json(path: Path) -> dict:
   try:
     found = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{path}: not JSON ({e.msg}, line {e.lineno})') from None
+  except (ValueError, RecursionError) as e:  # not UTF-8; too deep, too long
+    raise ValueError(f'{path}: not JSON ({e}); fetch it again') from None
   if not isinstance(found, dict):
-    raise ValueError(f'{path}: a {type(found).__name__}, not an object')
+    raise ValueError(
+      f'{path}: a {type(found).__name__}, not an object; fetch it again'
+    )
   return found
 
 
@@ -156,7 +161,9 @@ def _check_tensors(model: Model, stored: dict) -> dict[str, Stored]:
         found[name] = stored[name]
   missing = [name for name in missing if name != VALUE_HEAD]
   if missing:
-    raise ValueError(f'weights are missing: {_some(missing)}')
+    raise ValueError(
+      f'weights are missing: {_some(missing)}; use the files of one model'
+    )
   if wrong:
     raise ValueError(
       f'weights do not fit config.json: {_some(wrong)}; use the files of one '
@@ -171,7 +178,9 @@ def _check_tensors(model: Model, stored: dict) -> dict[str, Stored]:
     if not re.search(family.buffers, name)
   ]
   if extra:
-    raise ValueError(f'weights of no use: {_some(sorted(extra))}')
+    raise ValueError(
+      f'weights of no use: {_some(sorted(extra))}; use the files of one model'
+    )
   return found
 
 
@@ -181,10 +190,21 @@ def _some(names: list) -> str:
 
 
 def _read_tokenizer(directory: Path, vocab_size: int):
-  from transformers import AutoTokenizer
+  from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+  # without any, transformers makes an empty tokenizer of some families
+  if not any((directory / name).is_file() for name in VOCABULARIES):
+    raise ValueError(
+      f'no tokenizer files ({", ".join(VOCABULARIES)}); put those of the model '
+      'there'
+    )
+  settings = directory / 'tokenizer_config.json'
+  named = settings.is_file() and _read_json(settings).get('tokenizer_class')
+  # of some families AutoTokenizer takes a class that rewrites tokenizer.json,
+  # even where the generic one is named
+  kind = PreTrainedTokenizerFast if named in GENERIC else AutoTokenizer
   try:
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = kind.from_pretrained(
       directory, local_files_only=True, trust_remote_code=False
     )
   except Exception as e:  # of many kinds, with pages of advice
@@ -260,11 +280,12 @@ def open_model(
     tokenizer = _read_tokenizer(directory, config.vocab_size)
     ends, pad = special_tokens(directory, described, tokenizer)
     for name, ids in (('end', ends), ('pad', (pad,))):
-      if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        raise ValueError(
-          f'{name} token {max(ids)} is beyond the {config.vocab_size} rows of '
-          'the model'
-        )
+      for i in ids:
+        if type(i) is not int or not 0 <= i < config.vocab_size:
+          raise ValueError(
+            f'{name} token {i!r} is none of the {config.vocab_size} ids of the '
+            'model; correct it in generation_config.json or config.json'
+          )
     found = Model(
       config, described, tokenizer, ends, pad, str(model), directory
     )
@@ -309,6 +330,15 @@ def _fill(part, views: tuple) -> None:
       row = end
 
 
+def _read_weight(model: Model, weight, struct, files: dict) -> np.ndarray:
+  array = np.zeros(struct.shape, struct.dtype)
+  for (name, _), views in zip(weight.tensors, weight.views(array)):
+    stored = model.tensors.get(name)
+    if stored:  # else a value head that the file does not have: zero
+      _fill(files[stored.file].get_slice(stored.name), views)
+  return array
+
+
 def read_params(
   model: Model, mesh=None, dtype: str | None = None, rules=PARTITION_RULES
 ):
@@ -331,15 +361,14 @@ def read_params(
       for file in {stored.file for stored in model.tensors.values()}
     }
     for weight in families.weights(model.config, model.family):
-      stored = [model.tensors.get(name) for name, _ in weight.tensors]
-      struct = structs[weight.path]
-      array = np.zeros(struct.shape, struct.dtype)
-      for s, views in zip(stored, weight.views(array)):
-        if s:  # else a value head that the file does not have: zero
-          _fill(files[s.file].get_slice(s.name), views)
-      flat[weight.path] = jax.make_array_from_callback(
-        struct.shape, places[weight.path], array.__getitem__
+      array = _read_weight(model, weight, structs[weight.path], files)
+      flat[weight.path] = jax.block_until_ready(
+        jax.make_array_from_callback(
+          array.shape, places[weight.path], array.__getitem__
+        )
       )
+      del array
+      gc.collect(0)  # jax lets go of what it has copied when Python collects
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -353,6 +382,25 @@ def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
     out[at : at + view.size].reshape(view.shape)[...] = view
     at += view.size
   return out.reshape(shape)
+
+
+def _on_host(leaf) -> np.ndarray:
+  """Read through another jax.Array of the same buffers: what jax reads back of
+  an array it keeps as long as that."""
+  if isinstance(leaf, jax.Array):
+    leaf = jax.make_array_from_single_device_arrays(
+      leaf.shape, leaf.sharding, [s.data for s in leaf.addressable_shards]
+    )
+  return np.asarray(leaf)
+
+
+def _tensors_of(weight, array: np.ndarray, model: Model) -> dict:
+  found = {}
+  for (name, shape), views in zip(weight.tensors, weight.views(array)):
+    stored = model.tensors.get(name)  # under the name it came with
+    name = stored.name if stored else name
+    found[name] = _flattened(views, shape, array.dtype)
+  return found
 
 
 def _write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
@@ -378,12 +426,9 @@ def _write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
       file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     content = {}
     for weight, leaf in shard:
-      array = np.asarray(jax.device_get(leaf))
-      total += array.nbytes
-      for (name, shape), views in zip(weight.tensors, weight.views(array)):
-        stored = model.tensors.get(name)  # under the name it came with
-        name = stored.name if stored else name
-        content[name] = _flattened(views, shape, array.dtype)
+      total += leaf.nbytes
+      content |= _tensors_of(weight, _on_host(leaf), model)
+      gc.collect(0)  # of what jax read
     save_file(content, out / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(content, file)
   if len(shards) > 1:
@@ -472,7 +517,10 @@ def _restored_params(run_dir: Path, step: int | None, like):
   """(step, the `params` of a checkpoint), on the first device."""
   import orbax.checkpoint as ocp
 
-  manager = ocp.CheckpointManager(run_dir.absolute() / 'checkpoints')
+  manager = ocp.CheckpointManager(
+    run_dir.absolute() / 'checkpoints',
+    options=ocp.CheckpointManagerOptions(read_only=True),
+  )
   steps = sorted(manager.all_steps())
   if not steps or (step is not None and step not in steps):
     raise ValueError(
@@ -515,7 +563,12 @@ def export_run(
     raise FileNotFoundError(f'{run_dir} is no run directory (no config.yaml)')
   if Path(out).exists():
     raise FileExistsError(f'{out} exists; give another directory')
-  flags = yaml.safe_load(file.read_text())
+  try:
+    flags = dict(yaml.safe_load(file.read_text()))
+  except (yaml.YAMLError, TypeError, ValueError):
+    raise ValueError(f'{file}: no flags of a run; give its directory') from None
+  if not (run_dir / 'model').is_dir():
+    raise FileNotFoundError(f'{run_dir} has no model; give a newer run')
   model = open_model(run_dir / 'model', weights=False)
   adapter = None
   if flags.get('lora_adapter'):

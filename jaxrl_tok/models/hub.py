@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
+SHARD = r'[\w-][\w.-]*\.safetensors'  # a file's name: no path, no pattern
 TIMEOUT = 3  # seconds until the hub counts as out of reach
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 # what goes with the weights, and is copied as it is
@@ -125,13 +126,14 @@ def weight_map(index: Path) -> dict[str, str]:
   """{tensor: file} of a shard index; refuses files outside its directory."""
   try:
     found = json.loads(index.read_text())['weight_map']
-  except (json.JSONDecodeError, KeyError, TypeError):
+    files = found.values()
+  except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     raise ValueError(f'{index}: no shard index; fetch it again') from None
-  for file in found.values():
-    if not isinstance(file, str) or Path(file).name != file:
+  for file in files:
+    if not isinstance(file, str) or not re.fullmatch(SHARD, file):
       raise ValueError(
-        f'{index} points to {file!r}, outside its directory; it is not to be '
-        'trusted'
+        f'{index} points to {file!r}, which is no safetensors file beside it; '
+        'it is not to be trusted'
       )
   return found
 

@@ -81,7 +81,7 @@ def make_rope(parameters: dict, head_dim: int) -> Rope:
 
   frequency_j = theta^(-2j/R), R = head_dim * partial_rotary_factor, then
   scaled. RoFormer, arXiv:2104.09864. Raises ValueError for a scaling that is
-  not in the table, or that lacks a number.
+  not in the table, or whose numbers are missing or cannot be.
   """
   kind = parameters.get('rope_type', 'default')
   if kind not in SCALINGS:
@@ -89,12 +89,20 @@ def make_rope(parameters: dict, head_dim: int) -> Rope:
       f'rope scaling {kind!r} is not supported; supported: '
       f'{", ".join(SCALINGS)}'
     )
-  rotary = int(head_dim * parameters.get('partial_rotary_factor', 1.0))
-  speed = parameters['rope_theta'] ** -(np.arange(0, rotary, 2) / rotary)
   try:
-    speed, magnitude = SCALINGS[kind](speed, parameters)
+    rotary = int(head_dim * parameters.get('partial_rotary_factor', 1.0))
+    with np.errstate(all='ignore'):
+      speed = parameters['rope_theta'] ** -(np.arange(0, rotary, 2) / rotary)
+      speed, magnitude = SCALINGS[kind](speed, parameters)
+    fine = rotary <= head_dim and np.isfinite(speed).all() and (speed > 0).all()
   except KeyError as e:
     raise ValueError(f'rope scaling {kind!r} has no {e}') from None
+  except (TypeError, ValueError, ArithmeticError):  # text, zero
+    fine = False
+  if not fine:
+    raise ValueError(
+      f'rope scaling {kind!r} has numbers that cannot be: {parameters}'
+    )
   return Rope(tuple(speed.tolist()), float(magnitude))
 
 

@@ -68,6 +68,15 @@ def _number(value, name: str, b: int) -> float:
   return value
 
 
+def add(scores: Scores, name: str, reward: np.ndarray, weight: float):
+  """Scores with one more reward, of every token, as a function's would be."""
+  mean = {f'rewards/{name}/mean': float(reward.sum(1).mean())}
+  return scores._replace(
+    reward=scores.reward + np.float32(weight) * reward,
+    metrics=scores.metrics | mean,
+  )
+
+
 def make_scorer(
   functions: Sequence[Callable],
   decode: Callable[[list[list[int]]], list[str]],

@@ -1,0 +1,103 @@
+"""Every family gives the logits that torch gave (tests/golden/families, made
+by tests/golden/make_families.py), however its tokens are read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, PAD
+
+from jaxrl_tok import device_rewards, distribution
+from jaxrl_tok.models import families, hf
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.types import Prompts, Rollout
+
+LORAS = sorted(p.name for p in GOLDEN.glob('*_lora'))
+CLASSIFIERS = sorted(p.name for p in GOLDEN.glob('*_classifier'))
+DECODERS = sorted(
+  {p.name for p in GOLDEN.iterdir()} - set(LORAS) - set(CLASSIFIERS)
+)
+P, TOLERANCE = 7, 1e-4
+
+
+@functools.cache
+def opened(name: str):
+  """(model, parameters, policy, expected) of a fixture."""
+  model = hf.open_model(GOLDEN / name)
+  params = hf.read_params(model)
+  with np.load(GOLDEN / name / 'expected.npz') as file:
+    expected = dict(file)
+  return model, params, make_policy(model.config), expected
+
+
+def test_every_family_has_a_fixture():
+  kinds = {opened(name)[0].described['model_type'] for name in DECODERS}
+  assert kinds == set(families.FAMILIES)
+
+
+def ends_of(tokens, length):
+  """Prompts [n, P]: one sequence, cut at each of the lengths."""
+  kept = np.arange(tokens.shape[0])[None] < length[:, None]
+  return Prompts(jnp.where(kept, tokens[None], PAD), length)
+
+
+def every_way(policy, sample, params, tokens, rule):
+  """Logits of both sequences: by encode (at each length of the first), by
+  extend from P tokens, by the cache one at a time; and the sampler's tokens."""
+  S = tokens.shape[1]
+  lengths = np.arange(1, S + 1, dtype=np.int32)
+  encoded = policy.encode(params, ends_of(tokens[0], lengths)).hidden
+  prompts = Prompts(
+    jnp.pad(tokens[:, :P], ((0, 0), (0, 2))), np.full(2, P, np.int32)
+  )
+  prefix = policy.encode(params, prompts)
+  rest = jnp.asarray(tokens[:, P:])
+  extended, _ = policy.extend(params, prefix, rest, None, 0)
+
+  def one(cache, t):
+    token = jax.lax.dynamic_slice_in_dim(rest, t, 1, axis=1)
+    hidden, cache = policy.extend(params, prefix, token, cache, t)
+    return cache, hidden[:, 0]
+
+  cache = policy.init_cache(2, S - P)
+  _, cached = jax.lax.scan(one, cache, jnp.arange(S - P))
+  drawn = sample(params, jax.random.key(0), prompts, rule)
+  hidden = encoded, extended, jnp.moveaxis(cached, 0, 1)
+  return [policy.logits(params, h) for h in hidden], drawn.tokens
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_logits_are_torchs(name):
+  model, params, policy, expected = opened(name)
+  V = model.config.vocab_size
+  rule = distribution.make_rule(V, [V - 1], forbidden=np.arange(V) >= 256)
+  T = expected['greedy'].shape[1]
+  sample = make_sampler(policy, SamplerConfig(1, T, PAD, greedy=True, chunk=3))
+  run = jax.jit(functools.partial(every_way, policy, sample))
+  (encoded, extended, cached), greedy = run(params, expected['tokens'], rule)
+  want = expected['logits']
+  for got, part in (
+    (encoded, want[0]),
+    (extended, want[:, P:]),
+    (cached, want[:, P:]),
+  ):
+    np.testing.assert_allclose(got, part, atol=TOLERANCE, rtol=0)
+  np.testing.assert_array_equal(greedy, expected['greedy'])
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_scores_are_torchs(name):
+  model, params, policy, expected = opened(name)
+  tokens, S = expected['tokens'], expected['tokens'].shape[1]
+  assert not model.config.lm_head
+  lengths = np.array([P, S], np.int32)  # the second completion is cut short
+  mask = np.arange(S - P)[None] < (lengths - P + 1)[:, None]
+  prompts = Prompts(tokens[:, :P], np.full(2, P, np.int32))
+  rollout = Rollout(prompts, tokens[:, P:], mask, jnp.zeros(mask.shape), None)
+  reward = jax.jit(device_rewards.reward_model(policy))(params, rollout)
+  want = np.zeros((2, S - P), np.float32)
+  want[0, 0], want[1, -1] = expected['scores'][0, P], expected['scores'][1, -1]
+  np.testing.assert_allclose(reward, want, atol=TOLERANCE, rtol=0)

@@ -1,0 +1,55 @@
+"""Every family's fixture is trained by an experiment, whole and sharded; a
+classifier is a reward."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import FOUR, GOLDEN, ONE
+
+from jaxrl_tok.models import families, hf
+
+
+def leaves(directory):
+  tree = hf.read_params(hf.open_model(directory))
+  return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+REWARD = [  # random text is never right: without it, nothing to learn from
+  f'--reward_model={GOLDEN / "llama_classifier"}',
+  '--reward_model_weight=2',
+]
+
+
+@pytest.mark.parametrize('name', list(families.FAMILIES))
+def test_it_learns_over_four_devices(name, train_fixture):
+  run, rows = train_fixture(name, FOUR, *REWARD)
+  assert len(rows) == 3
+  for row in rows:
+    model = row['rewards/reward_model/mean']
+    assert model != 0
+    both = row['rewards/score_answer/mean'] + 2 * model
+    np.testing.assert_allclose(row['reward'], both, rtol=1e-5)
+  before, after = leaves(GOLDEN / name), leaves(run / 'export')
+  assert all(np.isfinite(x).all() for x in after)
+  moved = [not np.array_equal(a, b) for a, b in zip(before, after)]
+  assert np.mean(moved) > 0.9  # an expert that nobody chose may stay
+
+
+@pytest.mark.parametrize('name', ['qwen3_moe', 'gpt2'])
+def test_one_device_is_four(name, train_fixture):
+  _, one = train_fixture(name, ONE, *REWARD, out='one')
+  _, four = train_fixture(name, FOUR, *REWARD, out='four')
+  for a, b in zip(one, four, strict=True):
+    assert a['completions/mean_length'] == b['completions/mean_length']
+    for key in ('reward', 'entropy', 'grad_norm'):
+      np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('model', 'fact'),
+  [('qwen3', 'is no classifier'), ('nowhere', 'no directory and no hub id')],
+)
+def test_what_is_no_reward_model_is_refused(model, fact, train_fixture, capsys):
+  with pytest.raises(SystemExit):
+    train_fixture('qwen3', ONE, f'--reward_model={GOLDEN / model}')
+  assert fact in capsys.readouterr().err
