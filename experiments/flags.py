@@ -344,7 +344,7 @@ def check(
     raise FlagError(f'--lora_adapter {model.lora_adapter} is no directory')
   if run.push_to_hub:
     hub.push_token()
-    if not hub.is_hub_id(run.push_to_hub):
+    if not re.fullmatch(hub.HUB_ID, run.push_to_hub):
       raise FlagError(f'--push_to_hub {run.push_to_hub!r} is no OWNER/NAME')
   if model.model:  # before jax takes its seconds
     hub.locate(model.model, model.revision, weights=False)

@@ -539,9 +539,19 @@ def export(context: Context, run_dir: Path, state, summary) -> Path:
   shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
   hf.save(out, model, params, card)
   if flags.run.push_to_hub and jax.process_index() == 0:
-    with context.logger.doing(f'uploading to {flags.run.push_to_hub}'):
-      context.logger.say(hub.push(out, flags.run.push_to_hub))
+    upload(context, out, flags.run.push_to_hub)
   return out
+
+
+def upload(context: Context, out: Path, repository: str) -> None:
+  """Pushes a directory to the hub; what fails there loses nothing here."""
+  logger = context.logger
+  try:
+    with logger.doing(f'uploading to {repository}'):
+      logger.say(hub.push(out, repository))
+  except Exception as e:  # whatever the hub or the network does
+    said = ' '.join(str(e).split())[:200]
+    logger.warn(f'nothing was uploaded ({said}); the policy is in {out}')
 
 
 def finish(context: Context, run_dir: Path, state, rows, summary) -> None:

@@ -1,8 +1,10 @@
-"""REINFORCE on tokens on any reasoning-gym task, scored by its own scorer.
+r"""REINFORCE on tokens on any reasoning-gym task, scored by its own scorer.
 
   pip install -e '.[reasoning]'
   python -m experiments.reasoning
   python -m experiments.reasoning --task gcd --task_config max_value=20
+  python -m experiments.reasoning --model Qwen/Qwen2.5-0.5B-Instruct --chat \
+    --max_completion_length 128 --lora_rank 16 --learning_rate 1e-5
 
 The reward is what reasoning-gym's score_answer says of the completion. A tiny
 decoder is warm-started by supervision on the task's answers; --model DIR
@@ -37,6 +39,8 @@ class TaskFlags:
   """Seed of the training problems."""
   held_out_seed: int = 1_000_000
   """Seed of the held-out problems."""
+  chat: bool = False
+  """Ask as a user's message, through the chat template of --model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,13 @@ def to_records(dataset, without=frozenset()) -> list[dict]:
   return list(records.values())
 
 
+def as_messages(records: list[dict]) -> list[dict]:
+  """The records with each prompt as the one message of a user."""
+  return [
+    {**r, 'prompt': [{'role': 'user', 'content': r['prompt']}]} for r in records
+  ]
+
+
 def make_reward(dataset):
   """The task's own scorer as a reward function."""
 
@@ -169,6 +180,8 @@ def prepare(flags: Flags):
       'is nothing to warm-start from; pass --model a saved policy'
     )
   flags = flag_layer.fit_completion_length(flags, list(map(str, answers)))
+  if flags.task.chat:
+    train, held_out = as_messages(train), as_messages(held_out)
   return flags, datasets[0], train, held_out
 
 

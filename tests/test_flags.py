@@ -1,6 +1,7 @@
 """A bad flag is one line, the fact and the cure, before jax is imported."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -126,6 +127,9 @@ def test_every_flag_has_a_name_of_its_own():
     ('--learning_rate', 'inf', 'finite'),
     ('--max_grad_norm', '0.0', 'above 0'),
     ('--micro_batch', '-1', '0 or more'),
+    ('--lora_rank', '-1', '0 or more'),
+    ('--lora_alpha', '0.0', 'above 0'),
+    ('--reward_model_weight', 'nan', 'finite'),
     ('--eval_every', '-1', '0 or more'),
     ('--save_every', '-1', '0 or more'),
     ('--patience', '-1', '0 or more'),
@@ -270,6 +274,60 @@ def test_a_model_that_is_no_directory_is_refused(capsys, tmp_path):
   line = refusal(capsys, '--model', str(tmp_path / 'nowhere'))
   assert 'is no directory' in line
   parse('--model', str(tmp_path))
+
+
+def test_a_hub_out_of_reach_is_one_line_before_jax(tmp_path):
+  code = (
+    'import sys, time; from experiments import flags, arithmetic\n'
+    'begun = time.monotonic()\n'
+    'try: flags.parse(arithmetic.DEFAULTS, "x", ["--model", "some/model"])\n'
+    'except SystemExit as e: assert e.code == 2\n'
+    'assert "jax" not in sys.modules\n'
+    'assert time.monotonic() - begun < 5'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={
+      **os.environ,
+      'HF_ENDPOINT': 'http://127.0.0.1:9',
+      'HF_HOME': tmp_path,
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stderr.startswith('error: some/model is not in the local cache')
+  assert done.stderr.endswith('pass --model a local directory\n')
+  assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'argv', [('--lora_rank', '4'), ('--lora_adapter', '.')]
+)
+def test_adapters_need_a_model(capsys, argv, tmp_path):
+  assert 'pass --model' in refusal(capsys, *argv)
+  parse(*argv, '--model', str(tmp_path))
+
+
+def test_an_adapter_that_is_no_directory_is_refused(capsys, tmp_path):
+  argv = '--model', str(tmp_path), '--lora_adapter', str(tmp_path / 'x')
+  assert 'is no directory' in refusal(capsys, *argv)
+
+
+def test_param_dtype_is_of_a_model(capsys, tmp_path):
+  argv = '--param_dtype', 'bfloat16'
+  assert 'pass --model' in refusal(capsys, *argv)
+  parse(*argv, '--model', str(tmp_path))
+
+
+def test_uploading_needs_a_token_and_a_name(capsys, monkeypatch):
+  monkeypatch.delenv('HF_TOKEN', raising=False)
+  assert 'set HF_TOKEN' in refusal(capsys, '--push_to_hub', 'me/policy')
+  monkeypatch.setenv('HF_TOKEN', 'secret')
+  line = refusal(capsys, '--push_to_hub', 'policy')
+  assert 'is no OWNER/NAME' in line
+  assert 'secret' not in line
+  parse('--push_to_hub', 'me/policy')
 
 
 def test_what_cannot_hold_an_answer_is_refused(capsys):

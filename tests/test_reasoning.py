@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+from conftest import GOLDEN
 
 from experiments import flags as flag_layer
 from experiments import reasoning
+from jaxrl_tok import data
+from jaxrl_tok.models import hf
 
 pytest.importorskip('reasoning_gym', reason='an extra; [test] installs it')
 
@@ -97,6 +101,35 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   assert any('rewards/score_answer/mean' in row for row in rows)
   assert 'chain_sum' in (out / 'export/README.md').read_text()
   assert 'task: chain_sum' in (out / 'config.yaml').read_text()
+
+
+def test_messages_go_through_the_models_chat_template(tmp_path, capsys):
+  model = shutil.copytree(GOLDEN / 'qwen3', tmp_path / 'chatty')
+  words = f'--chat --num_problems=50 --eval_prompts=8 --model={model}'
+  with pytest.raises(SystemExit):
+    reasoning.main([*words.split(), '--print_config'])
+  said = capsys.readouterr().err
+  assert 'no chat template' in said
+  assert said.count('\n') == 1
+
+  template = '<|{{ messages[0].role }}|>{{ messages[0].content }}<|end|>'
+  (model / 'chat_template.jinja').write_text(template)
+  flags = flag_layer.parse(reasoning.DEFAULTS, 'x', words.split())
+  _, _, train, _ = reasoning.prepare(flags)
+  tokenizer = hf.open_model(model).tokenizer
+  ids = data.prompt_ids(tokenizer, train[0]['prompt'])
+  text = tokenizer.decode(ids)
+  assert text.startswith('<|user|>State the final answer')
+  assert text.endswith('<|end|>')
+
+
+def test_a_context_that_is_too_short_is_refused(capsys):
+  words = f'--num_problems=50 --eval_prompts=8 --model={GOLDEN / "gpt2"}'
+  with pytest.raises(SystemExit):
+    reasoning.main([*words.split(), '--max_completion_length=64'])
+  said = capsys.readouterr().err
+  assert 'more than the context of 128' in said
+  assert said.count('\n') == 1
 
 
 def test_help_names_the_task_flags(capsys):
