@@ -221,6 +221,7 @@ def settings(context: Context) -> dict:
     **flag_layer.flat(context.experiment.flags),
     'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
+    'model_commit': hub.commit_of(context.model.directory),
     'model_config': context.model.described,
     'data': context.experiment.data,
   }
@@ -303,7 +304,7 @@ def first_weights(context: Context) -> tuple:
     flag_layer.fail(e)
 
 
-def restore(context: Context, checkpoints, make_state: Callable):
+def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   """(state, progress, old flags) that --resume names, None without any."""
   resume = context.experiment.flags.run.resume
   if resume == 'never':
@@ -316,7 +317,13 @@ def restore(context: Context, checkpoints, make_state: Callable):
     state, meta = checkpoint.restore(checkpoints, step, like)
   except ValueError as e:
     flag_layer.fail(e)
-  if context.adapter is not None:
+  if context.adapter is not None:  # its base is not in the checkpoint
+    old = yaml.safe_load((run_dir / 'config.yaml').read_text())['model_commit']
+    if old != hub.commit_of(context.model.directory):
+      flag_layer.fail(
+        f'{context.model.origin} has changed since the run began; pass '
+        f'--revision {old}'
+      )
     state = state.replace(frozen=read_base(context))
   return state, train.Progress(**meta['progress']), meta['flags']
 
@@ -324,7 +331,7 @@ def restore(context: Context, checkpoints, make_state: Callable):
 def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   """(context with the run's logger, state, progress)."""
   flags = context.experiment.flags
-  restored = restore(context, checkpoints, make_state)
+  restored = restore(context, run_dir, checkpoints, make_state)
   logger = Logger(
     run_dir,
     flags.run.report_to,

@@ -559,7 +559,11 @@ def read_config(described: dict) -> TransformerConfig:
   said = logging.get_verbosity()
   logging.set_verbosity_error()  # advice on its own classes
   try:
-    j = kind.from_dict(copy.deepcopy(described))
+    given = copy.deepcopy(described)
+    scaling = given.get('rope_scaling')
+    if isinstance(scaling, dict) and 'type' in scaling:  # its older name, which
+      scaling.setdefault('rope_type', scaling['type'])  # gemma3 passes over
+    j = kind.from_dict(given)
     config = family.read(j)
   except Exception as e:  # its validators raise errors of many kinds
     raise ValueError(f'config.json: {" ".join(str(e).split())}') from None

@@ -583,7 +583,7 @@ def export_run(
     like = param_structs(model, dtype or 'float32')
     step, params = _restored_params(run_dir, step, like)
   else:
-    model = open_model(flags['model'], flags['revision'])
+    model = open_model(flags['model'], flags['model_commit'])
     modules = lora.targeted(model.config, model.family, adapter.targets)
     like = jax.eval_shape(
       lambda key: lora.init(modules, adapter.rank, key), jax.random.key(0)

@@ -65,6 +65,12 @@ def locate(
   return Path(_fetch(model, revision or found.name, shards))
 
 
+def commit_of(directory: Path | None) -> str | None:
+  """The commit of a directory that was fetched; None for any other."""
+  fetched = directory is not None and directory.parent.name == 'snapshots'
+  return directory.name if fetched else None
+
+
 def _fetch(model: str, revision: str | None, patterns: list[str]) -> str:
   import huggingface_hub as hub
   from huggingface_hub import constants, errors
