@@ -47,7 +47,7 @@ class RunFlags:
   resume: str = 'never'
   """never, auto (go on from the newest checkpoint of output_dir) or a step."""
   push_to_hub: str | None = None
-  """Upload the trained policy to this repository (token: HF_TOKEN)."""
+  """Upload the policy to this repository, new ones private (HF_TOKEN)."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
   """Where metrics go beside metrics.jsonl."""
   print_config: bool = False

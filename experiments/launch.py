@@ -222,6 +222,7 @@ def settings(context: Context) -> dict:
     'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
     'model_commit': hub.commit_of(context.model.directory),
+    'adapter': context.adapter and dataclasses.asdict(context.adapter),
     'model_config': context.model.described,
     'data': context.experiment.data,
   }

@@ -31,7 +31,7 @@ FLOORS = {
   'evaluation': 3,
   'train': 4,
 }
-# inside models/: attention <- transformer <- families <- lora <- hf
+# inside models/: attention <- transformer <- layout <- weights <- hf
 MODEL_FLOORS = {
   '__init__': 0,
   'attention': 0,
@@ -39,9 +39,11 @@ MODEL_FLOORS = {
   'experts': 0,
   'hub': 0,
   'transformer': 1,
-  'families': 2,
+  'layout': 2,
+  'families': 3,
   'lora': 3,
-  'hf': 4,
+  'weights': 4,
+  'hf': 5,
 }
 FILES = sorted(PACKAGE.rglob('*.py'))
 

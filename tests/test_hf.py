@@ -19,7 +19,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from jaxrl_tok import checkpoint, data, sharding
-from jaxrl_tok.models import families, hf, lora
+from jaxrl_tok.models import families, hf, lora, weights
 from jaxrl_tok.models.transformer import PARTITION_RULES, make_policy
 from jaxrl_tok.types import TrainState
 
@@ -266,7 +266,7 @@ def traced(function):
 @pytest.mark.parametrize('spec', ['data=1', MESH])
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_reading_holds_one_parameter_at_a_time(large, monkeypatch, spec, dtype):
-  monkeypatch.setattr(hf, 'READ_BYTES', 2**20)
+  monkeypatch.setattr(weights, 'READ_BYTES', 2**20)
   mesh = sharding.make_mesh(spec, jax.devices()[: 8 if spec == MESH else 1])
   model = hf.open_model(large)
   params, most, left = traced(lambda: hf.read_params(model, mesh, dtype))
@@ -294,7 +294,7 @@ def write_run(run_dir, model, trained, /, **flags):
   """What export reads of a run. trained: {step: parameters}."""
   run_dir.mkdir()
   plain = {'model': None, 'model_commit': None, 'param_dtype': 'auto'}
-  plain |= {'data': 'own.jsonl', 'algorithm': 'reinforce'}
+  plain |= {'data': 'own.jsonl', 'algorithm': 'reinforce', 'adapter': None}
   (run_dir / 'config.yaml').write_text(yaml.safe_dump(plain | flags))
   with hf.appearing(run_dir / 'model') as part:
     hf.write_description(part, model)
@@ -342,9 +342,12 @@ def test_a_runs_adapters_are_exported_with_their_base(tmp_path):
   adapters = jax.tree.map(
     lambda x: x + 0.1, lora.init(modules, 2, jax.random.key(0))
   )
-  flags = {'lora_rank': 2, 'lora_alpha': 16.0, 'lora_targets': targets}
   run = write_run(
-    tmp_path / 'run', model, {1: adapters}, model=str(GOLDEN / 'qwen2'), **flags
+    tmp_path / 'run',
+    model,
+    {1: adapters},
+    model=str(GOLDEN / 'qwen2'),
+    adapter={'rank': 2, 'alpha': 16.0, 'targets': targets},
   )
   hf.main(['export', run, str(tmp_path / 'out')])
   base, found = tensors_of(GOLDEN / 'qwen2'), tensors_of(tmp_path / 'out')

@@ -216,8 +216,8 @@ def test_the_directory_is_sent_with_the_token_of_the_environment(
     def __init__(self, token):
       done.append(token)
 
-    def create_repo(self, name, exist_ok):
-      done.append((name, exist_ok))
+    def create_repo(self, name, private, exist_ok):
+      done.append((name, private, exist_ok))
       return f'https://hub/{name}'
 
     def upload_folder(self, repo_id, folder_path):
@@ -227,4 +227,4 @@ def test_the_directory_is_sent_with_the_token_of_the_environment(
   monkeypatch.setenv('HF_TOKEN', 'hf_secret')
   assert hub.push(tmp_path, 'me/policy') == 'https://hub/me/policy'
   sent = ('me/policy', str(tmp_path))
-  assert done == ['hf_secret', ('me/policy', True), sent]
+  assert done == ['hf_secret', ('me/policy', True, True), sent]

@@ -2,9 +2,7 @@
 
 1. `open_model` reads everything but the weights' bytes and checks it all:
    configuration, tensor names and shapes, tokenizer, end and pad ids.
-2. `read_params` reads each tensor once, in pieces, into one of our parameters
-   and places that on its devices by its sharding: beyond what is placed, host
-   memory holds one parameter and one piece.
+2. `read_params` (weights.py) brings the bytes straight to their devices.
 3. `save` writes the same names, shapes and configuration keys; what belongs to
    the tokenizer is copied.
 
@@ -14,66 +12,33 @@
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
-import math
 import os
-import re
 import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jinja2
-import numpy as np
 
-from jaxrl_tok import sharding
 from jaxrl_tok.models import families, hub, lora
-from jaxrl_tok.models.transformer import (
-  PARTITION_RULES,
-  TransformerConfig,
-  make_policy,
+from jaxrl_tok.models.weights import (
+  SHARD_BYTES,
+  Model,
+  check_tensors,
+  param_structs,
+  read_params,
+  stored_tensors,
+  write_weights,
 )
 
 # tokenizers are all that we want of it; it advises on torch at import
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 CARD = Path(__file__).with_name('card.md.jinja')
-READ_BYTES = 16 * 2**20  # of a tensor, at a time
-SHARD_BYTES = 5 * 10**9  # of a file
-DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
-VALUE_HEAD = 'v_head.weight'
 GENERIC = 'PreTrainedTokenizerFast', 'TokenizersBackend'
 VOCABULARIES = 'tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt'
-
-
-class Model(NamedTuple):
-  """A model as its directory describes it, without its weights."""
-
-  config: TransformerConfig
-  described: dict  # config.json
-  tokenizer: Any
-  end_tokens: tuple
-  pad_token: int
-  origin: str  # hub id or directory; 'random weights'
-  directory: Path | None = None  # None: random weights
-  tensors: dict = {}  # noqa: RUF012  {name: Stored}; read only
-
-  @property
-  def family(self) -> families.Family:
-    return families.family_of(self.described)
-
-
-class Stored(NamedTuple):
-  """A tensor in a file."""
-
-  file: Path
-  name: str  # in the file; some files leave out the family's first word
-  shape: tuple
-  dtype: str
 
 
 def versions() -> dict[str, str]:
@@ -94,99 +59,6 @@ def _read_json(path: Path) -> dict:
       f'{path}: a {type(found).__name__}, not an object; fetch it again'
     )
   return found
-
-
-@contextlib.contextmanager
-def _opened(file: Path):
-  from safetensors import SafetensorError, safe_open
-
-  try:
-    with safe_open(file, 'np') as opened:
-      yield opened
-  except SafetensorError as e:
-    raise ValueError(f'{file} is damaged: {e}; fetch it again') from None
-
-
-def _stored_tensors(directory: Path) -> dict[str, Stored]:
-  """The tensors of model.safetensors, or of the shards that an index names."""
-  single, index = directory / hub.SINGLE, directory / hub.INDEX
-  if single.is_file():
-    files = [single]
-  elif index.is_file():
-    files = sorted(directory / f for f in set(hub.weight_map(index).values()))
-  else:
-    raise FileNotFoundError(
-      f'{directory} has no {hub.SINGLE} and no {hub.INDEX}; convert the '
-      'weights to safetensors (pickles are never read)'
-    )
-  found = {}
-  for file in files:
-    if not file.is_file():
-      raise FileNotFoundError(
-        f'{index} names {file.name}, which is missing; fetch it again'
-      )
-    with _opened(file) as opened:
-      for name in opened.keys():  # noqa: SIM118  it is no dict
-        part = opened.get_slice(name)
-        dtype = part.get_dtype()
-        found[name] = Stored(file, name, tuple(part.get_shape()), dtype)
-  return found
-
-
-def _check_tensors(model: Model, stored: dict) -> dict[str, Stored]:
-  """{the family's name: Stored} of what the decoder needs; else ValueError.
-
-  A missing value head is no fault: it begins at zero.
-  """
-  family, base = model.family, model.family.names['base']
-  if not any(name.startswith(base) for name in stored):
-    # some files hold the decoder without its head, one level up
-    heads = (family.names['head'], 'score', 'v_head')
-    stored = {
-      name if name.startswith(heads) else base + name: s
-      for name, s in stored.items()
-    }
-  found, missing, wrong = {}, [], []
-  for weight in families.weights(model.config, family):
-    for name, shape in weight.tensors:
-      if name not in stored:
-        missing.append(name)
-      elif stored[name].shape != shape:
-        wrong.append(f'{name} is {list(stored[name].shape)}, not {list(shape)}')
-      elif stored[name].dtype not in DTYPES:
-        wrong.append(
-          f'{name} is {stored[name].dtype}, not {" or ".join(DTYPES)}'
-        )
-      else:
-        found[name] = stored[name]
-  missing = [name for name in missing if name != VALUE_HEAD]
-  if missing:
-    raise ValueError(
-      f'weights are missing: {_some(missing)}; use the files of one model'
-    )
-  if wrong:
-    raise ValueError(
-      f'weights do not fit config.json: {_some(wrong)}; use the files of one '
-      'model'
-    )
-  spare = {VALUE_HEAD}
-  if model.config.tie_embeddings:  # some files repeat the tied head
-    spare.add(f'{family.names["head"]}.weight')
-  extra = [
-    name
-    for name in stored.keys() - found.keys() - spare
-    if not re.search(family.buffers, name)
-  ]
-  if extra:
-    raise ValueError(
-      f'weights of no use: {_some(sorted(extra))}; use the files of one model'
-    )
-  return found
-
-
-def _some(names: list) -> str:
-  rest = f' and {len(names) - 5} more' if len(names) > 5 else ''
-  return ', '.join(names[:5]) + rest
 
 
 def _read_tokenizer(directory: Path, vocab_size: int):
@@ -290,8 +162,8 @@ def open_model(
       config, described, tokenizer, ends, pad, str(model), directory
     )
     if weights:
-      stored = _stored_tensors(hub.locate(str(model), revision))
-      found = found._replace(tensors=_check_tensors(found, stored))
+      stored = stored_tensors(hub.locate(str(model), revision))
+      found = found._replace(tensors=check_tensors(found, stored))
   except ValueError as e:
     said = str(e)
     here = said.startswith(str(directory))
@@ -299,141 +171,7 @@ def open_model(
   return found
 
 
-# --- in: the bytes -----------------------------------------------------------
-
-
-def param_structs(model: Model, dtype: str | None = None):
-  """ShapeDtypeStructs of the decoder's parameters.
-
-  dtype: None: the file's, or float32 where it does not have them.
-  """
-  shapes = jax.eval_shape(make_policy(model.config).init, jax.random.key(0))
-  flat = flax.traverse_util.flatten_dict(shapes, sep='/')
-  for weight in families.weights(model.config, model.family):
-    stored = model.tensors.get(weight.tensors[0][0])
-    theirs = DTYPES[stored.dtype] if stored else 'float32'
-    struct = jax.ShapeDtypeStruct(flat[weight.path].shape, dtype or theirs)
-    flat[weight.path] = struct
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
-
-
-def _fill(part, views: tuple) -> None:
-  """Reads a tensor of a file into views of a parameter, piece by piece."""
-  row, row_size = 0, math.prod(part.get_shape()[1:])
-  for view in views:
-    rows = view[0].size // row_size  # of the file, in one of the view's
-    step = max(1, READ_BYTES // view[0].nbytes)
-    for i in range(0, len(view), step):
-      piece = view[i : i + step]
-      end = row + len(piece) * rows
-      piece[...] = part[row:end].reshape(piece.shape)
-      row = end
-
-
-def _read_weight(model: Model, weight, struct, files: dict) -> np.ndarray:
-  array = np.zeros(struct.shape, struct.dtype)
-  for (name, _), views in zip(weight.tensors, weight.views(array)):
-    stored = model.tensors.get(name)
-    if stored:  # else a value head that the file does not have: zero
-      _fill(files[stored.file].get_slice(stored.name), views)
-  return array
-
-
-def read_params(
-  model: Model, mesh=None, dtype: str | None = None, rules=PARTITION_RULES
-):
-  """Parameters of the decoder, each placed on `mesh` by `rules` as it is read.
-
-  Args:
-    mesh: None: the first device.
-    dtype: of the parameters; None: the file's.
-  """
-  structs = param_structs(model, dtype)
-  mesh = mesh or sharding.make_mesh('data=1', jax.devices()[:1])
-  places = sharding.tree_shardings(mesh, structs, rules)
-  structs, places = (
-    flax.traverse_util.flatten_dict(t, sep='/') for t in (structs, places)
-  )
-  flat = {}
-  with contextlib.ExitStack() as stack:
-    files = {
-      file: stack.enter_context(_opened(file))
-      for file in {stored.file for stored in model.tensors.values()}
-    }
-    for weight in families.weights(model.config, model.family):
-      array = _read_weight(model, weight, structs[weight.path], files)
-      flat[weight.path] = jax.block_until_ready(
-        jax.make_array_from_callback(
-          array.shape, places[weight.path], array.__getitem__
-        )
-      )
-      del array
-      gc.collect(0)  # jax lets go of what it has copied when Python collects
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
-
-
 # --- out ---------------------------------------------------------------------
-
-
-def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
-  """The tensor of the file whose parts the views are."""
-  out, at = np.empty(math.prod(shape), dtype), 0
-  for view in views:
-    out[at : at + view.size].reshape(view.shape)[...] = view
-    at += view.size
-  return out.reshape(shape)
-
-
-def _on_host(leaf) -> np.ndarray:
-  """Read through another jax.Array of the same buffers: what jax reads back of
-  an array it keeps as long as that."""
-  if isinstance(leaf, jax.Array):
-    leaf = jax.make_array_from_single_device_arrays(
-      leaf.shape, leaf.sharding, [s.data for s in leaf.addressable_shards]
-    )
-  return np.asarray(leaf)
-
-
-def _tensors_of(weight, array: np.ndarray, model: Model) -> dict:
-  found = {}
-  for (name, shape), views in zip(weight.tensors, weight.views(array)):
-    stored = model.tensors.get(name)  # under the name it came with
-    name = stored.name if stored else name
-    found[name] = _flattened(views, shape, array.dtype)
-  return found
-
-
-def _write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
-  """model.safetensors, or shards of about shard_bytes and their index; the
-  tensors of one shard at a time are on the host."""
-  from safetensors.numpy import save_file
-
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  shards, size = [[]], 0
-  for weight in families.weights(model.config, model.family):
-    leaf = flat.pop(weight.path)
-    if shards[-1] and size + leaf.nbytes > shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append((weight, leaf))
-    size += leaf.nbytes
-  if flat:
-    raise ValueError(f'no place in the file for {", ".join(sorted(flat))}')
-  index, total = {}, 0
-  for number, shard in enumerate(shards, 1):
-    file = hub.SINGLE
-    if len(shards) > 1:
-      file = f'model-{number:05}-of-{len(shards):05}.safetensors'
-    content = {}
-    for weight, leaf in shard:
-      total += leaf.nbytes
-      content |= _tensors_of(weight, _on_host(leaf), model)
-      gc.collect(0)  # of what jax read
-    save_file(content, out / file, metadata={'format': 'pt'})
-    index |= dict.fromkeys(content, file)
-  if len(shards) > 1:
-    described = {'metadata': {'total_size': total}, 'weight_map': index}
-    (out / hub.INDEX).write_text(json.dumps(described, indent=2) + '\n')
 
 
 def write_description(out: Path, model: Model, dtype: str | None = None):
@@ -503,7 +241,7 @@ def save(
   card: title, base_model, data, algorithm (text) and metrics (a dict).
   """
   with appearing(out) as part:
-    _write_weights(part, model, params, shard_bytes)
+    write_weights(part, model, params, shard_bytes)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     write_description(part, model, dtype)
     write_card(part, card)
@@ -570,19 +308,13 @@ def export_run(
   if not (run_dir / 'model').is_dir():
     raise FileNotFoundError(f'{run_dir} has no model; give a newer run')
   model = open_model(run_dir / 'model', weights=False)
-  adapter = None
-  if flags.get('lora_adapter'):
-    adapter = lora.load_config(flags['lora_adapter'])
-  elif flags.get('lora_rank'):
-    adapter = lora.LoraConfig(
-      flags['lora_rank'], flags['lora_alpha'], tuple(flags['lora_targets'])
-    )
   asked = flags['param_dtype']
   dtype = None if asked == 'auto' else asked
-  if adapter is None:
+  if flags['adapter'] is None:
     like = param_structs(model, dtype or 'float32')
     step, params = _restored_params(run_dir, step, like)
   else:
+    adapter = lora.LoraConfig(**flags['adapter'])
     model = open_model(flags['model'], flags['model_commit'])
     modules = lora.targeted(model.config, model.family, adapter.targets)
     like = jax.eval_shape(
@@ -617,6 +349,9 @@ def main(argv=None) -> None:
     print(export_run(given.run_dir, given.out_dir, given.step))
     if given.push_to_hub:
       print(hub.push(given.out_dir, given.push_to_hub))
+  except KeyError as e:
+    print(f'error: config.yaml has no {e}; give a newer run', file=sys.stderr)
+    raise SystemExit(2) from None
   except (ValueError, OSError) as e:
     print(f'error: {e}', file=sys.stderr)
     raise SystemExit(2) from None

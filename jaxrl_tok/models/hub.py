@@ -2,8 +2,8 @@
 
 Only the files that are read are fetched: configuration, tokenizer, and
 safetensors. huggingface_hub is imported when a hub id is asked for; its
-HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and tokens come from the
-environment only.
+HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and for reading its login. What is
+uploaded needs a token in the environment.
 """
 
 import json
@@ -56,13 +56,14 @@ def locate(
       'config.json and model.safetensors, or an id such as '
       'Qwen/Qwen2.5-0.5B-Instruct'
     )
-  found = Path(_fetch(model, revision, ['config.json', INDEX, *COMPANIONS]))
+  wanted = ['config.json', INDEX, *COMPANIONS]
+  found = _fetch(model, revision, wanted, needed=wanted[:1])
   if not weights:
     return found
   index, shards = found / INDEX, [SINGLE]
   if index.is_file():
     shards = sorted(set(weight_map(index).values()))
-  return Path(_fetch(model, revision or found.name, shards))
+  return _fetch(model, revision or found.name, shards, needed=shards)
 
 
 def commit_of(directory: Path | None) -> str | None:
@@ -71,13 +72,17 @@ def commit_of(directory: Path | None) -> str | None:
   return directory.name if fetched else None
 
 
-def _fetch(model: str, revision: str | None, patterns: list[str]) -> str:
+def _fetch(model: str, revision, patterns: list[str], needed: list[str]):
+  """The directory with the files, from the hub or else from its cache, which
+  must have those that are needed."""
   import huggingface_hub as hub
   from huggingface_hub import constants, errors
 
   def snapshot(**options):
-    return hub.snapshot_download(
-      model, revision=revision, allow_patterns=patterns, **options
+    return Path(
+      hub.snapshot_download(
+        model, revision=revision, allow_patterns=patterns, **options
+      )
     )
 
   if constants.HF_HUB_OFFLINE:
@@ -99,12 +104,16 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> str:
     except Exception as e:  # whatever the network does: one line
       why = f'the hub cannot be reached ({type(e).__name__})'
   try:
-    return snapshot(local_files_only=True)
+    found = snapshot(local_files_only=True)
+    missing = [name for name in needed if not (found / name).is_file()]
   except errors.LocalEntryNotFoundError:
+    missing = needed
+  if missing:
     raise ConnectionError(
       f'{model} is not in the local cache and {why}; pass --model a local '
       'directory'
-    ) from None
+    )
+  return found
 
 
 def _ask(question, *args, **options):
@@ -156,13 +165,14 @@ def push_token() -> str:
 
 
 def push(directory: str | Path, repository: str) -> str:
-  """Uploads a directory to a model repository, made where there is none.
+  """Uploads a directory to a model repository, made private where there is
+  none.
 
   Returns its address.
   """
   import huggingface_hub as hub
 
   api = hub.HfApi(token=push_token())
-  url = api.create_repo(repository, exist_ok=True)
+  url = api.create_repo(repository, private=True, exist_ok=True)
   api.upload_folder(repo_id=repository, folder_path=str(directory))
   return str(url)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_tok.models import families
+from jaxrl_tok.models import layout
 from jaxrl_tok.models.transformer import TransformerConfig
 
 EVERYTHING = 'all-linear'
@@ -42,11 +42,11 @@ class LoraConfig:
     return self.alpha / self.rank
 
 
-def adaptable(config: TransformerConfig, family: families.Family) -> dict:
+def adaptable(config: TransformerConfig, family: layout.Family) -> dict:
   """{module: (number in, number out)} of what may have an adapter: the blocks'
   matrices, except experts and their routers."""
   found = {}
-  for weight in families.weights(config, family):
+  for weight in layout.weights(config, family):
     inner = re.fullmatch(r'layer_\d+/(attention|mlp)/\w+', weight.path)
     for name, shape in weight.tensors if inner else ():
       if len(shape) == 2:
@@ -56,7 +56,7 @@ def adaptable(config: TransformerConfig, family: families.Family) -> dict:
 
 
 def targeted(
-  config: TransformerConfig, family: families.Family, targets: tuple
+  config: TransformerConfig, family: layout.Family, targets: tuple
 ) -> dict:
   """{module: (number in, number out)} of the targets. Raises ValueError for a
   target that nothing ends in, with what there is."""
@@ -93,10 +93,10 @@ def init(modules: dict, rank: int, key: jax.Array) -> dict:
 
 
 def make_join(
-  config: TransformerConfig, family: families.Family, scale: float
+  config: TransformerConfig, family: layout.Family, scale: float
 ) -> Callable:
   """Returns join(adapters, base) -> parameters of the decoder, pure."""
-  weights = families.weights(config, family)
+  weights = layout.weights(config, family)
 
   def join(adapters: dict, base):
     flat = flax.traverse_util.flatten_dict(base, sep='/')
@@ -213,7 +213,7 @@ def load(
   directory: str | Path,
   lora: LoraConfig,
   config: TransformerConfig,
-  family: families.Family,
+  family: layout.Family,
 ) -> dict:
   """Adapters as float32 arrays; every fault of the file by name."""
   from safetensors import SafetensorError
