@@ -25,12 +25,11 @@ import rich.table
 import rich.text
 import yaml
 
-from experiments import build
+from experiments import build, models
 from experiments import flags as flag_layer
 from jaxrl_tok import (
   checkpoint,
   data,
-  device_rewards,
   distribution,
   evaluation,
   report,
@@ -100,42 +99,6 @@ def check_devices(flags, mesh) -> None:
     )
 
 
-def make_model(flags, tokenizer: Callable) -> hf.Model:
-  """The model that --model names, or a random one of the flags' size."""
-  if flags.model.model is None:
-    return build.random_model(flags.size, tokenizer())
-  return hf.open_model(flags.model.model, flags.model.revision)
-
-
-def make_reward_model(flags, policy: hf.Model, P: int) -> hf.Model | None:
-  """The classifier that --reward_model names. It reads the policy's tokens."""
-  if flags.model.reward_model is None:
-    return None
-  model = hf.open_model(flags.model.reward_model)
-  if model.config.lm_head:
-    raise ValueError(
-      f'--reward_model {model.origin} is no classifier '
-      '(...ForSequenceClassification of one label)'
-    )
-  if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-    raise ValueError(
-      f'--reward_model {model.origin} has another tokenizer than the policy, '
-      'whose tokens it would read; use one of the same family'
-    )
-  check_context(model, P, flags.sampling.max_completion_length)
-  return model
-
-
-def check_context(model: hf.Model, P: int, T: int) -> None:
-  """Refuses prompts and completions that do not fit the model's context."""
-  if model.config.max_length < P + T:
-    raise ValueError(
-      f'prompts of {P} and completions of {T} tokens are more than the '
-      f'context of {model.config.max_length}; pass a smaller '
-      '--max_completion_length or shorter prompts'
-    )
-
-
 def prepare(experiment: Experiment) -> Context:
   """Checks all that needs the model, the data or the devices; a fault is one
   line and exit status 2."""
@@ -144,7 +107,7 @@ def prepare(experiment: Experiment) -> Context:
   try:
     mesh = sharding.make_mesh(flags.model.mesh)
     check_devices(flags, mesh)
-    model = make_model(flags, experiment.tokenizer)
+    model = models.make_model(flags, experiment.tokenizer)
     V = model.config.vocab_size
     train_set, held_out = (
       data.tokenize(records, model.tokenizer, V, s.max_prompt_length, name)
@@ -154,9 +117,9 @@ def prepare(experiment: Experiment) -> Context:
       )
     )
     P = max(train_set.tokens.shape[1], held_out.tokens.shape[1])
-    check_context(model, P, s.max_completion_length)
-    reward_model = make_reward_model(flags, model, P)
-    adapter = build.lora_config(flags.model)
+    models.check_context(model, P, s.max_completion_length)
+    reward_model = models.make_reward_model(flags, model, P)
+    adapter = models.lora_config(flags.model)
     if adapter is not None:
       lora.targeted(model.config, model.family, adapter.targets)
   except (ValueError, OSError) as e:
@@ -168,7 +131,7 @@ def prepare(experiment: Experiment) -> Context:
     s.top_k,
     s.top_p,
     s.min_p,
-    build.forbidden_tokens(model),
+    models.forbidden_tokens(model),
   )
   dtype = flags.model.dtype
   if dtype == 'auto':
@@ -237,6 +200,7 @@ def write_run_files(context: Context, run_dir: Path) -> None:
   (run_dir / 'command.txt').write_text(command + '\n')
   (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
   # with it, a checkpoint can be exported when the model has gone
+  shutil.rmtree(run_dir / 'model', ignore_errors=True)  # killed before a save
   with hf.appearing(run_dir / 'model') as part:
     hf.write_description(part, context.model)
 
@@ -263,48 +227,6 @@ def print_config(context: Context, state) -> None:
       say(f'  {name} {list(leaf.shape)} {leaf.dtype} {spec}')
 
 
-def structs(context: Context) -> tuple:
-  """ShapeDtypeStructs of (what is trained, what is frozen)."""
-  model, adapter = context.model, context.adapter
-  dtype = build.param_dtype(context.experiment.flags.model)
-  base = hf.param_structs(model, dtype)
-  if adapter is None:
-    return base, None
-  return jax.eval_shape(lambda: new_adapters(context)), base
-
-
-def new_adapters(context: Context) -> dict:
-  model, adapter = context.model, context.adapter
-  modules = lora.targeted(model.config, model.family, adapter.targets)
-  key = jax.random.key(context.experiment.flags.run.seed)
-  return lora.init(modules, adapter.rank, key)
-
-
-def read_base(context: Context):
-  """The parameters of --model, placed."""
-  dtype = build.param_dtype(context.experiment.flags.model)
-  with context.logger.doing(f'reading {context.model.origin}'):
-    return hf.read_params(context.model, context.mesh, dtype)
-
-
-def first_weights(context: Context) -> tuple:
-  """(what is trained, what is frozen) at step 0; None: random weights."""
-  model, adapter = context.model, context.adapter
-  if model.directory is None:
-    warm_start = context.experiment.warm_start
-    return (warm_start(context) if warm_start else None), None
-  base = read_base(context)
-  if adapter is None:
-    return base, None
-  where = context.experiment.flags.model.lora_adapter
-  if where is None:
-    return jax.jit(lambda: new_adapters(context))(), base
-  try:
-    return lora.load(where, adapter, model.config, model.family), base
-  except (ValueError, OSError) as e:
-    flag_layer.fail(e)
-
-
 def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   """(state, progress, old flags) that --resume names, None without any."""
   resume = context.experiment.flags.run.resume
@@ -314,7 +236,7 @@ def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
     step = checkpoint.choose_step(checkpoints, resume)
     if step is None:
       return None
-    like = make_state(*structs(context))
+    like = make_state(*models.structs(context))
     state, meta = checkpoint.restore(checkpoints, step, like)
   except ValueError as e:
     flag_layer.fail(e)
@@ -325,7 +247,7 @@ def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
         f'{context.model.origin} has changed since the run began; pass '
         f'--revision {old}'
       )
-    state = state.replace(frozen=read_base(context))
+    state = state.replace(frozen=models.read_base(context))
   return state, train.Progress(**meta['progress']), meta['flags']
 
 
@@ -343,7 +265,7 @@ def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   context = context._replace(logger=logger)
   if restored is None:
     write_run_files(context, run_dir)
-    return context, make_state(*first_weights(context)), train.Progress()
+    return context, make_state(*models.first_weights(context)), train.Progress()
   state, progress, old = restored
   logger.say(f'resumed from step {progress.step}')
   new = flag_layer.flat(flags)
@@ -351,17 +273,6 @@ def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
     if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
       logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
   return context, state, progress
-
-
-def device_reward(context: Context) -> tuple | None:
-  """(function, parameters) of the reward model, read and placed."""
-  model = context.reward_model
-  if model is None:
-    return None
-  with context.logger.doing(f'reading {model.origin}'):
-    params = hf.read_params(model, context.mesh)
-  policy = make_policy(model.config, context.policy.dtype)
-  return device_rewards.reward_model(policy), params
 
 
 def compile_parts(
@@ -376,7 +287,7 @@ def compile_parts(
     context.model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
   )
-  scoring = device_reward(context)
+  scoring = models.device_reward(context)
   with context.logger.doing('compiling the sampler, update and evaluation'):
     compiled = train.compile_parts(
       context.policy,
@@ -508,7 +419,7 @@ def run(experiment: Experiment) -> dict:
   algorithm = build.make_algorithm(f.algorithm, f.sampling)
   optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
   if f.run.print_config:
-    state = new_state(context, algorithm, optimizer, *structs(context))
+    state = new_state(context, algorithm, optimizer, *models.structs(context))
     print_config(context, state)
     return {}
   run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
@@ -527,45 +438,10 @@ def run(experiment: Experiment) -> dict:
   return summary
 
 
-def export(context: Context, run_dir: Path, state, summary) -> Path:
-  """Writes export/, and for adapters adapter/; uploads where asked."""
-  experiment, model = context.experiment, context.model
-  flags, out = experiment.flags, run_dir / 'export'
-  card = {
-    'title': f'{experiment.name} policy',
-    'base_model': None if model.directory is None else model.origin,
-    'data': experiment.data,
-    'algorithm': flags.algorithm.algorithm,
-    'metrics': summary,
-  }
-  params = state.params
-  if context.adapter is not None:
-    beside = run_dir / 'adapter'
-    lora.save(beside, context.adapter, params, model.family, model.origin)
-    hf.write_card(beside, card, library='peft')
-    params = jax.jit(context.policy.join)(*state.weights)
-  shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
-  hf.save(out, model, params, card)
-  if flags.run.push_to_hub and jax.process_index() == 0:
-    upload(context, out, flags.run.push_to_hub)
-  return out
-
-
-def upload(context: Context, out: Path, repository: str) -> None:
-  """Pushes a directory to the hub; what fails there loses nothing here."""
-  logger = context.logger
-  try:
-    with logger.doing(f'uploading to {repository}'):
-      logger.say(hub.push(out, repository))
-  except Exception as e:  # whatever the hub or the network does
-    said = ' '.join(str(e).split())[:200]
-    logger.warn(f'nothing was uploaded ({said}); the policy is in {out}')
-
-
 def finish(context: Context, run_dir: Path, state, rows, summary) -> None:
   """Export, report, and the last words on the console."""
   experiment, logger = context.experiment, context.logger
-  out = export(context, run_dir, state, summary)
+  out = models.export(context, run_dir, state, summary)
   title = f'{experiment.name}: reinforcement learning on tokens'
   logger.close()
   page = report.write_report(run_dir, title, summary)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import FOUR, GOLDEN, ONE
 
+from experiments import models
 from jaxrl_tok.models import families, hf
 
 
@@ -43,6 +44,18 @@ def test_one_device_is_four(name, train_fixture):
     assert a['completions/mean_length'] == b['completions/mean_length']
     for key in ('reward', 'entropy', 'grad_norm'):
       np.testing.assert_allclose(a[key], b[key], rtol=1e-3)
+
+
+def test_a_classifier_is_no_policy(train_fixture, capsys):
+  with pytest.raises(SystemExit):
+    train_fixture('llama_classifier', ONE)
+  assert 'pass it as --reward_model' in capsys.readouterr().err
+
+
+def test_an_end_without_a_token_may_be_sampled():
+  model = hf.open_model(GOLDEN / 'qwen3')
+  forbidden = models.forbidden_tokens(model._replace(end_tokens=(257, 260)))
+  assert np.flatnonzero(forbidden).tolist() == [256, 258, 259, 261, 262, 263]
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,13 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path):
   flags = [*LORA.split(), '--save_every=2']
   run, rows = train_fixture('qwen2', FOUR, *flags)
   assert len(rows) == 3
-  halted, _ = train_fixture('qwen2', FOUR, *flags, '--max_steps=2', out='cut')
+  resume = '--resume=auto'
+  (tmp_path / 'cut/model').mkdir(parents=True)  # killed before its first save
+  halted, _ = train_fixture(
+    'qwen2', FOUR, *flags, '--max_steps=2', resume, out='cut'
+  )
   shutil.rmtree(halted / 'export')
-  train_fixture('qwen2', FOUR, *flags, '--resume=auto', out='cut')
+  train_fixture('qwen2', FOUR, *flags, resume, out='cut')
   files = [d / 'adapter' / lora.WEIGHTS_FILE for d in (run, halted)]
   assert files[0].read_bytes() == files[1].read_bytes()
 
