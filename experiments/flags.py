@@ -338,6 +338,10 @@ def check(
       )
   if (model.lora_rank or model.lora_adapter) and not model.model:
     raise FlagError('LoRA adapts a model that there is; pass --model')
+  if model.lora_rank and model.lora_adapter:
+    raise FlagError('--lora_adapter says its rank; pass it or --lora_rank')
+  if model.revision and not hub.is_hub_id(model.model or ''):
+    raise FlagError('--revision is of a hub id; pass --model OWNER/NAME')
   if model.param_dtype != 'auto' and not model.model:
     raise FlagError('--param_dtype is how a --model is read; pass --model')
   if model.lora_adapter and not Path(model.lora_adapter).is_dir():

@@ -40,6 +40,7 @@ from jaxrl_tok import (
 from jaxrl_tok.logger import Logger, duration
 from jaxrl_tok.models import hf, hub, lora
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.models.weights import fingerprint
 from jaxrl_tok.sampler import SamplerConfig
 
 SHOWN = 20  # held-out completions in samples.jsonl
@@ -139,7 +140,7 @@ def prepare(experiment: Experiment) -> Context:
     dtype = 'float32' if cpu else 'bfloat16'
   policy = make_policy(model.config, jnp.dtype(dtype), flags.model.remat)
   if adapter is not None:
-    join = lora.make_join(model.config, model.family, adapter.scale)
+    join = lora.make_join(model.config, model.family, adapter.scale, dtype)
     policy = policy._replace(join=join)
   ways = sharding.row_shards(mesh)
   return Context(
@@ -185,6 +186,7 @@ def settings(context: Context) -> dict:
     'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
     'model_commit': hub.commit_of(context.model.directory),
+    'model_fingerprint': fingerprint(context.model),
     'adapter': context.adapter and dataclasses.asdict(context.adapter),
     'model_config': context.model.described,
     'data': context.experiment.data,
@@ -200,8 +202,7 @@ def write_run_files(context: Context, run_dir: Path) -> None:
   (run_dir / 'command.txt').write_text(command + '\n')
   (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
   # with it, a checkpoint can be exported when the model has gone
-  shutil.rmtree(run_dir / 'model', ignore_errors=True)  # killed before a save
-  with hf.appearing(run_dir / 'model') as part:
+  with hf.appearing(run_dir / 'model', replace=True) as part:
     hf.write_description(part, context.model)
 
 
@@ -241,11 +242,12 @@ def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   except ValueError as e:
     flag_layer.fail(e)
   if context.adapter is not None:  # its base is not in the checkpoint
-    old = yaml.safe_load((run_dir / 'config.yaml').read_text())['model_commit']
-    if old != hub.commit_of(context.model.directory):
+    old = yaml.safe_load((run_dir / 'config.yaml').read_text())
+    if old['model_fingerprint'] != fingerprint(context.model):
+      cure = f'--revision {old["model_commit"]}'
       flag_layer.fail(
-        f'{context.model.origin} has changed since the run began; pass '
-        f'--revision {old}'
+        f'{context.model.origin} is not what the run began with; pass '
+        + (cure if old['model_commit'] else '--model what it was')
       )
     state = state.replace(frozen=models.read_base(context))
   return state, train.Progress(**meta['progress']), meta['flags']
@@ -324,6 +326,7 @@ def loop_config(context: Context) -> train.LoopConfig:
     save_every=f.run.save_every,
     stop_at_reward=f.run.stop_at_reward,
     patience=f.run.patience,
+    log_kl=f.algorithm.log_kl,
   )
 
 

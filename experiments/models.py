@@ -4,7 +4,6 @@ Functions that take a Context (launch.py) need a prepared experiment; the
 others are used to prepare one.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,8 +192,7 @@ def export(context, run_dir: Path, state, summary) -> Path:
     lora.save(beside, context.adapter, params, model.family, model.origin)
     hf.write_card(beside, card, library='peft')
     params = jax.jit(context.policy.join)(*state.weights)
-  shutil.rmtree(out, ignore_errors=True)  # a resumed run's earlier one
-  hf.save(out, model, params, card)
+  hf.save(out, model, params, card, replace=True)  # a resumed run's earlier one
   if flags.run.push_to_hub and jax.process_index() == 0:
     upload(context, out, flags.run.push_to_hub)
   return out

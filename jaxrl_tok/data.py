@@ -149,9 +149,15 @@ def prompt_ids(tokenizer, prompt) -> list[int]:
       'the prompt is a list of messages and the tokenizer has no chat '
       'template; give prompts as text, or a model with a template'
     )
-  text = tokenizer.apply_chat_template(
-    prompt, tokenize=False, add_generation_prompt=True
-  )
+  try:
+    text = tokenizer.apply_chat_template(
+      prompt, tokenize=False, add_generation_prompt=True
+    )
+  except Exception as e:  # a template raises what it likes
+    raise ValueError(
+      f'the chat template refuses the messages ({" ".join(str(e).split())}); '
+      'use the roles, in the order, that the model knows'
+    ) from None
   return tokenizer(text, add_special_tokens=False)['input_ids']
 
 
@@ -170,7 +176,12 @@ def tokenize(
   """
   if not records:
     raise ValueError(f'{name}: no records')
-  rows = [prompt_ids(tokenizer, record['prompt']) for record in records]
+  rows = []
+  for i, record in enumerate(records):
+    try:
+      rows.append(prompt_ids(tokenizer, record['prompt']))
+    except ValueError as e:
+      raise ValueError(f'{name} {i}: {e}') from None
   longest = max(map(len, rows))
   P = max_prompt_length or longest
   for i, row in enumerate(rows):

@@ -47,6 +47,7 @@ class LoopConfig:
   save_every: int = 0  # and always at the end
   stop_at_reward: float | None = None  # held-out, greedy
   patience: int = 0  # evaluations without a better one
+  log_kl: bool = True  # at each evaluation, where there is a reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,8 @@ def compile_parts(
       (state.weights, state.key, held_out, rule),
     ),
   }
-  if state.reference_params is not None and not algorithm.needs_reference:
+  measured = algorithm.needs_reference  # at every step
+  if config.log_kl and state.reference_params is not None and not measured:
     drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
     jobs['drift'] = drift, (state.reference_params, rollout, rule)
   if device_reward is not None:

@@ -309,6 +309,14 @@ def test_adapters_need_a_model(capsys, argv, tmp_path):
   parse(*argv, '--model', str(tmp_path))
 
 
+def test_what_would_be_ignored_is_refused(capsys, tmp_path):
+  model = '--model', str(tmp_path)
+  line = refusal(capsys, *model, '--revision', 'main')
+  assert 'pass --model OWNER/NAME' in line
+  both = '--lora_rank', '2', '--lora_adapter', str(tmp_path)
+  assert 'pass it or --lora_rank' in refusal(capsys, *model, *both)
+
+
 def test_an_adapter_that_is_no_directory_is_refused(capsys, tmp_path):
   argv = '--model', str(tmp_path), '--lora_adapter', str(tmp_path / 'x')
   assert 'is no directory' in refusal(capsys, *argv)

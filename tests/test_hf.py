@@ -294,6 +294,7 @@ def write_run(run_dir, model, trained, /, **flags):
   """What export reads of a run. trained: {step: parameters}."""
   run_dir.mkdir()
   plain = {'model': None, 'model_commit': None, 'param_dtype': 'auto'}
+  plain['compute_dtype'] = 'float32'
   plain |= {'data': 'own.jsonl', 'algorithm': 'reinforce', 'adapter': None}
   (run_dir / 'config.yaml').write_text(yaml.safe_dump(plain | flags))
   with hf.appearing(run_dir / 'model') as part:

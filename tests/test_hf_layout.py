@@ -13,7 +13,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_hf import (
   DESCRIBED,
   GOLDEN,
@@ -341,3 +341,29 @@ def test_a_loaded_policy_is_qwen2_as_defined(saved):
     if config.value_head:
       expected = hidden[n : n + T] @ theirs.w['v_head.weight'][0]
       np.testing.assert_allclose(value[p], expected, **close)
+
+
+def test_a_tied_head_that_came_repeated_is_written_again(tmp_path):
+  model = hf.open_model(GOLDEN / 'llama_linear')
+  name = 'model.embed_tokens.weight'
+  single = hf.save(tmp_path / 'single', model, hf.read_params(model))
+  tensors = load_file(single / 'model.safetensors')
+  tensors['lm_head.weight'] = tensors[name].copy()
+  save_file(tensors, single / 'model.safetensors', metadata={'format': 'pt'})
+  again = hf.open_model(single)
+  params = jax.tree.map(lambda x: 2 * x, hf.read_params(again))
+  found = load_file(
+    hf.save(tmp_path / 'again', again, params) / 'model.safetensors'
+  )
+  assert found.keys() == tensors.keys()
+  np.testing.assert_array_equal(found['lm_head.weight'], 2 * tensors[name])
+
+
+@pytest.mark.parametrize(
+  'foreign',
+  [{'sliding_window': 4}, {'layer_types': ['sliding_attention'] * 2}],
+)
+def test_another_familys_settings_mean_nothing(foreign):
+  described = hf.open_model(GOLDEN / 'llama').described
+  read = families.read_config
+  assert read(described | foreign) == read(described)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import yaml
 from conftest import FOUR, GOLDEN, ONE, random_prompts
 from safetensors.numpy import load_file
 from test_families import LORAS, TOLERANCE
@@ -107,6 +108,27 @@ def test_new_adapters_change_nothing():
   assert same_bits(jax.jit(join)(adapters, base), base)
 
 
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute):
+  model, _, config, adapters = adapted('qwen2_lora')
+  base = hf.read_params(model, dtype='bfloat16')
+  small = jax.tree.map(lambda x: x * 0.01, adapters)  # B A: 1e-4 of it
+  join = lora.make_join(model.config, model.family, config.scale, compute)
+  joined = jax.jit(join)(small, base)
+  module = 'model.layers.0.self_attn.o_proj'
+  delta = config.scale * small[module]['b'] @ small[module]['a']
+  shape = joined['layer_0']['attention']['out'].shape
+  before, after = (
+    np.asarray(p['layer_0']['attention']['out'], np.float64)
+    for p in (base, joined)
+  )
+  tolerance = 1e-7 if compute == 'float32' else 0.01
+  want = before + delta.T.reshape(shape)
+  np.testing.assert_allclose(after, want, rtol=0, atol=tolerance)
+  assert joined['layer_0']['attention']['out'].dtype == compute
+  assert joined['embed']['embedding'].dtype == 'bfloat16'  # untouched
+
+
 def test_only_adapters_learn():
   model, base, config, adapters = adapted('qwen2_lora')
   kept = jax.tree.map(np.array, base)
@@ -153,7 +175,7 @@ LORA = (
 )
 
 
-def test_a_run_resumes_and_exports(train_fixture, tmp_path):
+def test_a_run_resumes_and_exports(train_fixture, tmp_path, capsys):
   flags = [*LORA.split(), '--save_every=2']
   run, rows = train_fixture('qwen2', FOUR, *flags)
   assert len(rows) == 3
@@ -183,6 +205,14 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path):
   again = f'--lora_adapter={run / "adapter"}'
   _, rows = train_fixture('qwen2', FOUR, again, '--max_steps=1', out='again')
   assert len(rows) == 1
+  assert 'kl' not in rows[0]  # nobody asked: --no_log_kl
+
+  config = yaml.safe_load((halted / 'config.yaml').read_text())
+  config['model_fingerprint'] = 'of another'
+  (halted / 'config.yaml').write_text(yaml.safe_dump(config))
+  with pytest.raises(SystemExit):
+    train_fixture('qwen2', FOUR, *flags, resume, out='cut')
+  assert 'is not what the run began with' in capsys.readouterr().err
 
 
 def test_print_config_says_what_is_trained(train_fixture, capsys):
@@ -220,6 +250,10 @@ def edited(tmp_path, **changes):
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
     ({'target_modules': '.*q_proj'}, 'is a pattern; list the modules'),
     ({'r': 4}, 'does not fit the model'),
+    ({'r': 0}, 'r 0 is no number above zero'),
+    ({'r': '3'}, "r '3' is no number above zero"),
+    ({'lora_alpha': 'x'}, "lora_alpha 'x' is no number above zero"),
+    ({'target_modules': None}, 'target_modules None is no list of names'),
     ({'target_modules': ['q_proj']}, 'is of no use'),
     (
       {'target_modules': ['k_proj', 'q_proj']},

@@ -112,6 +112,15 @@ def test_messages_go_through_the_models_chat_template(tmp_path, capsys):
   assert 'no chat template' in said
   assert said.count('\n') == 1
 
+  template = "{{ raise_exception('no users here') }}"
+  (model / 'chat_template.jinja').write_text(template)
+  with pytest.raises(SystemExit):
+    reasoning.main([*words.split(), '--print_config'])
+  said = capsys.readouterr().err
+  assert 'training prompt 0: the chat template refuses the messages' in said
+  assert 'no users here' in said
+  assert said.count('\n') == 1
+
   template = '<|{{ messages[0].role }}|>{{ messages[0].content }}<|end|>'
   (model / 'chat_template.jinja').write_text(template)
   flags = flag_layer.parse(reasoning.DEFAULTS, 'x', words.split())

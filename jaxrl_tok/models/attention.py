@@ -73,7 +73,6 @@ def shared_prefix_attention(
   B, K, M, t, H = q.shape
   C, P, S = kp.shape[0], kp.shape[2], ks.shape[2]
   G = B // C
-  q = q * scale
   q_CKGMtH = q.reshape(C, G, K, M, t, H).swapaxes(1, 2)
   scores_p = jnp.einsum(
     'ckgmth,ckph->ckgmtp', q_CKGMtH, kp, preferred_element_type=jnp.float32
@@ -88,10 +87,10 @@ def shared_prefix_attention(
     near = query_Cxt[..., None] - key_P[None, None] < window
     seen_Cx1xP = seen_Cx1xP & near
   seen_p = seen_Cx1xP[:, None, None, None]  # over K, G, M
-  scores_p = jnp.where(seen_p, capped(scores_p, cap), MASKED)
+  scores_p = jnp.where(seen_p, capped(scores_p * scale, cap), MASKED)
   seen_txS = sees(column_t[:, None], jnp.arange(S)[None], window)
   scores_s = jnp.where(
-    seen_txS[None, None, None], capped(scores_s, cap), MASKED
+    seen_txS[None, None, None], capped(scores_s * scale, cap), MASKED
   )
 
   def by_row(x_CKGMt):  # -> [B, K, M, t, ...]: small arrays only

@@ -1,9 +1,11 @@
 """Routed experts: each token goes through the k feed-forwards that a router
 chooses for it. A file of its own, as its products are of ragged groups.
 
-Tokens are sorted by expert, one grouped product for each matrix does all the
-work, and what comes out is put back in order: no token is dropped and none
-waits for room, so a row's result does not depend on its batch. Over a mesh,
+Tokens are sorted by expert, one grouped product (jax.lax.ragged_dot) for each
+matrix does all the work, and what comes out is put back in order: no token is
+dropped and none waits for room, so a row's result does not depend on its
+batch. Where the backend has no grouped kernel, as on CPU, JAX multiplies every
+token with every expert and masks: right, and E / k times the work. Over a mesh,
 each device of `tensor` holds some of the experts and runs the tokens of its
 own rows that chose one of them; their sums are added over `tensor`.
 """

@@ -41,20 +41,26 @@ def _head_dim(j) -> int:
   return getattr(j, 'head_dim', None) or j.hidden_size // j.num_attention_heads
 
 
+def _declared(j, name: str, default):
+  """A setting that the family has; what another's key says is not for it."""
+  known = {field.name for field in dataclasses.fields(j)}
+  return getattr(j, name) if name in known else default
+
+
 def _layers(j) -> tuple:
   """What rope_parameters, layer_types and no_rope_layers say of each layer."""
-  L, window = j.num_hidden_layers, getattr(j, 'sliding_window', None)
-  if not getattr(j, 'use_sliding_window', True):
+  L, window = j.num_hidden_layers, _declared(j, 'sliding_window', None)
+  if not _declared(j, 'use_sliding_window', True):
     window = None
   everywhere = 'sliding_attention' if window else 'full_attention'
-  kinds = getattr(j, 'layer_types', None) or [everywhere] * L
+  kinds = _declared(j, 'layer_types', None) or [everywhere] * L
   for kind in sorted(set(kinds) - {'sliding_attention', 'full_attention'}):
     raise ValueError(f'layer_types {kind} is not supported')
   ropes = j.rope_parameters
   if not isinstance(ropes.get(kinds[0]), dict):  # one for all kinds
     ropes = dict.fromkeys(kinds, ropes)
   made = {kind: make_rope(ropes[kind], _head_dim(j)) for kind in set(kinds)}
-  turned = getattr(j, 'no_rope_layers', None) or [1] * L
+  turned = _declared(j, 'no_rope_layers', None) or [1] * L
   if len(turned) != L:
     raise ValueError(f'no_rope_layers has {len(turned)} layers, not {L}')
   return tuple(
@@ -68,10 +74,10 @@ def _layers(j) -> tuple:
 
 def _read(j, **own) -> TransformerConfig:
   """What all families with rotary positions share, and what is `own`."""
-  if getattr(j, 'use_bidirectional_attention', None):
+  if _declared(j, 'use_bidirectional_attention', None):
     raise ValueError('use_bidirectional_attention is not supported')
   N = j.num_attention_heads
-  bias = getattr(j, 'attention_bias', False)
+  bias = _declared(j, 'attention_bias', False)
   name = getattr(j, 'hidden_activation', None) or j.hidden_act
   fields = {
     'vocab_size': j.vocab_size,
@@ -85,7 +91,7 @@ def _read(j, **own) -> TransformerConfig:
     'norm_eps': getattr(j, 'rms_norm_eps', None),
     'qkv_bias': bias,
     'out_bias': bias,
-    'mlp_bias': getattr(j, 'mlp_bias', False),
+    'mlp_bias': _declared(j, 'mlp_bias', False),
     'activation': _activation(name),
     'tie_embeddings': j.tie_word_embeddings,
   }

@@ -94,10 +94,13 @@ def _read_tokenizer(directory: Path, vocab_size: int):
   return tokenizer
 
 
-def special_tokens(directory: Path, described: dict, tokenizer):
+def special_tokens(
+  directory: Path, described: dict, tokenizer, vocab_size: int
+):
   """(end ids, pad id): generation_config.json's, else config.json's, else the
-  tokenizer's. A missing pad is the first end: the mask is recorded, so pad
-  may equal end."""
+  tokenizer's. A pad that is missing or no row of the model is the first end:
+  the mask is recorded, so pad may equal end. ValueError for an end that is no
+  row."""
   file = directory / 'generation_config.json'
   generation = _read_json(file) if file.is_file() else {}
 
@@ -115,7 +118,17 @@ def special_tokens(directory: Path, described: dict, tokenizer):
       'add eos_token_id'
     )
   pad = first('pad_token_id', tokenizer.pad_token_id)
-  return ends, ends[0] if pad is None else pad
+  for i in ends:
+    if not _is_row(i, vocab_size):
+      raise ValueError(
+        f'end token {i!r} is none of the {vocab_size} ids of the model; '
+        'correct it in generation_config.json or config.json'
+      )
+  return ends, pad if _is_row(pad, vocab_size) else ends[0]
+
+
+def _is_row(i, vocab_size: int) -> bool:
+  return type(i) is int and 0 <= i < vocab_size
 
 
 def open_model(
@@ -150,14 +163,9 @@ def open_model(
       described = described | {'jaxrl_tok_value_head': True}
       config = dataclasses.replace(config, value_head=True)
     tokenizer = _read_tokenizer(directory, config.vocab_size)
-    ends, pad = special_tokens(directory, described, tokenizer)
-    for name, ids in (('end', ends), ('pad', (pad,))):
-      for i in ids:
-        if type(i) is not int or not 0 <= i < config.vocab_size:
-          raise ValueError(
-            f'{name} token {i!r} is none of the {config.vocab_size} ids of the '
-            'model; correct it in generation_config.json or config.json'
-          )
+    ends, pad = special_tokens(
+      directory, described, tokenizer, config.vocab_size
+    )
     found = Model(
       config, described, tokenizer, ends, pad, str(model), directory
     )
@@ -209,21 +217,30 @@ def write_card(out: Path, card: dict | None, library='transformers') -> None:
     **(card or {}),
   }
   template = jinja2.Template(CARD.read_text(), keep_trailing_newline=True)
-  text = template.render(versions=versions(), library=library, **fields)
+  text = template.render(
+    versions=versions(),
+    library=library,
+    on_hub=hub.is_hub_id(str(fields['base_model'])),
+    **fields,
+  )
   (out / 'README.md').write_text(text)
 
 
 @contextlib.contextmanager
-def appearing(out: str | Path):
-  """Yields a directory to write to, which becomes `out` whole or not at all."""
+def appearing(out: str | Path, replace: bool = False):
+  """Yields a directory to write to, which becomes `out` whole or not at all.
+
+  replace: an `out` that is there goes when the new one is whole.
+  """
   out = Path(out)
-  if out.exists():
+  if out.exists() and not replace:
     raise FileExistsError(f'{out} exists; give another directory')
   part = out.with_name(out.name + '.partial')
   shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
   part.mkdir(parents=True)
   try:
     yield part
+    shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
   finally:
     shutil.rmtree(part, ignore_errors=True)
@@ -235,12 +252,13 @@ def save(
   params,
   card: dict | None = None,
   shard_bytes: int = SHARD_BYTES,
+  replace: bool = False,
 ) -> Path:
   """Writes the directory; it appears whole or not at all.
 
   card: title, base_model, data, algorithm (text) and metrics (a dict).
   """
-  with appearing(out) as part:
+  with appearing(out, replace) as part:
     write_weights(part, model, params, shard_bytes)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     write_description(part, model, dtype)
@@ -272,17 +290,45 @@ def _restored_params(run_dir: Path, step: int | None, like):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
     )
   }
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(
-        tree,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-        partial_restore=True,
-      )
-    ),
+  restoring = ocp.args.PyTreeRestore(
+    tree,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+    partial_restore=True,
   )
-  return step, restored.state['params']
+  try:
+    found = manager.restore(step, args=ocp.args.Composite(state=restoring))
+  except Exception as e:  # of many kinds, with pages of advice
+    said = ' '.join(str(e).split())[:200]
+    raise ValueError(
+      f'checkpoint {step} of {run_dir} cannot be read ({said}); pass another '
+      f'--step of {", ".join(map(str, steps))}'
+    ) from None
+  return step, found.state['params']
+
+
+def _model_of_run(run_dir: Path, flags: dict) -> Model:
+  """The model that a run began with, or else what the run kept of it."""
+  if flags['model'] is not None:
+    try:  # it knows the names that its tensors came with
+      return open_model(flags['model'], flags['model_commit'])
+    except (ValueError, OSError):
+      if flags['adapter'] is not None:
+        raise
+  if not (run_dir / 'model').is_dir():
+    raise FileNotFoundError(f'{run_dir} has no model; give a newer run')
+  return open_model(run_dir / 'model', weights=False)
+
+
+# what config.yaml must say of a run
+RUN_SETTINGS = (
+  'model',
+  'model_commit',
+  'adapter',
+  'param_dtype',
+  'compute_dtype',
+  'data',
+  'algorithm',
+)
 
 
 def export_run(
@@ -305,9 +351,10 @@ def export_run(
     flags = dict(yaml.safe_load(file.read_text()))
   except (yaml.YAMLError, TypeError, ValueError):
     raise ValueError(f'{file}: no flags of a run; give its directory') from None
-  if not (run_dir / 'model').is_dir():
-    raise FileNotFoundError(f'{run_dir} has no model; give a newer run')
-  model = open_model(run_dir / 'model', weights=False)
+  missing = [name for name in RUN_SETTINGS if name not in flags]
+  if missing:
+    raise ValueError(f'{file} has no {", ".join(missing)}; give a newer run')
+  model = _model_of_run(run_dir, flags)
   asked = flags['param_dtype']
   dtype = None if asked == 'auto' else asked
   if flags['adapter'] is None:
@@ -315,13 +362,14 @@ def export_run(
     step, params = _restored_params(run_dir, step, like)
   else:
     adapter = lora.LoraConfig(**flags['adapter'])
-    model = open_model(flags['model'], flags['model_commit'])
     modules = lora.targeted(model.config, model.family, adapter.targets)
     like = jax.eval_shape(
       lambda key: lora.init(modules, adapter.rank, key), jax.random.key(0)
     )
     step, adapters = _restored_params(run_dir, step, like)
-    join = lora.make_join(model.config, model.family, adapter.scale)
+    join = lora.make_join(
+      model.config, model.family, adapter.scale, flags['compute_dtype']
+    )
     params = jax.jit(join)(adapters, read_params(model, dtype=dtype))
   card = {
     'title': Path(out).name,
@@ -349,9 +397,6 @@ def main(argv=None) -> None:
     print(export_run(given.run_dir, given.out_dir, given.step))
     if given.push_to_hub:
       print(hub.push(given.out_dir, given.push_to_hub))
-  except KeyError as e:
-    print(f'error: config.yaml has no {e}; give a newer run', file=sys.stderr)
-    raise SystemExit(2) from None
   except (ValueError, OSError) as e:
     print(f'error: {e}', file=sys.stderr)
     raise SystemExit(2) from None

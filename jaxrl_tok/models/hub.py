@@ -6,6 +6,7 @@ HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and for reading its login. What is
 uploaded needs a token in the environment.
 """
 
+import errno
 import json
 import os
 import re
@@ -102,6 +103,8 @@ def _fetch(model: str, revision, patterns: list[str], needed: list[str]):
         'and set HF_TOKEN where it needs one'
       ) from None
     except Exception as e:  # whatever the network does: one line
+      if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        raise OSError(f'{model} cannot be stored: {e}') from None
       why = f'the hub cannot be reached ({type(e).__name__})'
   try:
     found = snapshot(local_files_only=True)

@@ -4,10 +4,11 @@ arXiv:2106.09685.
 Adapters are named, shaped and stored as PEFT does it, by the tensors of the
 model's file: {module: {'a': [r, in], 'b': [out, r]}}. `make_join` adds their
 products to the base where the file's tensors lie in our parameters, once for
-a rollout or an update, in the base's dtype: sampling costs what the base
-costs, the policy that samples is bitwise the one that is trained and
-exported, and it serves every family. What it costs is the memory of the
-joined matrices while they are used.
+a rollout or an update: sampling costs what the base costs, what is sampled
+from, trained and exported are the same joined matrices, and it serves every
+family. What it costs is the memory of these matrices while they are used. They
+have the wider of the base's and the compute dtype: in bfloat16, a change
+counts once it has grown to the last bit of its weight.
 """
 
 import dataclasses
@@ -93,9 +94,15 @@ def init(modules: dict, rank: int, key: jax.Array) -> dict:
 
 
 def make_join(
-  config: TransformerConfig, family: layout.Family, scale: float
+  config: TransformerConfig,
+  family: layout.Family,
+  scale: float,
+  dtype='float32',
 ) -> Callable:
-  """Returns join(adapters, base) -> parameters of the decoder, pure."""
+  """Returns join(adapters, base) -> parameters of the decoder, pure.
+
+  dtype: the compute dtype.
+  """
   weights = layout.weights(config, family)
 
   def join(adapters: dict, base):
@@ -126,7 +133,8 @@ def make_join(
       # out puts it back
       (added,) = jax.linear_transpose(stored, like)(deltas)
       joined = leaf.astype(jnp.float32) + added
-      flat[weight.path] = joined.astype(leaf.dtype)
+      wider = jnp.promote_types(leaf.dtype, dtype)
+      flat[weight.path] = joined.astype(wider)
     return flax.traverse_util.unflatten_dict(flat, sep='/')
 
   return join
@@ -205,8 +213,18 @@ def load_config(directory: str | Path) -> LoraConfig:
     raise ValueError(
       f'{file}: target_modules {targets!r} is a pattern; list the modules'
     )
-  targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-  return LoraConfig(rank, alpha, targets)
+  targets = [targets] if isinstance(targets, str) else targets
+  if not isinstance(targets, list) or not all(
+    isinstance(target, str) for target in targets
+  ):
+    raise ValueError(f'{file}: target_modules {targets!r} is no list of names')
+  for name, number, kinds in (
+    ('r', rank, (int,)),
+    ('lora_alpha', alpha, (int, float)),
+  ):
+    if type(number) not in kinds or number <= 0:
+      raise ValueError(f'{file}: {name} {number!r} is no number above zero')
+  return LoraConfig(rank, alpha, tuple(sorted(targets)))
 
 
 def load(

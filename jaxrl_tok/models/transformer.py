@@ -85,7 +85,8 @@ class TransformerConfig:
         f'num_heads {self.num_heads} must be a multiple of '
         f'num_kv_heads {self.num_kv_heads}'
       )
-    if self.head_dim % 2:
+    turned = any(layer.rope for layer in self.layers)
+    if turned and self.head_dim % 2:
       raise ValueError(f'head_dim {self.head_dim} must be even, for RoPE')
 
   @property

@@ -7,6 +7,7 @@ one parameter and one piece. What is written has the names it came with.
 
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import re
@@ -94,6 +95,22 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
   return found
 
 
+def fingerprint(model: Model) -> str | None:
+  """Tells one set of weight files from another: names, sizes, and the first
+  and last MiB of each. None for random weights."""
+  if not model.tensors:
+    return None
+  digest, edge = hashlib.sha256(), 2**20
+  for file in sorted({stored.file for stored in model.tensors.values()}):
+    size = file.stat().st_size
+    digest.update(f'{file.name} {size}'.encode())
+    with open(file, 'rb') as opened:
+      digest.update(opened.read(edge))
+      opened.seek(max(0, size - edge))
+      digest.update(opened.read())
+  return digest.hexdigest()
+
+
 def check_tensors(model: Model, stored: dict) -> dict[str, Stored]:
   """{the family's name: Stored} of what the decoder needs; else ValueError.
 
@@ -130,12 +147,12 @@ def check_tensors(model: Model, stored: dict) -> dict[str, Stored]:
       f'weights do not fit config.json: {_some(wrong)}; use the files of one '
       'model'
     )
-  spare = {VALUE_HEAD}
-  if model.config.tie_embeddings:  # some files repeat the tied head
-    spare.add(f'{family.names["head"]}.weight')
+  repeated = f'{family.names["head"]}.weight'
+  if model.config.tie_embeddings and repeated in stored:  # of some files
+    found[repeated] = stored[repeated]
   extra = [
     name
-    for name in stored.keys() - found.keys() - spare
+    for name in stored.keys() - found.keys() - {VALUE_HEAD}
     if not re.search(family.buffers, name)
   ]
   if extra:
@@ -246,6 +263,9 @@ def _tensors_of(weight, array: np.ndarray, model: Model) -> dict:
     stored = model.tensors.get(name)  # under the name it came with
     name = stored.name if stored else name
     found[name] = _flattened(views, shape, array.dtype)
+  head = model.tensors.get(f'{model.family.names["head"]}.weight')
+  if weight.path == 'embed/embedding' and model.config.tie_embeddings and head:
+    found[head.name] = array  # it came with the tied head repeated
   return found
 
 
