@@ -36,8 +36,8 @@ def test_it_learns_over_four_devices(name, train_fixture):
   assert np.mean(moved) > 0.9  # an expert that nobody chose may stay
 
 
-@pytest.mark.parametrize('name', ['qwen3_moe', 'gpt2'])
-def test_one_device_is_four(name, train_fixture):
+def test_one_device_is_four(train_fixture):
+  name = 'qwen3_moe'  # whose experts are split over tensor
   _, one = train_fixture(name, ONE, *REWARD, out='one')
   _, four = train_fixture(name, FOUR, *REWARD, out='four')
   for a, b in zip(one, four, strict=True):
