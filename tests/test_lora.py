@@ -109,7 +109,7 @@ def test_new_adapters_change_nothing():
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
-def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute):
+def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute, tmp_path):
   model, _, config, adapters = adapted('qwen2_lora')
   base = hf.read_params(model, dtype='bfloat16')
   small = jax.tree.map(lambda x: x * 0.01, adapters)  # B A: 1e-4 of it
@@ -127,6 +127,9 @@ def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute):
   np.testing.assert_allclose(after, want, rtol=0, atol=tolerance)
   assert joined['layer_0']['attention']['out'].dtype == compute
   assert joined['embed']['embedding'].dtype == 'bfloat16'  # untouched
+  out = hf.save(tmp_path / 'joined', model, joined)
+  described = json.loads((out / 'config.json').read_text())
+  assert described['dtype'] == compute  # the widest: nothing is cast away
 
 
 def test_only_adapters_learn():

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jinja2
 
 from jaxrl_tok.models import families, hub, lora
@@ -260,8 +261,8 @@ def save(
   """
   with appearing(out, replace) as part:
     write_weights(part, model, params, shard_bytes)
-    dtype = str(jax.tree.leaves(params)[0].dtype)
-    write_description(part, model, dtype)
+    widest = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
+    write_description(part, model, str(widest))
     write_card(part, card)
   return Path(out)
 
