@@ -1,6 +1,8 @@
 """Every family's fixture is trained by an experiment, whole and sharded; a
 classifier is a reward."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,11 @@ REWARD = [  # random text is never right: without it, nothing to learn from
 ]
 
 
-@pytest.mark.parametrize('name', list(families.FAMILIES))
+# compiling a run takes long: 3.11 trains the one half, 3.13 the other
+HALF = list(families.FAMILIES)[sys.version_info.minor // 2 % 2 :: 2]
+
+
+@pytest.mark.parametrize('name', HALF)
 def test_it_learns_over_four_devices(name, train_fixture):
   run, rows = train_fixture(name, FOUR, *REWARD)
   assert len(rows) == 3
