@@ -38,7 +38,7 @@ def edit_tensors(directory, **changes):
   save_file({k: v for k, v in found.items() if v is not None}, path)
 
 
-def fault(directory, *facts, kind=ValueError):
+def assert_fault(directory, *facts, kind=ValueError):
   with pytest.raises(kind) as e:
     hf.open_model(directory)
   said = str(e.value)
@@ -59,7 +59,7 @@ LONG = {'short_factor': [1.0] * 4, 'long_factor': [1.0] * 4, 'factor': 2.0}
 @pytest.mark.parametrize('kind', ['mamba', 'gemma3', None, 5, ['llama']])
 def test_an_unknown_family_is_named_with_those_there_are(broken, kind):
   said = f'model_type {kind!r} is not supported; supported: '
-  fault(broken(model_type=kind), said + ', '.join(families.FAMILIES))
+  assert_fault(broken(model_type=kind), said + ', '.join(families.FAMILIES))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_an_unknown_family_is_named_with_those_there_are(broken, kind):
   ],
 )
 def test_what_the_decoder_cannot_do_is_refused(broken, name, changes, says):
-  fault(broken(name, **changes), says)
+  assert_fault(broken(name, **changes), says)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_what_the_decoder_cannot_do_is_refused(broken, name, changes, says):
 )
 def test_rotary_positions_that_cannot_be_are_named(broken, rope, says):
   plain = {'rope_type': 'default', 'rope_theta': 100.0}
-  fault(broken(rope_parameters=plain | rope), says)
+  assert_fault(broken(rope_parameters=plain | rope), says)
 
 
 def test_an_older_name_of_a_scaling_is_refused_by_it(broken):
   old = {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}
   directory = broken(drop=['rope_parameters'], rope_theta=100.0, **old)
-  fault(directory, "rope scaling 'dynamic' is not supported")
+  assert_fault(directory, "rope scaling 'dynamic' is not supported")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,9 @@ def test_an_older_name_of_a_scaling_is_refused_by_it(broken):
   ],
 )
 def test_a_size_that_config_json_lacks_is_named(broken, name, size):
-  fault(broken(name, drop=[size]), f"config.json has no '{size}'; fetch it aga")
+  assert_fault(
+    broken(name, drop=[size]), f"config.json has no '{size}'; fetch it aga"
+  )
 
 
 @pytest.mark.parametrize('file', ['config.json', 'generation_config.json'])
@@ -144,15 +146,15 @@ def test_a_size_that_config_json_lacks_is_named(broken, name, size):
 def test_a_file_that_is_no_object_is_named(broken, file, content, says):
   directory = broken()
   (directory / file).write_bytes(content)
-  fault(directory, f'{file}: {says}', 'fetch it again')
+  assert_fault(directory, f'{file}: {says}', 'fetch it again')
 
 
 def test_no_config_json_is_said_with_what_to_pass(broken, tmp_path):
   directory = broken()
   (directory / 'config.json').unlink()
-  fault(directory, 'no config.json', '--model', kind=FileNotFoundError)
+  assert_fault(directory, 'no config.json', '--model', kind=FileNotFoundError)
   nowhere = tmp_path / 'nowhere'
-  fault(nowhere, 'config.json', 'pass --model', kind=FileNotFoundError)
+  assert_fault(nowhere, 'config.json', 'pass --model', kind=FileNotFoundError)
 
 
 # --- the weights
@@ -163,11 +165,17 @@ NORM = 'model.norm.weight'
 def test_weights_that_are_missing_or_too_many_are_named(broken):
   directory, other = broken(), 'model.layers.2.mlp.up_proj.weight'
   edit_tensors(directory, **{NORM: None})
-  fault(directory, f'weights are missing: {NORM}; use the files of one model')
+  assert_fault(
+    directory, f'weights are missing: {NORM}; use the files of one model'
+  )
   edit_tensors(directory, **{NORM: np.ones(24, 'f'), other: np.ones(2, 'f')})
-  fault(directory, f'weights of no use: {other}; use the files of one model')
+  assert_fault(
+    directory, f'weights of no use: {other}; use the files of one model'
+  )
   save_file({'x': np.ones(2, 'f')}, directory / 'model.safetensors')
-  fault(directory, 'model.embed_tokens.weight', 'and 30 more; use the files')
+  assert_fault(
+    directory, 'model.embed_tokens.weight', 'and 30 more; use the files'
+  )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,9 @@ def test_weights_that_are_missing_or_too_many_are_named(broken):
 def test_misshapen_weights_are_named(broken, name, shape, want):
   directory = broken()
   edit_tensors(directory, **{name: np.zeros(shape, np.float32)})
-  fault(directory, f'{name} is {list(shape)}, not {want}; use the files of')
+  assert_fault(
+    directory, f'{name} is {list(shape)}, not {want}; use the files of'
+  )
 
 
 @pytest.mark.parametrize('dtype', ['int8', 'float64', 'bool'])
@@ -194,7 +204,7 @@ def test_a_dtype_that_is_no_weights_is_named(broken, dtype):
   directory = broken()
   edit_tensors(directory, **{NORM: np.ones(24, dtype)})
   theirs = {'int8': 'I8', 'float64': 'F64', 'bool': 'BOOL'}[dtype]
-  fault(directory, f'{NORM} is {theirs}, not F32 or BF16 or F16')
+  assert_fault(directory, f'{NORM} is {theirs}, not F32 or BF16 or F16')
 
 
 def test_a_repeated_tied_head_and_rotary_buffers_are_passed_over(broken):
@@ -219,14 +229,14 @@ def test_a_truncated_file_is_named(broken, name, file, kept):
   path = broken(name) / file
   whole = path.read_bytes()
   path.write_bytes(whole[: min(kept, len(whole) - 1)])
-  fault(path.parent, f'{file} is damaged', 'fetch it again')
+  assert_fault(path.parent, f'{file} is damaged', 'fetch it again')
 
 
 def test_a_missing_shard_is_named(broken):
   directory = broken('llama_linear')
   (directory / 'model-00002-of-00003.safetensors').unlink()
   said = 'index.json names model-00002-of-00003.safetensors, which is missing'
-  fault(directory, said, 'fetch it again', kind=FileNotFoundError)
+  assert_fault(directory, said, 'fetch it again', kind=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +250,7 @@ def test_an_index_that_points_elsewhere_is_not_followed(broken, file):
   found = json.loads(index.read_text())
   found['weight_map'][NORM] = file
   index.write_text(json.dumps(found))
-  fault(directory, f'points to {file!r}', 'it is not to be trusted')
+  assert_fault(directory, f'points to {file!r}', 'it is not to be trusted')
 
 
 @pytest.mark.parametrize(
@@ -250,14 +260,14 @@ def test_an_index_that_is_none_is_named(broken, content):
   directory = broken('llama_linear')
   index = directory / 'model.safetensors.index.json'
   index.write_bytes(content.encode('latin-1'))
-  fault(directory, 'index.json: no shard index; fetch it again')
+  assert_fault(directory, 'index.json: no shard index; fetch it again')
 
 
 def test_a_pickle_is_never_read(broken):
   path = broken() / 'model.safetensors'
   path.rename(path.parent / 'pytorch_model.bin')
   said = 'convert the weights to safetensors (pickles are never read)'
-  fault(path.parent, said, kind=FileNotFoundError)
+  assert_fault(path.parent, said, kind=FileNotFoundError)
 
 
 # --- the tokenizer, end and pad
@@ -267,16 +277,18 @@ def test_a_pickle_is_never_read(broken):
 def test_missing_tokenizer_files_are_said(broken, name):
   directory = broken(name)
   (directory / 'tokenizer.json').unlink()
-  fault(directory, 'no tokenizer files', 'put those of the model there')
+  assert_fault(directory, 'no tokenizer files', 'put those of the model there')
   (directory / 'tokenizer_config.json').unlink()
-  fault(directory, 'no tokenizer files', 'put those of the model there')
+  assert_fault(directory, 'no tokenizer files', 'put those of the model there')
 
 
 @pytest.mark.parametrize('content', ['{"a": ', '{}', '[1]'])
 def test_a_broken_tokenizer_is_said(broken, content):
   directory = broken()
   (directory / 'tokenizer.json').write_text(content)
-  fault(directory, 'no tokenizer could be read', 'put the tokenizer files')
+  assert_fault(
+    directory, 'no tokenizer could be read', 'put the tokenizer files'
+  )
 
 
 def test_a_tokenizers_own_code_is_never_run(broken, tmp_path):
@@ -286,13 +298,13 @@ def test_a_tokenizers_own_code_is_never_run(broken, tmp_path):
   evil = {'auto_map': {'AutoTokenizer': ['evil.Evil', None]}}
   evil |= {'tokenizer_class': 'Evil'}
   (directory / 'tokenizer_config.json').write_text(json.dumps(evil))
-  fault(directory, 'no tokenizer could be read')
+  assert_fault(directory, 'no tokenizer could be read')
   assert not ran.exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(broken):
   said = 'the tokenizer has 256 ids and the model 255 rows; use the tokenizer'
-  fault(broken(vocab_size=255), said)
+  assert_fault(broken(vocab_size=255), said)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +320,7 @@ def test_a_tokenizer_of_another_model_is_refused(broken):
 def test_special_ids_that_cannot_be_are_named(broken, fields, fact):
   directory = broken()
   (directory / 'generation_config.json').write_text(json.dumps(fields))
-  fault(directory, fact, 'generation_config.json')
+  assert_fault(directory, fact, 'generation_config.json')
 
 
 @pytest.mark.parametrize('pad', [-1, 999, [256], 1.5])
