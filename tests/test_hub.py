@@ -228,3 +228,21 @@ def test_the_directory_is_sent_with_the_token_of_the_environment(
   assert hub.push(tmp_path, 'me/policy') == 'https://hub/me/policy'
   sent = ('me/policy', str(tmp_path))
   assert done == ['hf_secret', ('me/policy', True, True), sent]
+
+
+def test_an_upload_that_fails_is_one_line(tmp_path, monkeypatch):
+  class Api:
+    def __init__(self, token):
+      pass
+
+    def create_repo(self, name, private, exist_ok):
+      raise RuntimeError('403\n\nno rights')
+
+  monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+  monkeypatch.setenv('HF_TOKEN', 'hf_secret')
+  with pytest.raises(ConnectionError) as e:
+    hub.push(tmp_path, 'me/policy')
+  said = str(e.value)
+  assert said.startswith('nothing was uploaded to me/policy (403 no rights)')
+  assert said.endswith(f'it is in {tmp_path}')
+  assert 'hf_secret' not in said

@@ -171,11 +171,18 @@ def push(directory: str | Path, repository: str) -> str:
   """Uploads a directory to a model repository, made private where there is
   none.
 
-  Returns its address.
+  Returns its address. Raises ConnectionError, in one line, for whatever the hub
+  or the network does.
   """
   import huggingface_hub as hub
 
   api = hub.HfApi(token=push_token())
-  url = api.create_repo(repository, private=True, exist_ok=True)
-  api.upload_folder(repo_id=repository, folder_path=str(directory))
+  try:
+    url = api.create_repo(repository, private=True, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=str(directory))
+  except Exception as e:
+    said = ' '.join(str(e).split())[:200]
+    raise ConnectionError(
+      f'nothing was uploaded to {repository} ({said}); it is in {directory}'
+    ) from None
   return str(url)
