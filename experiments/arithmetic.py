@@ -44,6 +44,7 @@ class Flags:
   model: flag_layer.ModelFlags
   sampling: flag_layer.SamplingFlags
   algorithm: flag_layer.AlgorithmFlags
+  optimizer: flag_layer.OptimizerFlags
 
 
 DEFAULTS = Flags(
@@ -55,7 +56,8 @@ DEFAULTS = Flags(
   flag_layer.SamplingFlags(
     num_prompts=128, num_generations=8, max_completion_length=None
   ),
-  flag_layer.AlgorithmFlags(learning_rate=1.5e-3, lr_schedule='linear'),
+  flag_layer.AlgorithmFlags(),
+  flag_layer.OptimizerFlags(learning_rate=1.5e-3, lr_schedule='linear'),
 )
 
 
@@ -146,13 +148,16 @@ def main(argv=None) -> dict:
   check(flags.task)
 
   from experiments import launch, warm_start
-  from jaxrl_tok import data, rewards
+  from jaxrl_tok import data, device_rewards, rewards
 
   try:
     flags, train, held_out, words = load(flags)
   except ValueError as e:
     flag_layer.fail(e)
-  functions = {'exact': rewards.exact_match, 'digits': rewards.digits}
+  on_host, on_device = {
+    'exact': (rewards.exact_match, device_rewards.exact_tokens),
+    'digits': (rewards.digits, device_rewards.digit_tokens),
+  }[flags.task.reward]
   return launch.run(
     launch.Experiment(
       name='arithmetic',
@@ -160,7 +165,9 @@ def main(argv=None) -> dict:
       tokenizer=data.byte_tokenizer,
       train_records=train,
       held_out_records=held_out,
-      reward_functions=[functions[flags.task.reward]],
+      reward_functions=[on_host],
+      device_functions=[on_device],
+      columns=warm_start.answers,
       judge_functions=[rewards.exact_match],
       data=words,
       warm_start=lambda context: warm_start.warm_start(

@@ -48,6 +48,9 @@ class RunFlags:
   """never, auto (go on from the newest checkpoint of output_dir) or a step."""
   push_to_hub: str | None = None
   """Upload the policy to this repository, new ones private (HF_TOKEN)."""
+  steps_per_call: int = 0
+  """Whole steps in one call of the device, its rewards JAX functions, too; 0:
+  step by step, rewards on the host."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
   """Where metrics go beside metrics.jsonl."""
   print_config: bool = False
@@ -109,33 +112,131 @@ class SamplingFlags:
   """Keep tokens of at least this share of the largest probability."""
 
 
+ALGORITHMS = (
+  'reinforce',
+  'rloo',
+  'remax',
+  'a2c',
+  'ppo',
+  'grpo',
+  'dr_grpo',
+  'dapo',
+  'gspo',
+  'cispo',
+  'reinforce_pp',
+  'reinforce_pp_baseline',
+  'nlpo',
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class AlgorithmFlags:
-  """The algorithm and the optimizer."""
+  """The algorithm: an alias, and what is changed of it. None: the alias's own
+  choice (--print_config shows it)."""
 
-  algorithm: Literal['reinforce'] = 'reinforce'
-  """The update's alias."""
-  baseline: Literal[
-    'auto', 'none', 'batch_mean', 'group_mean', 'leave_one_out', 'ema'
-  ] = 'auto'
-  """Subtracted from the return; auto: leave_one_out, with one sample ema."""
+  algorithm: Literal[ALGORITHMS] = 'reinforce'
+  """The alias."""
+  compat: Literal['none', 'trl', 'verl', 'openrlhf', 'tunix'] = 'none'
+  """Another system's published defaults for it, and its known traps."""
+  credit: Literal['returns', 'gae', 'vtrace'] | None = None
+  """Returns minus a baseline, or by a learned value: GAE, V-trace."""
+  baseline: (
+    Literal[
+      'none', 'batch_mean', 'group_mean', 'leave_one_out', 'ema', 'greedy'
+    ]
+    | None
+  ) = None
+  """Subtracted from returns; reinforce: leave_one_out, with one sample ema."""
   ema_decay: float = 0.9
   """Of the ema baseline."""
-  aggregation: Literal[
-    'token_mean',
-    'seq_mean_token_mean',
-    'seq_mean_token_sum',
-    'seq_mean_token_sum_norm',
-  ] = 'seq_mean_token_sum'
-  """How token losses become one number."""
-  gamma: float = 1.0
+  scale: Literal['none', 'group_std'] | None = None
+  """Divides returns minus the baseline."""
+  gamma: float | None = None
   """Discount of token rewards."""
-  kl: Literal['none', 'reward', 'reverse', 'forward'] = 'none'
-  """KL to the starting policy, named by its effect."""
-  beta: float = 0.0
+  gae_lambda: float | None = None
+  """Of GAE and V-trace."""
+  rho_bar: float | None = None
+  """V-trace's cap of the weight of a temporal difference."""
+  c_bar: float | None = None
+  """V-trace's cap of what is carried back."""
+  bootstrap_truncated: bool | None = None
+  """A completion cut at its limit has the value of its last state after it."""
+  whiten: bool | None = None
+  """Whiten the advantage over the batch's chosen tokens."""
+  advantage_clip: float | None = None
+  """Clip the advantage to +- this; 0: do not."""
+  overlong_buffer: int | None = None
+  """Tokens before the limit in which completions are punished; 0: none."""
+  resample_rounds: int | None = None
+  """Rollouts at most until each group's rewards differ; 0: take the first."""
+  loss: (
+    Literal['reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo'] | None
+  ) = None
+  """-A log p, or with a ratio: PPO's clip, of sequences, GSPO's, CISPO's."""
+  clip_low: float | None = None
+  """The ratio is clipped below 1 - this."""
+  clip_high: float | None = None
+  """The ratio is clipped above 1 + this."""
+  dual_clip: float | None = None
+  """Where A < 0 the loss is at most this times -A; 0: no limit."""
+  ratio_cap: float | None = None
+  """CISPO's largest ratio, an absolute number."""
+  ratio_floor: float | None = None
+  """CISPO's smallest ratio."""
+  aggregation: (
+    Literal[
+      'token_mean',
+      'seq_mean_token_mean',
+      'seq_mean_token_sum',
+      'seq_mean_token_sum_norm',
+    ]
+    | None
+  ) = None
+  """How token losses become one number."""
+  entropy_coef: float | None = None
+  """The entropy's weight in the loss."""
+  importance_cap: float | None = None
+  """Weigh tokens by the ratio of policy and sampler up to this; 0: do not."""
+  recompute_logp: bool | None = None
+  """Take old log-probs from a pass of the policy, not from the sampler."""
+  epochs: int | None = None
+  """Times that an update goes through a rollout."""
+  mini_batches: int | None = None
+  """Optimizer steps in an epoch, each on a share of the prompts."""
+  max_update_kl: float | None = None
+  """An update stops when the policy has moved so far (nats a token); 0: never."""
+  kl: str | None = None
+  """KL to the reference, by its effect: none, reward, reverse or forward."""
+  beta: float | None = None
   """Coefficient of the KL."""
+  kl_target: float | None = None
+  """Adapt the coefficient towards this KL (nats a token); 0: do not."""
+  kl_horizon: float | None = None
+  """Completions in which it may change by about its own size."""
+  reference_every: int | None = None
+  """Steps between copies of the policy into the reference; 0: never."""
+  reference_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
+  """Of the reference's parameters; auto: as the policy's."""
   log_kl: bool = True
   """Measure the KL to the starting policy at each evaluation; keeps a copy."""
+  mask_every: int | None = None
+  """Steps between copies of the policy into NLPO's mask policy."""
+  critic: Literal['shared', 'separate', 'none'] = 'shared'
+  """A value head on the policy, or a network of its own, where one is needed."""
+  critic_learning_rate: float | None = None
+  """Of the value head or the critic; default: learning_rate."""
+  critic_warmup_steps: int | None = None
+  """First steps in which only the critic (shared: its head) learns."""
+  value_coef: float | None = None
+  """Weight of the value's squared error."""
+  value_clip: float | None = None
+  """Values move at most so far in an update; 0: freely."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFlags:
+  """The optimizer."""
+
   learning_rate: float = 1e-3
   """Peak learning rate."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
@@ -227,7 +328,10 @@ def parse(defaults, prog, argv=None, description=None):
   flags = _tyro(defaults, prog, argv, description)
   try:
     check_numbers(flags)
-    check(flags.run, flags.model, flags.sampling, flags.algorithm)
+    check(flags.run, flags.model)
+    check_algorithm(flags)
+    parts = flags.algorithm.mini_batches or 1  # no alias has its own
+    check_batches(flags.model, flags.sampling, parts)
   except (ValueError, OSError) as e:
     fail(e)
   return flags
@@ -267,22 +371,25 @@ def _ranges() -> dict[str, tuple]:
       'num_prompts num_generations max_prompt_length max_completion_length '
       'max_steps eval_prompts keep num_problems d_model num_layers num_heads '
       'num_kv_heads d_ff warm_start_max_steps warm_start_batch_size '
-      'warm_start_check_every',
+      'warm_start_check_every epochs mini_batches',
     ),
     (
       lambda x: x > 0,
       'above 0',
       'temperature learning_rate max_grad_norm warm_start_learning_rate '
-      'lora_alpha',
+      'lora_alpha kl_horizon critic_learning_rate rho_bar c_bar ratio_cap',
     ),
     (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
-    (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma warm_start_stop_at'),
-    (lambda x: 0 <= x < 1, 'in [0, 1)', 'ema_decay adam_b2'),
+    (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda warm_start_stop_at'),
+    (lambda x: 0 <= x < 1, 'in [0, 1)', 'ema_decay adam_b2 clip_low'),
     (
       lambda x: x >= 0,
       '0 or more',
       'top_k beta micro_batch eval_every save_every patience seed '
-      'lr_warmup_steps weight_decay lora_rank',
+      'lr_warmup_steps weight_decay lora_rank steps_per_call clip_high '
+      'dual_clip ratio_floor advantage_clip importance_cap kl_target '
+      'max_update_kl value_clip value_coef entropy_coef critic_warmup_steps '
+      'overlong_buffer resample_rounds reference_every mask_every',
     ),
   )
   return {
@@ -301,31 +408,16 @@ def check_numbers(flags) -> None:
       raise FlagError(f'--{name} {value} must be {said}')
 
 
-def check(
-  run: RunFlags,
-  model: ModelFlags,
-  sampling: SamplingFlags,
-  algorithm: AlgorithmFlags,
-) -> None:
+def check(run: RunFlags, model: ModelFlags) -> None:
   """Flags that must fit each other, and words. Raises FlagError."""
-  C, G = sampling.num_prompts, sampling.num_generations
-  if algorithm.baseline == 'leave_one_out' and G < 2:
-    raise FlagError(
-      'leave_one_out needs 2 samples a prompt; pass --num_generations 2 or '
-      '--baseline ema'
-    )
-  if (algorithm.kl == 'none') != (algorithm.beta == 0):
-    raise FlagError(
-      f'--kl {algorithm.kl} with --beta {algorithm.beta} has no effect; pass '
-      'both --kl reward|reverse|forward and --beta, or neither'
-    )
-  micro = model.micro_batch
-  if micro and (micro % G or (C * G) % micro):
-    raise FlagError(
-      f'--micro_batch {micro} must divide the {C * G} completions of a step '
-      f'into whole groups of {G}; pass '
-      f'--micro_batch {_nearest_micro_batch(micro, C, G)}'
-    )
+  n = run.steps_per_call
+  for name in ('max_steps', 'eval_every', 'save_every') if n else ():
+    if getattr(run, name) % n:
+      fit = -(-getattr(run, name) // n) * n
+      raise FlagError(
+        f'--{name} {getattr(run, name)} must be a multiple of --steps_per_call '
+        f'{n}; pass --{name} {fit}'
+      )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise FlagError(f'--resume {run.resume!r} is none of never, auto, a step')
   if run.resume != 'never' and run.output_dir is None:
@@ -354,6 +446,46 @@ def check(
     hub.locate(model.model, model.revision, weights=False)
   if model.reward_model:
     hub.locate(model.reward_model, weights=False)
+
+
+def check_algorithm(flags) -> None:
+  """What of the algorithm's flags is certain before jax is imported; the rest
+  is algorithms.compose's."""
+  f = flags.algorithm
+  if f.kl in ('k1', 'loss'):
+    raise FlagError(
+      'k1 in the loss has an expected gradient of exactly 0 on-policy; pass '
+      '--kl reward, reverse or forward'
+    )
+  if f.kl not in (None, 'none', 'reward', 'reverse', 'forward'):
+    raise FlagError(f'--kl {f.kl!r} is none of none, reward, reverse, forward')
+  if f.resample_rounds and flags.run.steps_per_call:
+    raise FlagError(
+      'resampling groups needs the host between rollouts; pass '
+      '--resample_rounds 0 or --steps_per_call 0'
+    )
+
+
+def check_batches(model: ModelFlags, sampling: SamplingFlags, parts: int):
+  """Mini-batches and micro-batches are of whole prompts. Raises FlagError."""
+  C, G, micro = (
+    sampling.num_prompts,
+    sampling.num_generations,
+    model.micro_batch,
+  )
+  if C % parts:
+    fit = -(-C // parts) * parts
+    raise FlagError(
+      f'--mini_batches {parts} must divide the {C} prompts of a step; pass '
+      f'--num_prompts {fit}'
+    )
+  rows = C * G // parts
+  if micro and (micro % G or rows % micro):
+    raise FlagError(
+      f'--micro_batch {micro} must divide the {rows} completions of a '
+      f'{"mini-batch" if parts > 1 else "step"} into whole groups of {G}; pass '
+      f'--micro_batch {_nearest_micro_batch(micro, C // parts, G)}'
+    )
 
 
 def fit_completion_length(flags, answers: list[str]):

@@ -28,6 +28,7 @@ import yaml
 from experiments import build, models
 from experiments import flags as flag_layer
 from jaxrl_tok import (
+  algorithms,
   checkpoint,
   data,
   distribution,
@@ -60,6 +61,10 @@ class Experiment(NamedTuple):
   reward_weights: list | None = None  # 1 each by default
   # Context -> params: supervised, when no --model is given
   warm_start: Callable | None = None
+  # the same rewards as JAX functions (device_rewards.on_device), for
+  # --steps_per_call, and the columns that they read
+  device_functions: list | None = None
+  columns: Callable | None = None  # (Context, records) -> {name: [n, ...]}
 
 
 class Context(NamedTuple):
@@ -76,6 +81,15 @@ class Context(NamedTuple):
   logger: Logger
   adapter: lora.LoraConfig | None = None
   reward_model: hf.Model | None = None
+  critic: Any = None  # a Policy of its own
+
+  @property
+  def reward_functions(self) -> list:
+    """Those of the run: with --steps_per_call, those of the device."""
+    experiment = self.experiment
+    if experiment.flags.run.steps_per_call:
+      return experiment.device_functions
+    return experiment.reward_functions
 
   def decode(self, ids: list[list[int]]) -> list[str]:
     return data.decode_all(self.model.tokenizer, ids)
@@ -85,29 +99,35 @@ class Context(NamedTuple):
     return rewards.make_scorer(functions, self.decode, ends, weights)
 
 
-def check_devices(flags, mesh) -> None:
+def check_devices(flags, mesh, mini_batches: int) -> None:
   """Refuses a batch that the mesh cannot split."""
   ways = sharding.row_shards(mesh)
   C, G = flags.sampling.num_prompts, flags.sampling.num_generations
   micro = flags.model.micro_batch
-  prompts = (micro or C * G) // G
+  prompts = micro // G or C // mini_batches
   if prompts % ways:
     name, unit = ('--micro_batch', G) if micro else ('--num_prompts', 1)
-    fit = -(-prompts // ways) * ways * unit
+    parts = 1 if micro else mini_batches
+    fit = -(-prompts // ways) * ways * unit * parts
     raise ValueError(
-      f'{name} {prompts * unit} is {prompts} prompts, which the {ways} '
-      f'devices of data x fsdp cannot share equally; pass {name} {fit}'
+      f'{name} {prompts * unit * parts} is {prompts} prompts a pass, which the '
+      f'{ways} devices of data x fsdp cannot share equally; pass {name} {fit}'
     )
 
 
-def prepare(experiment: Experiment) -> Context:
+def prepare(experiment: Experiment, algorithm) -> Context:
   """Checks all that needs the model, the data or the devices; a fault is one
   line and exit status 2."""
   flags = experiment.flags
   s, V = flags.sampling, None
   try:
+    if flags.run.steps_per_call and not experiment.device_functions:
+      raise ValueError(
+        f'{experiment.name} has no reward that is a JAX function; pass '
+        '--steps_per_call 0'
+      )
     mesh = sharding.make_mesh(flags.model.mesh)
-    check_devices(flags, mesh)
+    check_devices(flags, mesh, algorithm.mini_batches)
     model = models.make_model(flags, experiment.tokenizer)
     V = model.config.vocab_size
     train_set, held_out = (
@@ -138,12 +158,18 @@ def prepare(experiment: Experiment) -> Context:
   if dtype == 'auto':
     cpu = jax.default_backend() == 'cpu'
     dtype = 'float32' if cpu else 'bfloat16'
-  policy = make_policy(model.config, jnp.dtype(dtype), flags.model.remat)
+  learned = algorithm.value_loss is not None
+  judging = dataclasses.replace(model.config, value_head=True)
+  shared = learned and flags.algorithm.critic == 'shared'
+  policy, critic = (
+    make_policy(config, jnp.dtype(dtype), flags.model.remat)
+    for config in (judging if shared else model.config, judging)
+  )
   if adapter is not None:
     join = lora.make_join(model.config, model.family, adapter.scale, dtype)
     policy = policy._replace(join=join)
   ways = sharding.row_shards(mesh)
-  return Context(
+  context = Context(
     experiment,
     model,
     policy,
@@ -155,7 +181,12 @@ def prepare(experiment: Experiment) -> Context:
     logger=Logger(speak=jax.process_index() == 0),
     adapter=adapter,
     reward_model=reward_model,
+    critic=critic if learned and not shared else None,
   )
+  if flags.run.steps_per_call and experiment.columns:
+    columns = experiment.columns(context, experiment.train_records)
+    context = context._replace(data=train_set._replace(columns=columns))
+  return context
 
 
 def environment() -> dict:
@@ -178,11 +209,12 @@ def environment() -> dict:
   }
 
 
-def settings(context: Context) -> dict:
+def settings(context: Context, algorithm) -> dict:
   """Everything that decides the run, for config.yaml."""
   return {
     'experiment': context.experiment.name,
     **flag_layer.flat(context.experiment.flags),
+    'algorithm_resolved': algorithms.described(algorithm),
     'compute_dtype': str(context.policy.dtype),
     'model_origin': context.model.origin,
     'model_commit': hub.commit_of(context.model.directory),
@@ -193,9 +225,9 @@ def settings(context: Context) -> dict:
   }
 
 
-def write_run_files(context: Context, run_dir: Path) -> None:
+def write_run_files(context: Context, algorithm, run_dir: Path) -> None:
   """config.yaml, command.txt and env.json."""
-  config = yaml.safe_dump(settings(context), sort_keys=False)
+  config = yaml.safe_dump(settings(context, algorithm), sort_keys=False)
   (run_dir / 'config.yaml').write_text(config)
   module = f'experiments.{context.experiment.name}'
   command = shlex.join(['python', '-m', module, *sys.argv[1:]])
@@ -206,11 +238,11 @@ def write_run_files(context: Context, run_dir: Path) -> None:
     hf.write_description(part, context.model)
 
 
-def print_config(context: Context, state) -> None:
+def print_config(context: Context, algorithm, state) -> None:
   """Every setting, what the state (of structs) weighs and where each parameter
   lies."""
   say = context.logger.say
-  say(yaml.safe_dump(settings(context), sort_keys=False).rstrip())
+  say(yaml.safe_dump(settings(context, algorithm), sort_keys=False).rstrip())
 
   def weight(tree):
     leaves = jax.tree.leaves(tree)
@@ -220,6 +252,8 @@ def print_config(context: Context, state) -> None:
   say(f'trained parameters: {weight(state.params)} bytes')
   if state.frozen is not None:
     say(f'frozen parameters: {weight(state.frozen)} bytes')
+  if state.critic is not None:
+    say(f'critic parameters: {weight(state.critic)} bytes')
   say(f'optimizer state: {weight(state.opt_state)} bytes')
   say(f'mesh: {dict(context.mesh.shape)}')
   for tree in state.weights:
@@ -253,7 +287,13 @@ def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   return state, train.Progress(**meta['progress']), meta['flags']
 
 
-def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
+def begin(
+  context: Context,
+  algorithm,
+  run_dir: Path,
+  checkpoints,
+  make_state: Callable,
+):
   """(context with the run's logger, state, progress)."""
   flags = context.experiment.flags
   restored = restore(context, run_dir, checkpoints, make_state)
@@ -266,7 +306,7 @@ def begin(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   logger.say(f'run directory: {run_dir}')
   context = context._replace(logger=logger)
   if restored is None:
-    write_run_files(context, run_dir)
+    write_run_files(context, algorithm, run_dir)
     return context, make_state(*models.first_weights(context)), train.Progress()
   state, progress, old = restored
   logger.say(f'resumed from step {progress.step}')
@@ -282,14 +322,14 @@ def compile_parts(
 ) -> train.Parts:
   """The step's functions; says that it compiles and for how long."""
   experiment, s = context.experiment, context.experiment.flags.sampling
-  rows = s.num_prompts * s.num_generations
+  rows = s.num_prompts * s.num_generations // algorithm.mini_batches
   sampler = SamplerConfig(
     s.num_generations,
     s.max_completion_length,
     context.model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
   )
-  scoring = models.device_reward(context)
+  scoring = models.device_score(context)
   with context.logger.doing('compiling the sampler, update and evaluation'):
     compiled = train.compile_parts(
       context.policy,
@@ -299,22 +339,22 @@ def compile_parts(
       config,
       state,
       context.rule,
-      (context.data.tokens.shape[1], context.held_out.tokens.shape[1]),
+      context.data,
+      context.held_out.tokens.shape[1],
       rows // (experiment.flags.model.micro_batch or rows),
-      device_reward=scoring,
+      device_score=scoring,
+      critic=context.critic,
     )
+  host, _ = models.split_rewards(context)
   return train.Parts(
     **compiled,
-    score=context.scorer(
-      experiment.reward_functions, experiment.reward_weights
-    ),
+    score=context.scorer(*host),
     judge=context.scorer(experiment.judge_functions),
     decode=context.decode,
-    device_weight=experiment.flags.model.reward_model_weight,
   )
 
 
-def loop_config(context: Context) -> train.LoopConfig:
+def loop_config(context: Context, algorithm) -> train.LoopConfig:
   """When things happen, from the flags."""
   f = context.experiment.flags
   return train.LoopConfig(
@@ -327,6 +367,8 @@ def loop_config(context: Context) -> train.LoopConfig:
     stop_at_reward=f.run.stop_at_reward,
     patience=f.run.patience,
     log_kl=f.algorithm.log_kl,
+    steps_per_call=f.run.steps_per_call,
+    resample_rounds=algorithm.resample_rounds,
   )
 
 
@@ -362,8 +404,10 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
   def make_state(params, frozen):
     return new_state(context, algorithm, optimizer, params, frozen)
 
-  context, state, progress = begin(context, run_dir, checkpoints, make_state)
-  config, logger = loop_config(context), context.logger
+  context, state, progress = begin(
+    context, algorithm, run_dir, checkpoints, make_state
+  )
+  config, logger = loop_config(context, algorithm), context.logger
   parts = compile_parts(context, algorithm, optimizer, config, state)
   if progress.step == 0:
     found, _ = look(context, parts, state, 0, 'before')
@@ -402,6 +446,7 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
 def new_state(context: Context, algorithm, optimizer, params, frozen):
   """TrainState around params (None: random ones) and what is frozen."""
   f = context.experiment.flags
+  dtype = f.algorithm.reference_dtype
   return build.make_state(
     context.policy,
     algorithm,
@@ -411,19 +456,24 @@ def new_state(context: Context, algorithm, optimizer, params, frozen):
     params,
     frozen,
     f.algorithm.log_kl,
+    context.critic,
+    None if dtype == 'auto' else dtype,
   )
 
 
 def run(experiment: Experiment) -> dict:
   """The whole run; returns its summary, {label: text}."""
   begun = time.monotonic()
-  context = prepare(experiment)
   f = experiment.flags
-  algorithm = build.make_algorithm(f.algorithm, f.sampling)
-  optimizer, schedule = build.make_optimizer(f.algorithm, f.run.max_steps)
+  try:
+    algorithm = build.make_algorithm(f)
+  except ValueError as e:
+    flag_layer.fail(e)
+  context = prepare(experiment, algorithm)
+  optimizer, schedule = build.make_optimizer(f, algorithm)
   if f.run.print_config:
     state = new_state(context, algorithm, optimizer, *models.structs(context))
-    print_config(context, state)
+    print_config(context, algorithm, state)
     return {}
   run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
   with jax.set_mesh(context.mesh):

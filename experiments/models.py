@@ -164,15 +164,33 @@ def first_weights(context) -> tuple:
   return adapters, read_base(context)
 
 
-def device_reward(context) -> tuple | None:
-  """(function, parameters) of the reward model, read and placed."""
-  model = context.reward_model
-  if model is None:
+def split_rewards(context) -> tuple:
+  """((functions, weights) on the host, the same on the device)."""
+  functions = context.reward_functions
+  weights = context.experiment.reward_weights or [1.0] * len(functions)
+  found = ([], []), ([], [])
+  for function, weight in zip(functions, weights):
+    side = found[device_rewards.is_on_device(function)]
+    side[0].append(function)
+    side[1].append(weight)
+  return found
+
+
+def device_score(context) -> tuple | None:
+  """(function, parameters) of the rewards on the device: functions of JAX,
+  and the reward model, read and placed. None without any."""
+  _, (functions, weights) = split_rewards(context)
+  model, params, scorer = context.reward_model, None, None
+  if model is None and not functions:
     return None
-  with context.logger.doing(f'reading {model.origin}'):
-    params = hf.read_params(model, context.mesh)
-  policy = make_policy(model.config, context.policy.dtype)
-  return device_rewards.reward_model(policy), params
+  if model is not None:
+    with context.logger.doing(f'reading {model.origin}'):
+      params = hf.read_params(model, context.mesh)
+    policy = make_policy(model.config, context.policy.dtype)
+    scorer = device_rewards.reward_model(policy)
+  share = context.experiment.flags.model.reward_model_weight
+  score = device_rewards.make_scorer(functions, weights, scorer, share)
+  return score, params
 
 
 def export(context, run_dir: Path, state, summary) -> Path:
@@ -191,7 +209,9 @@ def export(context, run_dir: Path, state, summary) -> Path:
     beside = run_dir / 'adapter'
     lora.save(beside, context.adapter, params, model.family, model.origin)
     hf.write_card(beside, card, library='peft')
-    params = jax.jit(context.policy.join)(*state.weights)
+    params = jax.jit(context.policy.join)(params, state.frozen)
+  if 'value_head' in params and not model.config.value_head:
+    model = hf.with_value_head(model)
   hf.save(out, model, params, card, replace=True)  # a resumed run's earlier one
   if flags.run.push_to_hub and jax.process_index() == 0:
     upload(context, out, flags.run.push_to_hub)

@@ -52,6 +52,7 @@ class Flags:
   model: flag_layer.ModelFlags
   sampling: flag_layer.SamplingFlags
   algorithm: flag_layer.AlgorithmFlags
+  optimizer: flag_layer.OptimizerFlags
 
 
 DEFAULTS = Flags(
@@ -63,7 +64,8 @@ DEFAULTS = Flags(
   flag_layer.SamplingFlags(
     num_prompts=64, num_generations=8, max_completion_length=None
   ),
-  flag_layer.AlgorithmFlags(learning_rate=5e-4, lr_schedule='linear'),
+  flag_layer.AlgorithmFlags(),
+  flag_layer.OptimizerFlags(learning_rate=5e-4, lr_schedule='linear'),
 )
 
 

@@ -67,6 +67,12 @@ def targets(records, context) -> tuple[np.ndarray, np.ndarray]:
   return tokens, mask
 
 
+def answers(context, records) -> dict:
+  """The columns that rewards on the device read."""
+  tokens, mask = targets(records, context)
+  return {'answer': tokens, 'answer_mask': mask}
+
+
 def make_step(context, optimizer):
   """step(params, opt_state, Prompts, tokens, mask) -> (..., loss), pure."""
 

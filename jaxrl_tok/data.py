@@ -21,11 +21,13 @@ ROLES = ('system', 'user', 'assistant', 'tool')
 
 
 class PromptSet(NamedTuple):
-  """Records and their prompts as ids, int32 [n, P] and int32 [n]."""
+  """Records and their prompts as ids, int32 [n, P] and int32 [n]; columns are
+  what rewards on the device read of a record, {name: [n, ...]}."""
 
   examples: list
   tokens: np.ndarray
   length: np.ndarray
+  columns: dict = {}  # noqa: RUF012  never changed
 
 
 def check_record(record, where: str) -> dict:
@@ -222,7 +224,8 @@ def record_indices(n: int, seed: int, position: int, count: int) -> np.ndarray:
 
 
 def batch_at(data: PromptSet, seed: int, position: int, count: int):
-  """The `count` prompts from a position on -> (examples, Prompts)."""
+  """The `count` prompts from a position on -> (examples, Prompts, columns)."""
   index = record_indices(len(data.examples), seed, position, count)
   examples = [data.examples[i] for i in index]
-  return examples, Prompts(data.tokens[index], data.length[index])
+  columns = {name: values[index] for name, values in data.columns.items()}
+  return examples, Prompts(data.tokens[index], data.length[index]), columns

@@ -46,6 +46,38 @@ def shape_logits(logits: jax.Array, rule: SamplingRule) -> jax.Array:
   return jnp.where(allowed, logits, NEVER)
 
 
+def _ordered(x: jax.Array) -> jax.Array:
+  """float32 -> int32 of the same order."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _highest(enough, shape) -> jax.Array:
+  """The highest int32 [...] for which `enough` still holds, by bisection.
+
+  `enough` (int32 [...] -> bool [...]) holds from the lowest number up to some
+  border. 32 looks at the vocabulary cost far less than sorting it.
+  """
+
+  def halve(_, ends):
+    low, high = ends
+    middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up
+    fine = enough(middle)
+    return jnp.where(fine, middle, low), jnp.where(fine, high, middle - 1)
+
+  ends = jnp.full(shape, -(2**31), jnp.int32), jnp.full(shape, 2**31 - 1)
+  return jax.lax.fori_loop(0, 32, halve, ends)[0]
+
+
+def _at_least(keys: jax.Array, number: jax.Array) -> jax.Array:
+  """bool [..., V]: the `number` largest keys, and what equals the last."""
+  border = _highest(
+    lambda b: jnp.sum(keys >= b[..., None], -1, dtype=jnp.int32) >= number,
+    keys.shape[:-1],
+  )
+  return keys >= border[..., None]
+
+
 def truncate(logits: jax.Array, rule: SamplingRule):
   """Applies top-k, then top-p to what is left, then min-p.
 
@@ -54,37 +86,39 @@ def truncate(logits: jax.Array, rule: SamplingRule):
   largest (arXiv:2407.01082). At least one is kept; of equals at the border,
   all are.
 
-  Returns: (logits with NEVER outside the kept set, kept int32 [...]).
+  Returns: (keep bool [..., V], how many are kept int32 [...]).
   """
-  sorted_logits = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-  rank = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  inside = (rank < rule.top_k) & (sorted_logits > NEVER / 2)
-  probs = jax.nn.softmax(jnp.where(inside, sorted_logits, NEVER), axis=-1)
-  before = jnp.cumsum(probs, axis=-1) - probs
-  inside &= (before < rule.top_p) & (probs >= rule.min_p * probs[..., :1])
-  number = jnp.maximum(jnp.sum(inside, axis=-1, dtype=jnp.int32), 1)
-  border = jnp.take_along_axis(sorted_logits, number[..., None] - 1, axis=-1)
-  keep = logits >= border
-  kept = jnp.sum(keep, axis=-1, dtype=jnp.int32)
-  return jnp.where(keep, logits, NEVER), kept
+  logits = jax.lax.stop_gradient(logits)
+  keys = _ordered(logits)
+  inside = _at_least(keys, rule.top_k) & (logits > NEVER / 2)
+  probs = jax.nn.softmax(jnp.where(inside, logits, NEVER), axis=-1)
+  border = _highest(
+    lambda b: jnp.sum(jnp.where(keys >= b[..., None], probs, 0.0), -1)
+    >= rule.top_p,
+    keys.shape[:-1],
+  )
+  likely = probs >= rule.min_p * jnp.max(probs, axis=-1, keepdims=True)
+  keep = inside & (keys >= border[..., None]) & likely
+  keep |= keys == jnp.max(keys, axis=-1, keepdims=True)
+  return keep, jnp.sum(keep, axis=-1, dtype=jnp.int32)
 
 
-def keep_most_likely(
+def most_likely(
   logits: jax.Array, kept: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-  """NEVER outside the `kept` most likely tokens, `tokens` always inside.
+  """bool [..., V]: the `kept` most likely tokens, `tokens` always among them.
 
   A sampled token that fell just outside replaces the least likely inside:
   the number stays, only nearly equal mass moves. kept, tokens int32 [...].
   """
-  fixed = jax.lax.stop_gradient(logits)
-  ascending = jnp.sort(fixed, axis=-1)
-  place = logits.shape[-1] - kept[..., None]
-  border = jnp.take_along_axis(ascending, place, axis=-1)
-  sampled = jnp.take_along_axis(fixed, tokens[..., None], axis=-1)
+  logits = jax.lax.stop_gradient(logits)
+  keys = _ordered(logits)
+  inside = _at_least(keys, kept)
+  last = jnp.min(jnp.where(inside, keys, 2**31 - 1), axis=-1, keepdims=True)
+  sampled = jnp.take_along_axis(keys, tokens[..., None], axis=-1)
+  keep = jnp.where(sampled < last, keys > last, inside)
   vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  keep = jnp.where(sampled < border, fixed > border, fixed >= border)
-  return jnp.where(keep | (vocab == tokens[..., None]), logits, NEVER)
+  return keep | (vocab == tokens[..., None])
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:

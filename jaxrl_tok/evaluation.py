@@ -67,10 +67,11 @@ def held_out_reward(
 
 
 def make_drift(policy: Policy, logits_chunk: int | None = None) -> Callable:
-  """Returns drift(reference params, rollout, rule) -> mean k3 in nats a
-  token: how far the policy that sampled is from the reference."""
+  """Returns drift(TrainState.reference_weights, rollout, rule) -> mean k3 in
+  nats a token: how far the policy that sampled is from the reference."""
 
-  def drift(reference, rollout: Rollout, rule: SamplingRule):
+  def drift(weights, rollout: Rollout, rule: SamplingRule):
+    reference = policy.join(*weights)
     ref = evaluate(policy, reference, rollout, rule, logits_chunk)
     d = masked.fill(rollout.logp - ref.logp, rollout.mask)
     return masked.mean(losses.k3(d), rollout.mask)

@@ -4,6 +4,10 @@ A loss sees ONE sequence: (TokenStats of [T], Trajectory of [T]) -> (loss [T],
 metrics {name: [T]}); update.py vmaps it. How token losses become one number
 is its own choice: an aggregation maps the mask [B, T] of the **global** batch
 to a weight for each token, so micro-batches and devices change no number.
+
+Letters: l log-prob now, l_old at the start of the update, rho = exp(l - l_old),
+sg stop-gradient, A the advantage. Functions that return a loss take as
+parameters the choices that they read.
 """
 
 from collections.abc import Callable
@@ -14,16 +18,169 @@ import jax.numpy as jnp
 from jaxrl_tok import masked
 from jaxrl_tok.types import TokenStats, Trajectory
 
+sg = jax.lax.stop_gradient
+CLIPPED = 'clip_ratio/region_mean'  # TRL's name
 
-def reinforce(stats: TokenStats, trajectory: Trajectory):
-  """L_t = -A_t log pi(y_t). Williams 1992, Machine Learning 8.
+
+def old_logp(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
+  """l_old; with one step a rollout it is the current l, held fixed."""
+  if trajectory.old_logp is None:
+    return sg(stats.logp)
+  return trajectory.old_logp
+
+
+def log_change(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
+  """l - l_old, 0 off-mask (where garbage may not reach exp)."""
+  change = stats.logp - old_logp(stats, trajectory)
+  return masked.fill(change, trajectory.rollout.mask)
+
+
+def reinforce() -> Callable:
+  """L_t = -A_t l_t. Williams 1992, Machine Learning 8.
 
   Its value is not a distance and does not fall as the policy learns; its
   gradient is what counts.
   """
-  advantage = jax.lax.stop_gradient(trajectory.advantage)
-  logp = masked.fill(stats.logp, trajectory.rollout.mask)
-  return -advantage * logp, {}
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    logp = masked.fill(stats.logp, trajectory.rollout.mask)
+    return -sg(trajectory.advantage) * logp, {}
+
+  return loss
+
+
+def _clipped(ratio, advantage, low, high):
+  """(max(-A r, -A clip(r, 1 - low, 1 + high)), whether the clip holds)."""
+  inside = jnp.clip(ratio, 1 - low, 1 + high)
+  loss = jnp.maximum(-advantage * ratio, -advantage * inside)
+  above = (ratio > 1 + high) & (advantage > 0)
+  below = (ratio < 1 - low) & (advantage < 0)
+  return loss, above | below
+
+
+def clip(
+  clip_low: float = 0.2,
+  clip_high: float = 0.2,
+  dual_clip: float | None = None,
+) -> Callable:
+  """L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)). PPO, arXiv:1707.06347.
+
+  With dual_clip c > 1, where A < 0: min(L_t, -c A), arXiv:1912.09729.
+  """
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    advantage = sg(trajectory.advantage)
+    rho = jnp.exp(log_change(stats, trajectory))
+    loss_T, held = _clipped(rho, advantage, clip_low, clip_high)
+    if dual_clip is not None:
+      bounded = jnp.minimum(loss_T, -dual_clip * advantage)
+      loss_T = jnp.where(advantage < 0, bounded, loss_T)
+    return loss_T, {CLIPPED: held}
+
+  return loss
+
+
+def sequence_clip(clip_low: float = 0.2, clip_high: float = 0.2) -> Callable:
+  """PPO's clip of one ratio for the whole sequence, exp(sum_t l - l_old), with
+  the advantage of its first token. RLOO as in arXiv:2402.14740 and TRL.
+
+  It stands on the last chosen token, so that summing over tokens and taking
+  the mean over sequences is the mean of sequence losses.
+  """
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    mask = trajectory.rollout.mask
+    ratio = jnp.exp(log_change(stats, trajectory).sum())
+    first = mask & (jnp.cumsum(mask) == 1)
+    advantage = masked.total(sg(trajectory.advantage), first)
+    one, held = _clipped(ratio, advantage, clip_low, clip_high)
+    loss_T = jnp.where(masked.last_chosen(mask), one, 0.0)
+    return loss_T, {CLIPPED: jnp.broadcast_to(held, mask.shape)}
+
+  return loss
+
+
+def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Callable:
+  """PPO's clip of sg(s) exp(l - sg l) with s = exp(mean_t(l - l_old)): a ratio
+  of the sequence, credited to tokens. GSPO-token, arXiv:2507.18071."""
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    mask = trajectory.rollout.mask
+    s = jnp.exp(masked.mean(log_change(stats, trajectory), mask))
+    logp = masked.fill(stats.logp, mask)
+    ratio = sg(s) * jnp.exp(logp - sg(logp))
+    loss_T, held = _clipped(
+      ratio, sg(trajectory.advantage), clip_low, clip_high
+    )
+    return loss_T, {CLIPPED: held}
+
+  return loss
+
+
+def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0) -> Callable:
+  """L_t = -sg(clip(rho, floor, cap)) A_t l_t: every token keeps its gradient.
+
+  The cap is an absolute number, not 1 + epsilon. CISPO, arXiv:2506.13585.
+  """
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    rho = jnp.exp(log_change(stats, trajectory))
+    weight = sg(jnp.clip(rho, ratio_floor, ratio_cap))
+    logp = masked.fill(stats.logp, trajectory.rollout.mask)
+    held = (rho > ratio_cap) | (rho < ratio_floor)
+    return -weight * sg(trajectory.advantage) * logp, {CLIPPED: held}
+
+  return loss
+
+
+# --- what may be added to any of them ----------------------------------------
+
+
+def corrected(loss: Callable, cap: float) -> Callable:
+  """L_t * sg(min(exp(l_old - l_roll), cap)): truncated importance weights, for
+  rollouts of a quantised or older policy. arXiv:2503.14286's token form."""
+
+  def with_weight(stats: TokenStats, trajectory: Trajectory):
+    loss_T, metrics = loss(stats, trajectory)
+    rollout = trajectory.rollout
+    lag = masked.fill(old_logp(stats, trajectory) - rollout.logp, rollout.mask)
+    weight = sg(jnp.minimum(jnp.exp(lag), cap))
+    return loss_T * weight, metrics | {'importance_weight': weight}
+
+  return with_weight
+
+
+def with_entropy(loss: Callable, coefficient: float) -> Callable:
+  """L_t - coefficient H_t."""
+
+  def with_bonus(stats: TokenStats, trajectory: Trajectory):
+    loss_T, metrics = loss(stats, trajectory)
+    entropy = masked.fill(stats.entropy, trajectory.rollout.mask)
+    return loss_T - coefficient * entropy, metrics
+
+  return with_bonus
+
+
+def value_error(coefficient: float, value_clip: float | None) -> Callable:
+  """coefficient (V_t - target_t)^2; with a clip, coefficient max((V - target)^2,
+  (V_old + clip(V - V_old, -clip, clip) - target)^2), as PPO's first code.
+
+  Returns loss(stats, trajectory) -> [T], of one sequence.
+  """
+
+  def loss(stats: TokenStats, trajectory: Trajectory):
+    mask = trajectory.rollout.mask
+    value, target, old = (
+      masked.fill(x, mask)
+      for x in (stats.value, trajectory.value_target, trajectory.old_value)
+    )
+    error = (value - sg(target)) ** 2
+    if value_clip is not None:
+      near = sg(old) + jnp.clip(value - sg(old), -value_clip, value_clip)
+      error = jnp.maximum(error, (near - sg(target)) ** 2)
+    return coefficient * error
+
+  return loss
 
 
 # --- KL to the reference, named by the effect of its gradient on-policy ------
@@ -45,40 +202,51 @@ def k3(d: jax.Array) -> jax.Array:
   return jnp.exp(-d) + d - 1
 
 
-def add_kl(loss: Callable, estimator: Callable, coefficient: float) -> Callable:
-  """L_t + coefficient * estimator(d_t); estimator k2 (reverse), k3 (forward).
+# 'reward' takes k1 = d from each token's reward (update.py): reverse KL, and
+# future divergence is credited. k1 in the loss has gradient 0: no choice.
+KL_FORMS = {'none': None, 'reward': None, 'reverse': k2, 'forward': k3}
 
-  d itself (k1) is no choice: its expected gradient on-policy is exactly 0.
+
+def kl_loss(form: str, stats: TokenStats, trajectory: Trajectory) -> jax.Array:
+  """sg(rho) k(d) of one sequence [T], k2 for 'reverse', k3 for 'forward'.
+
+  rho (1 on-policy) keeps each the gradient of its name when a rollout is used
+  for several steps.
   """
+  rho = sg(jnp.exp(log_change(stats, trajectory)))
+  return rho * KL_FORMS[form](log_ratio(stats, trajectory))
 
-  def with_kl(stats: TokenStats, trajectory: Trajectory):
-    loss_T, metrics = loss(stats, trajectory)
-    return loss_T + coefficient * estimator(
-      log_ratio(stats, trajectory)
-    ), metrics
 
-  return with_kl
+def adapted_beta(beta, kl, rows, target: float, horizon: float) -> jax.Array:
+  """beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon): a proportional
+  controller. arXiv:1909.08593."""
+  error = jnp.clip(kl / target - 1, -0.2, 0.2)
+  return beta * (1 + error * rows / horizon)
 
 
 # --- aggregation: mask [B, T] -> weight [B, T], sum(weight * loss) is the loss
 
 
-def token_mean(mask: jax.Array) -> jax.Array:
+def token_mean(mask: jax.Array, max_length: int | None = None) -> jax.Array:
   """1 / (chosen tokens of the batch): every token counts the same."""
   return mask / masked.count(mask)
 
 
-def seq_mean_token_mean(mask: jax.Array) -> jax.Array:
+def seq_mean_token_mean(
+  mask: jax.Array, max_length: int | None = None
+) -> jax.Array:
   """1 / (B * length): every sequence counts the same."""
   return mask / masked.count(mask, axis=1)[:, None] / mask.shape[0]
 
 
-def seq_mean_token_sum(mask: jax.Array) -> jax.Array:
+def seq_mean_token_sum(
+  mask: jax.Array, max_length: int | None = None
+) -> jax.Array:
   """1 / B: the true policy gradient of the expected return."""
   return mask / jnp.float32(mask.shape[0])
 
 
-def seq_mean_token_sum_norm(max_length: int) -> Callable:
+def seq_mean_token_sum_norm(mask: jax.Array, max_length: int) -> jax.Array:
   """1 / (B * max_length), a constant scale of seq_mean_token_sum.
   Dr. GRPO, arXiv:2503.20783."""
-  return lambda mask: mask / jnp.float32(mask.shape[0] * max_length)
+  return mask / jnp.float32(mask.shape[0] * max_length)

@@ -41,10 +41,14 @@ def whiten(x: jax.Array, mask: jax.Array, ddof: int = 0, eps=1e-8) -> jax.Array:
 
   One chosen token, or equal values, gives 0 and never NaN.
   """
-  square = var(x, mask, ddof)
+  centred = fill(x - mean(x, mask), mask)
+  # the mean of equal numbers is off by a rounding, which would be divided by a
+  # std of nothing else: centred twice they are exactly 0
+  centred = centred - mean(centred, mask)
+  square = var(centred, mask, ddof)
   some = square > 0  # the root of 0 has an infinite gradient
   std = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
-  return fill((x - mean(x, mask)) / (std + eps), mask)
+  return fill(centred / (std + eps), mask)
 
 
 def last_chosen(mask: jax.Array) -> jax.Array:

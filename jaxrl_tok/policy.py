@@ -17,13 +17,25 @@ CHUNK_ELEMENTS = 2**20  # logits alive at once: 4 MiB of float32
 
 def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
   """Hidden states [B, T, D] that predict the completion's tokens."""
+  tokens = rollout.tokens[:, :-1]
+  return _states(policy, params, rollout._replace(tokens=tokens))
+
+
+def _states(policy: Policy, params, rollout: Rollout) -> jax.Array:
+  """Hidden states [B, t + 1, D] before and after each of t tokens."""
   prefix = policy.encode(params, rollout.prompts)
-  B, T = rollout.tokens.shape
+  B, t = rollout.tokens.shape
   first_BxD = jnp.repeat(prefix.hidden, B // prefix.hidden.shape[0], axis=0)
-  if T == 1:
+  if t == 0:
     return first_BxD[:, None]
-  rest, _ = policy.extend(params, prefix, rollout.tokens[:, :-1], None, 0)
+  rest, _ = policy.extend(params, prefix, rollout.tokens, None, 0)
   return jnp.concatenate([first_BxD[:, None], rest], axis=1)
+
+
+def values(policy: Policy, params, rollout: Rollout) -> jax.Array:
+  """What the value head says, float32 [B, T + 1]: column t of the state before
+  token t, column T of the one after the last column."""
+  return policy.value(params, _states(policy, params, rollout))
 
 
 def evaluate(
@@ -52,7 +64,12 @@ def evaluate(
   def stats(hidden_Bxt, tokens_Bxt, kept_Bxt):
     logits = distribution.shape_logits(policy.logits(params, hidden_Bxt), rule)
     if kept_Bxt is not None:
-      logits = distribution.keep_most_likely(logits, kept_Bxt, tokens_Bxt)
+      order = logits
+      if policy.ranking is not None:
+        order = policy.ranking(params, hidden_Bxt)
+        order = distribution.shape_logits(order, rule)
+      keep = distribution.most_likely(order, kept_Bxt, tokens_Bxt)
+      logits = jnp.where(keep, logits, distribution.NEVER)
     logp = distribution.log_prob(logits, tokens_Bxt)
     return logp, distribution.entropy(logits)
 

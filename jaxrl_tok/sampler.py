@@ -58,7 +58,12 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       return token, jnp.zeros(token.shape), jnp.ones_like(token)
     kept = jnp.zeros(logits.shape[:1], jnp.int32)
     if config.truncate:
-      logits, kept = distribution.truncate(logits, rule)
+      order = logits
+      if policy.ranking is not None:
+        order = policy.ranking(params, hidden)
+        order = distribution.shape_logits(order, rule)
+      keep, kept = distribution.truncate(order, rule)
+      logits = jnp.where(keep, logits, distribution.NEVER)
     token = distribution.draw(logits, uniform)
     return token, distribution.log_prob(logits, token), kept
 

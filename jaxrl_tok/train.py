@@ -2,10 +2,12 @@
 
 One step:
 
-1. `batch_at`  the next C prompts                    -> Prompts [C, P]
-2. `sample`    with the key of this step             -> Rollout [B, T]
-3. `score`     on the host, the one crossing         -> reward [B, T]
-4. `update`    advantage -> loss -> optax            -> TrainState, metrics
+1. `collect`   the next C prompts                    -> Prompts [C, P]
+   `sample`    with the key of this step             -> Rollout [B, T]
+   `score`     on the host, the one crossing         -> reward [B, T]
+2. `update`    advantage -> loss -> optax            -> TrainState, metrics
+
+Where every reward is a JAX function, `steps` does some of these in one call.
 
 The metrics of a step are read when the next rollout has been dispatched, so
 the device never waits for the log. What is needed to go on (TrainState and
@@ -26,12 +28,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import rewards
-from jaxrl_tok.data import PromptSet, batch_at
+from jaxrl_tok.collect import Collector, collect
+from jaxrl_tok.data import PromptSet, record_indices
 from jaxrl_tok.evaluation import credit_rows, held_out_reward, make_drift
 from jaxrl_tok.logger import Logger
+from jaxrl_tok.mask_policy import masked_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.sharding import ROWS, put_rows
-from jaxrl_tok.types import Policy, Prompts, SamplingRule, TrainState
+from jaxrl_tok.sharding import ROWS, put_replicated, put_rows
+from jaxrl_tok.steps import Table, make_steps
+from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule, TrainState
 from jaxrl_tok.update import make_update
 
 
@@ -48,6 +53,8 @@ class LoopConfig:
   stop_at_reward: float | None = None  # held-out, greedy
   patience: int = 0  # evaluations without a better one
   log_kl: bool = True  # at each evaluation, where there is a reference
+  steps_per_call: int = 0  # one program of so many whole steps
+  resample_rounds: int = 0  # see collect.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +73,19 @@ class Progress:
 class Parts(NamedTuple):
   """The step's functions, those of the device compiled."""
 
-  sample: Callable  # (state.weights, key, Prompts, rule) -> Rollout
-  update: Callable  # (state, rollout, reward, rule) -> (state, metrics, A)
   greedy: Callable  # (state.weights, key, Prompts, rule) -> Rollout
-  drift: Callable | None  # (reference, rollout, rule) -> KL
   score: Callable  # (tokens, mask, examples) -> rewards.Scores
   judge: Callable  # the same, for held-out data
   decode: Callable  # lists of ids -> texts
-  device_reward: Callable | None = None  # rollout -> reward [B, T]
-  device_weight: float = 1.0
+  # step by step
+  sample: Callable | None = None  # (weights, key, Prompts, rule) -> Rollout
+  update: Callable | None = None  # see make_update
+  greedy_prompts: Callable | None = None  # greedy, of training prompts
+  # (Rollout, {column: [C, ...]}) -> (reward [B, T], {name: mean})
+  device_score: Callable | None = None
+  # or many in a call: (state, Table, index [n, C], rule)
+  steps: Callable | None = None  # -> (state, metrics [n], steps.Last)
+  drift: Callable | None = None  # (reference weights, rollout, rule) -> KL
 
 
 class Interrupted(Exception):
@@ -89,15 +100,19 @@ def compile_parts(
   config: LoopConfig,
   state: TrainState,
   rule: SamplingRule,
-  prompt_lengths: tuple[int, int],
+  data: PromptSet,
+  held_out_length: int,
   micro_batches: int = 1,
   logits_chunk: int | None = None,
-  device_reward: tuple | None = None,
+  device_score: tuple | None = None,
+  critic: Policy | None = None,
 ) -> dict[str, Callable]:
-  """Compiles the sampler, update, evaluation and drift, side by side.
+  """Compiles what Parts wants of the device, side by side.
 
-  prompt_lengths: P of the training and of the held-out prompts.
-  device_reward: (function of (params, Rollout), params).
+  Args:
+    held_out_length: P of the held-out prompts.
+    device_score: (device_rewards.make_scorer's function, its params).
+    critic: where it is no head on the policy.
 
   Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
   """
@@ -105,14 +120,18 @@ def compile_parts(
   rows = NamedSharding(mesh, PartitionSpec(ROWS))
   whole = NamedSharding(mesh, PartitionSpec())
 
-  def array(*shape, dtype=np.int32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  def array(*shape, dtype=np.int32, sharding=rows):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def like(x, count, sharding=rows):  # `count` rows of x
+    return array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
 
   C, E = config.num_prompts, config.eval_batch
-  prompts, held_out = (
-    Prompts(array(n, P), array(n)) for n, P in zip((C, E), prompt_lengths)
-  )
-  greedy = dataclasses.replace(
+  prompts = Prompts(like(data.tokens, C), array(C))
+  held_out = Prompts(array(E, held_out_length), array(E))
+  if algorithm.mask_every:
+    policy = masked_policy(policy)
+  one = dataclasses.replace(
     sampler, samples_per_prompt=1, greedy=True, truncate=False
   )
 
@@ -120,37 +139,57 @@ def compile_parts(
     sample = make_sampler(policy, config)
     return lambda weights, *args: sample(policy.join(*weights), *args)
 
-  sample = sampling(sampler)
+  sample, greedy = sampling(sampler), sampling(one)
   sampled = jax.eval_shape(sample, state.weights, state.key, prompts, rule)
   rollout = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), sampled)
   reward = array(*rollout.logp.shape, dtype=np.float32)
   update = make_update(
-    policy, algorithm, optimizer, micro_batches, logits_chunk
+    policy, algorithm, optimizer, micro_batches, logits_chunk, critic
   )
   # the state comes out placed as it went in: no compilation at step 2
   placed = jax.tree.map(lambda x: x.sharding, state)
+  score, score_params = device_score or (None, None)
+  look = state.weights, state.key
   jobs = {
-    'sample': (
-      jax.jit(sample, out_shardings=rows),
-      (state.weights, state.key, prompts, rule),
-    ),
-    'update': (
-      jax.jit(update, donate_argnums=0, out_shardings=(placed, whole, rows)),
-      (state, rollout, reward, rule),
-    ),
-    'greedy': (
-      jax.jit(sampling(greedy), out_shardings=rows),
-      (state.weights, state.key, held_out, rule),
-    ),
+    'greedy': (jax.jit(greedy, out_shardings=rows), (*look, held_out, rule))
   }
-  measured = algorithm.needs_reference  # at every step
-  if config.log_kl and state.reference_params is not None and not measured:
+  if config.steps_per_call:
+    best = greedy if algorithm.greedy else None
+    n = len(data.examples)
+    columns = {k: like(v, n, whole) for k, v in data.columns.items()}
+    table = Table(like(data.tokens, n, whole), array(n, sharding=whole), columns)
+    index = array(config.steps_per_call, C, sharding=whole)
+    jobs['steps'] = (
+      jax.jit(
+        make_steps(sample, score, update, best),
+        donate_argnums=0,
+        out_shardings=(placed, whole, rows),
+      ),
+      (state, score_params, table, index, rule),
+    )
+  else:
+    jobs['sample'] = (
+      jax.jit(sample, out_shardings=rows),
+      (*look, prompts, rule),
+    )
+    greedy_reward = None
+    if algorithm.greedy:
+      greedy_reward = array(C, dtype=np.float32)
+      jobs['greedy_prompts'] = jobs['greedy'][0], (*look, prompts, rule)
+    jobs['update'] = (
+      jax.jit(update, donate_argnums=0, out_shardings=(placed, whole, rows)),
+      (state, rollout, reward, rule, greedy_reward),
+    )
+    if score is not None:
+      columns = {k: like(v, C) for k, v in data.columns.items()}
+      jobs['device_score'] = (
+        jax.jit(score, out_shardings=(rows, whole)),
+        (score_params, rollout, columns),
+      )
+  # at every step where the algorithm has a KL of its own
+  if config.log_kl and algorithm.kl is None:
     drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
-    jobs['drift'] = drift, (state.reference_params, rollout, rule)
-  if device_reward is not None:
-    function, params = device_reward
-    scored = jax.jit(function, out_shardings=rows)
-    jobs['device_reward'] = scored, (params, rollout)
+    jobs['drift'] = drift, (state.reference_weights, rollout, rule)
 
   def build(job):
     function, args = job
@@ -159,9 +198,13 @@ def compile_parts(
 
   with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
     built = dict(zip(jobs, pool.map(build, jobs.values())))
-  if device_reward is not None:
-    built['device_reward'] = functools.partial(built['device_reward'], params)
-  return {'drift': None, **built}
+  if 'device_score' in built:
+    compiled = built['device_score']
+    built['device_score'] = functools.partial(compiled, score_params)
+  if 'steps' in built:
+    many = built['steps']
+    built['steps'] = lambda state, *args: many(state, score_params, *args)
+  return built
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -174,6 +217,12 @@ def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
   if progress.step >= config.max_steps:
     return f'max_steps {config.max_steps}'
   return None
+
+
+def evaluates(step: int, config: LoopConfig) -> bool:
+  """Whether held-out prompts are looked at after this step."""
+  every = config.eval_every
+  return step == config.max_steps or bool(every and step % every == 0)
 
 
 @contextlib.contextmanager
@@ -205,6 +254,12 @@ def warnings_of(metrics: dict) -> dict[str, str]:
       'in every group all rewards are equal, so there is no advantage to '
       'learn from; use easier prompts, a denser reward or more samples'
     )
+  if metrics.get('resample/missing'):
+    found['missing'] = (
+      f'{metrics["resample/missing"]} groups had equal rewards after '
+      f'{metrics["resample/rounds"]} rounds and are kept without an advantage; '
+      'use easier or harder prompts, or more --resample_rounds'
+    )
   if metrics['completions/clipped_ratio'] == 1:
     found['clipped'] = (
       'every completion was cut before its end token; raise '
@@ -231,7 +286,8 @@ class StepLog:
 
   def mark(self, phase: str) -> None:
     now = time.monotonic()
-    self._times[f'time/{phase}'] = now - self._clock
+    name = f'time/{phase}'
+    self._times[name] = self._times.get(name, 0.0) + now - self._clock
     self._clock = now
 
   def hold(self, progress: Progress, generated: int, *metrics: dict) -> None:
@@ -249,7 +305,20 @@ class StepLog:
     now = time.monotonic()
     times['time/update'] = now - self._clock
     self._clock = now
-    metrics |= {'num_tokens': progress.num_tokens, **times}
+    self.write(progress, generated, metrics, times)
+
+  def many(self, steps: list) -> None:
+    """Writes [(progress, generated, metrics)] of steps made since the last
+    mark; they took equally long."""
+    now = time.monotonic()
+    taken, self._clock = (now - self._clock) / len(steps), now
+    for progress, generated, metrics in steps:
+      self.write(progress, generated, metrics, {'time/step': taken})
+
+  def write(
+    self, progress: Progress, generated: int, metrics: dict, times: dict
+  ) -> None:
+    metrics = metrics | {'num_tokens': progress.num_tokens, **times}
     metrics['step_time'] = sum(times.values())
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
@@ -269,16 +338,12 @@ class StepLog:
     self._show(progress.step, '  '.join(said))
 
 
-def _after_step(
-  progress: Progress, prompts: Prompts, rows: int, generated: int
-) -> Progress:
-  C = len(prompts.length)
-  read = int(prompts.length.sum()) * rows // C
+def _after_step(progress: Progress, prompts: int, tokens: int) -> Progress:
   return dataclasses.replace(
     progress,
     step=progress.step + 1,
-    position=progress.position + C,
-    num_tokens=progress.num_tokens + generated + read,
+    position=progress.position + prompts,
+    num_tokens=progress.num_tokens + tokens,
   )
 
 
@@ -291,6 +356,105 @@ def _after_evaluation(progress: Progress, reward: float) -> Progress:
     best_reward=reward if better else best,
     evals_since_best=0 if better else progress.evals_since_best + 1,
   )
+
+
+class Looked(NamedTuple):
+  """A step's batch, for the samples that show its credit."""
+
+  examples: list
+  rollout: Rollout
+  scores: rewards.Scores
+  advantage: jax.Array
+
+
+def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
+  """Returns advance(state, progress) -> (state, progress, Looked): a step with
+  its rewards on the host."""
+  mesh = jax.sharding.get_mesh()
+  fold_in = jax.jit(jax.random.fold_in)
+
+  def phase(name):
+    if name == 'dispatched':
+      log.flush()  # the step before this one
+    else:
+      log.mark(name)
+
+  collector = Collector(
+    parts.sample,
+    parts.score,
+    data,
+    rule,
+    config.seed,
+    config.num_prompts,
+    parts.device_score,
+    parts.greedy_prompts,
+    config.resample_rounds,
+    phase,
+  )
+
+  def advance(state: TrainState, progress: Progress):
+    step = progress.step
+    key = fold_in(state.key, step)
+    batch, spent, found = collect(collector, state, key, progress.position)
+    greedy_reward = batch.greedy_reward
+    state, metrics, advantage = parts.update(
+      state,
+      batch.rollout,
+      put_rows(mesh, batch.scores.reward),
+      rule,
+      None if greedy_reward is None else put_rows(mesh, greedy_reward),
+    )
+    tokens = spent.generated + spent.read
+    progress = _after_step(progress, spent.prompts, tokens)
+    rate = {'learning_rate': float(learning_rate(step))}
+    found |= batch.scores.metrics | rate
+    if parts.drift is not None and evaluates(progress.step, config):
+      weights = state.reference_weights
+      metrics['kl'] = parts.drift(weights, batch.rollout, rule)
+    log.hold(progress, spent.generated, metrics, found)
+    look = Looked(batch.examples, batch.rollout, batch.scores, advantage)
+    return state, progress, look
+
+  return advance
+
+
+def device_steps(parts, config, data, rule, log, learning_rate) -> Callable:
+  """The same in steps_per_call steps that never leave the device."""
+  mesh = jax.sharding.get_mesh()
+  C, n = config.num_prompts, config.steps_per_call
+  table = put_replicated(mesh, Table(data.tokens, data.length, data.columns))
+
+  def advance(state: TrainState, progress: Progress):
+    index = record_indices(
+      len(data.examples), config.seed, progress.position, n * C
+    ).reshape(n, C)
+    placed = put_replicated(mesh, index.astype(np.int32))
+    with jax.transfer_guard('disallow'):  # nothing comes back in between
+      state, metrics, last = parts.steps(state, table, placed, rule)
+    metrics = jax.device_get(metrics)
+    B, made = last.reward.shape[0], []
+    drift = None
+    if parts.drift is not None and evaluates(progress.step + n, config):
+      drift = parts.drift(state.reference_weights, last.rollout, rule)
+    for i in range(n):
+      row = {k: v[i] for k, v in metrics.items()}
+      row['learning_rate'] = float(learning_rate(progress.step))
+      generated = round(float(row['completions/mean_length']) * B)
+      read = int(data.length[index[i]].sum()) * (B // C)
+      progress = _after_step(progress, C, generated + read)
+      made.append((progress, generated, row))
+    if drift is not None:
+      row['kl'] = drift
+    log.many(made)
+    examples = [data.examples[i] for i in index[-1]]
+    tokens, mask, reward = jax.device_get(
+      (last.rollout.tokens, last.rollout.mask, last.reward)
+    )
+    texts = parts.score(tokens, mask, examples).completions
+    scores = rewards.Scores(reward, {}, texts)
+    return state, progress, Looked(examples, last.rollout, scores, last.advantage)
+
+  return advance
 
 
 def train(
@@ -313,8 +477,6 @@ def train(
   Must run under jax.set_mesh. Returns (state, progress, why it stopped).
   Raises Interrupted, after saving, when a signal came.
   """
-  mesh = jax.sharding.get_mesh()
-  fold_in = jax.jit(jax.random.fold_in)
   look = functools.partial(
     held_out_reward,
     parts.greedy,
@@ -329,41 +491,17 @@ def train(
     stop_requested() as asked,
   ):
     log = StepLog(logger, show)
+    make_advance = device_steps if config.steps_per_call else host_step
+    advance = make_advance(parts, config, data, rule, log, learning_rate)
     while not (reason := stop_reason(progress, config)):
-      step = progress.step
-      examples, prompts = batch_at(
-        data, config.seed, progress.position, config.num_prompts
-      )
-      rollout = parts.sample(
-        state.weights,
-        fold_in(state.key, step),
-        put_rows(mesh, prompts),
-        rule,
-      )
-      log.flush()  # the step before this one
-      tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-      log.mark('rollout')
-      scores = parts.score(tokens, mask, examples)
-      if parts.device_reward is not None:
-        more = jax.device_get(parts.device_reward(rollout))
-        scores = rewards.add(scores, 'reward_model', more, parts.device_weight)
-      log.mark('score')
-      state, metrics, advantage = parts.update(
-        state, rollout, put_rows(mesh, scores.reward), rule
-      )
-      generated = int(mask.sum())
-      progress = _after_step(progress, prompts, len(tokens), generated)
-      rate = {'learning_rate': float(learning_rate(step))}
-      due = config.eval_every and progress.step % config.eval_every == 0
-      due = due or progress.step == config.max_steps
-      if due and parts.drift is not None:
-        metrics['kl'] = parts.drift(state.reference_params, rollout, rule)
-      log.hold(progress, generated, metrics, scores.metrics, rate)
-      if due:
+      state, progress, seen = advance(state, progress)
+      if evaluates(progress.step, config):
         log.flush()
         found, _ = look(state.weights)
         logger.metrics('eval', progress.step, found)
-        rows = credit_rows(rollout, advantage, scores, examples, parts.decode)
+        rows = credit_rows(
+          seen.rollout, seen.advantage, seen.scores, seen.examples, parts.decode
+        )
         at = {'step': progress.step, 'split': 'train'}
         logger.samples([{**at, **row} for row in rows])
         progress = _after_evaluation(progress, found['eval/reward'])

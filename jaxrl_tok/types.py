@@ -71,6 +71,17 @@ class TokenStats(NamedTuple):
   value: jax.Array | None  # float32 [B, T]
 
 
+class Scored(NamedTuple):
+  """What an advantage is made of: a whole batch."""
+
+  rollout: Rollout
+  reward: jax.Array  # float32 [B, T]
+  cut: jax.Array  # bool [B]  ran into column T without ending by itself
+  value: jax.Array | None  # float32 [B, T+1]  before token t; T: after the last
+  greedy_reward: jax.Array | None  # float32 [C]  of one greedy completion each
+  log_change: jax.Array | None  # float32 [B, T]  l_old - l_roll
+
+
 class Trajectory(NamedTuple):
   """What a loss sees; update.py vmaps over its rows (then prompts is None)."""
 
@@ -79,6 +90,8 @@ class Trajectory(NamedTuple):
   advantage: jax.Array  # float32 [B, T]
   value_target: jax.Array | None  # float32 [B, T]
   ref_logp: jax.Array | None  # float32 [B, T]  of the reference policy
+  old_logp: jax.Array | None  # float32 [B, T]  l_old; None: the current one
+  old_value: jax.Array | None  # float32 [B, T]
 
 
 class Policy(NamedTuple):
@@ -94,29 +107,57 @@ class Policy(NamedTuple):
   # (rows, length) -> per layer (k, v), each [B, K, T, H]
   init_cache: Callable
   partition_rules: tuple  # ((path regex, PartitionSpec), ...)
-  # (what is trained, what is frozen) -> the params of the functions above
+  # (what is trained, what is fixed) -> the params of the functions above
   join: Callable
   vocab_size: int
   dtype: Any  # compute dtype; the sampler casts params to it once a rollout
+  # (params, hidden) -> logits [..., V] by whose order tokens are truncated;
+  # None: its own
+  ranking: Callable | None = None
+
+
+class KL(NamedTuple):
+  """The pull to the reference: losses.KL_FORMS names its effects."""
+
+  form: str
+  beta: float  # its coefficient, or the first one where it adapts
+  target: float | None  # nats a token that the coefficient is steered to
+  horizon: float  # rows in which it may change by about its own size
 
 
 class Algorithm(NamedTuple):
-  """An alias, as optax.adam is: parts composed by name.
+  """An alias, as optax.adam is: parts composed by name (algorithms.compose).
 
-  `carry` is whatever the algorithm remembers between updates (an EMA
-  baseline, say); it lives in TrainState, so a resume is exact.
+  `carry` is whatever the baseline remembers between updates; it lives in
+  TrainState, so a resume is exact.
   """
 
   name: str
+  settings: dict  # every choice that it was composed of
   init: Callable  # () -> carry
-  # (Rollout, reward [B, T], value [B, T] | None, carry)
+  # (Scored, carry)
   #   -> (advantage [B, T], value_target [B, T] | None, carry)
   advantage: Callable
   # ONE sequence: (TokenStats [T], Trajectory [T]) -> (loss [T], {name: [T]})
   loss: Callable
+  value_loss: Callable | None  # the same -> [T]; None: no critic
   aggregate: Callable  # mask [B, T] -> weight [B, T] of each token's loss
-  kl_in_reward: float  # coefficient of k1 in the reward; 0: none
-  needs_reference: bool  # whether ref_logp is wanted
+  kl: KL | None
+  epochs: int  # times that an update goes through a rollout
+  mini_batches: int  # optimizer steps in an epoch
+  max_update_kl: float | None  # an update stops before this KL(old || new)
+  recompute_logp: bool  # l_old by a pass of its own, not the sampler's
+  critic_warmup_steps: int  # steps in which only the critic learns
+  reference_every: int  # steps between copies into the reference; 0: never
+  mask_every: int  # the same of NLPO's mask policy; 0: there is none
+  resample_rounds: int  # rollouts at most, until all groups have variance
+  greedy: bool  # whether a greedy completion of each prompt is wanted
+  min_group: int  # samples a prompt that it needs
+
+  @property
+  def passes(self) -> int:
+    """Optimizer steps in an update."""
+    return self.epochs * self.mini_batches
 
 
 @flax.struct.dataclass
@@ -127,16 +168,32 @@ class TrainState:
   params: Any
   opt_state: Any
   key: jax.Array  # never advances: a step's key is fold_in(key, step)
-  algorithm: Any  # the algorithm's carry
+  algorithm: Any  # the baseline's carry
+  beta: jax.Array  # float32 []  coefficient of the KL
   reference: Any  # parameters of the reference policy, or None
+  critic: Any = None  # parameters of a critic of its own
+  mask_policy: Any = None  # the slow copy whose most likely tokens are allowed
   frozen: Any = None  # what no update changes: the base under adapters
+
+  @property
+  def trained(self) -> tuple:
+    """What the optimizer changes."""
+    return self.params, self.critic
+
+  @property
+  def fixed(self):
+    """What Policy.join makes parameters of, beside those trained."""
+    if self.mask_policy is None:
+      return self.frozen
+    return self.frozen, self.mask_policy
 
   @property
   def weights(self) -> tuple:
     """What Policy.join makes the current policy's parameters of."""
-    return self.params, self.frozen
+    return self.params, self.fixed
 
   @property
-  def reference_params(self):
-    """Adapters' reference is their base: no second copy."""
-    return self.reference if self.frozen is None else self.frozen
+  def reference_weights(self) -> tuple:
+    """The same for the reference. Adapters' reference is their base: joined
+    with None, it needs no second copy."""
+    return self.reference, self.fixed

@@ -23,6 +23,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.types import Prompts
+from jaxrl_tok.types import Prompts, Scored
 
 CONFIG = TransformerConfig(
   vocab_size=11,
@@ -99,6 +100,17 @@ def reward(tiny):
   rng = np.random.default_rng(3)
   noise = rng.normal(size=tiny.rollout.tokens.shape).astype(np.float32)
   return np.where(np.asarray(tiny.rollout.mask), noise, 0)
+
+
+def scored(rollout, reward, **more) -> Scored:
+  """What an advantage sees of a rollout whose rows all ended by themselves."""
+  fields = {
+    'cut': jnp.zeros(rollout.mask.shape[0], bool),
+    'value': None,
+    'greedy_reward': None,
+    'log_change': None,
+  }
+  return Scored(rollout, jnp.asarray(reward), **{**fields, **more})
 
 
 def changed(record, **fields):

@@ -264,7 +264,7 @@ def test_seeds_and_epochs_differ():
 def test_a_batch_is_the_records_at_its_positions(tokenizer):
   records = [{'prompt': f'{i}' * (i % 3 + 1), 'i': i} for i in range(7)]
   found = data.tokenize(records, tokenizer, 258)
-  examples, prompts = data.batch_at(found, seed=3, position=5, count=6)
+  examples, prompts, _ = data.batch_at(found, seed=3, position=5, count=6)
   index = data.record_indices(7, 3, 5, 6)
   assert [e['i'] for e in examples] == index.tolist()
   assert (prompts.tokens == found.tokens[index]).all()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIG, changed, look, sharpened
+from conftest import CONFIG, changed, look, scored, sharpened
 
 from jaxrl_tok import advantages, algorithms, distribution, losses, masked
 from jaxrl_tok.models.transformer import make_policy
@@ -24,6 +24,7 @@ from jaxrl_tok.update import init_state, make_update
 END, T = 2, 3
 POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))
 RULE = distribution.make_rule(3, [END])
+GREEDY = 0.3  # the reward of the greedy completion
 # hands out the gradient itself: init_state's parameters, g as the "update"
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -99,7 +100,7 @@ def ascend(params):
   """advantage [N, T] -> the gradient (as ascent) that `update` computes for
   one row of each sequence; compiled once, the advantage is the carry."""
   given = algorithms.reinforce(advantages.no_baseline())._replace(
-    advantage=lambda rollout, reward, value, carry: (carry, None, carry)
+    advantage=lambda scored, carry: (carry, None, carry)
   )
   state = init_state(given, RECORD, params, jax.random.key(0))
   update = jax.jit(make_update(POLICY, given, RECORD))
@@ -131,7 +132,8 @@ def expected_gradient(ascend, everything, baseline, reward, G, carry):
     prompts = Prompts(None, jnp.full((1,), 2))
     one = Rollout(prompts, None, jnp.asarray(MASK)[index], None, None)
     rewards = jnp.asarray(reward)[index]
-    return algorithm.advantage(one, rewards, None, carry)[0]
+    seen = scored(one, rewards, greedy_reward=jnp.full((1,), GREEDY))
+    return algorithm.advantage(seen, carry)[0]
 
   advantage = np.asarray(jax.jit(jax.vmap(advantage_of))(groups), np.float64)
   summed = np.zeros((N, T))
@@ -153,13 +155,14 @@ def assert_close(found, want, atol=1e-6):
     (advantages.no_baseline(), 1, 1.0),
     (advantages.fixed(0.7), 1, 1.0),
     (advantages.ema(0.9), 1, 1.0),
+    (advantages.greedy(), 1, 1.0),
     (advantages.leave_one_out(), 2, 1.0),
     (advantages.leave_one_out(), 3, 1.0),
     (advantages.group_mean(), 2, 1 / 2),
     (advantages.group_mean(), 3, 2 / 3),
     (advantages.batch_mean(), 2, 1 / 2),
   ],
-  ids=lambda x: str(x) if not isinstance(x, tuple) else 'b',
+  ids=lambda x: x.name if isinstance(x, tuple) else str(x),
 )
 def test_expected_gradient_is_exact(
   ascend, everything, baseline, G, share, kind
@@ -174,7 +177,7 @@ def test_expected_gradient_is_exact(
 def test_ema_scores_before_it_learns():
   baseline = advantages.ema(0.75)
   returns = jnp.full((2, 2, 3), 4.0)
-  b, carry = baseline.apply(returns, jnp.float32(2.0))
+  b, carry = baseline.apply(returns, jnp.float32(2.0), None)
   assert float(b[0, 0, 0]) == 2.0
   assert float(carry) == pytest.approx(0.75 * 2 + 0.25 * 4)
 

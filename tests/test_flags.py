@@ -66,8 +66,8 @@ def test_a_word_that_is_no_flag_is_refused(capsys):
 
 @pytest.mark.parametrize('name', ['learning_rate', 'learning-rate'])
 def test_dashes_and_underscores_both_work(name):
-  assert parse(f'--{name}', '0.5').algorithm.learning_rate == 0.5
-  assert parse(f'--{name}=0.5').algorithm.learning_rate == 0.5
+  assert parse(f'--{name}', '0.5').optimizer.learning_rate == 0.5
+  assert parse(f'--{name}=0.5').optimizer.learning_rate == 0.5
 
 
 def test_flags_change_only_what_they_name():

@@ -25,10 +25,13 @@ FLOORS = {
   'advantages': 2,
   'losses': 2,
   'device_rewards': 2,
+  'mask_policy': 2,
   'algorithms': 3,
   'update': 3,
   'checkpoint': 3,
   'evaluation': 3,
+  'collect': 3,
+  'steps': 3,
   'train': 4,
 }
 # inside models/: attention <- transformer <- layout <- weights <- hf

@@ -104,6 +104,9 @@ def test_value_head_and_remat():
   for remat in (False, True):
     policy = make_policy(config, remat=remat)
     params = jax.jit(policy.init)(jax.random.key(0))
+    head = params['value_head']['embedding']
+    assert (head == 0).all(), 'V begins at 0'
+    params['value_head'] = {'embedding': head + 0.3}
 
     @jax.jit
     def grad(params, policy=policy):

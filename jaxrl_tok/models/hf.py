@@ -132,6 +132,14 @@ def _is_row(i, vocab_size: int) -> bool:
   return type(i) is int and 0 <= i < vocab_size
 
 
+def with_value_head(model: Model) -> Model:
+  """The model with a value head: of a policy, a critic."""
+  return model._replace(
+    config=dataclasses.replace(model.config, value_head=True),
+    described=model.described | {'jaxrl_tok_value_head': True},
+  )
+
+
 def open_model(
   model: str | Path,
   revision: str | None = None,
@@ -160,9 +168,6 @@ def open_model(
   described = _read_json(directory / 'config.json')
   try:
     config = families.read_config(described)
-    if value_head and not config.value_head:
-      described = described | {'jaxrl_tok_value_head': True}
-      config = dataclasses.replace(config, value_head=True)
     tokenizer = _read_tokenizer(directory, config.vocab_size)
     ends, pad = special_tokens(
       directory, described, tokenizer, config.vocab_size
@@ -170,6 +175,8 @@ def open_model(
     found = Model(
       config, described, tokenizer, ends, pad, str(model), directory
     )
+    if value_head and not config.value_head:
+      found = with_value_head(found)
     if weights:
       stored = stored_tensors(hub.locate(str(model), revision))
       found = found._replace(tensors=check_tensors(found, stored))

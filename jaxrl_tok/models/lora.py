@@ -99,13 +99,16 @@ def make_join(
   scale: float,
   dtype='float32',
 ) -> Callable:
-  """Returns join(adapters, base) -> parameters of the decoder, pure.
+  """Returns join(adapters, base) -> parameters of the decoder, pure; adapters
+  None: those of the base.
 
   dtype: the compute dtype.
   """
   weights = layout.weights(config, family)
 
-  def join(adapters: dict, base):
+  def join(adapters: dict | None, base):
+    if adapters is None:
+      return base
     flat = flax.traverse_util.flatten_dict(base, sep='/')
     for weight in weights:
       modules = [name.removesuffix('.weight') for name, _ in weight.tensors]

@@ -17,6 +17,7 @@ so that a token costs few, large products.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -266,10 +267,11 @@ class Table(nn.Module):
 
   rows: int
   config: TransformerConfig
+  begin: Callable = fan_in(1)
 
   @nn.compact
   def __call__(self):
-    return self.param('embedding', fan_in(1), (self.rows, self.config.d_model))
+    return self.param('embedding', self.begin, (self.rows, self.config.d_model))
 
 
 class Transformer(nn.Module):
@@ -290,7 +292,7 @@ class Transformer(nn.Module):
     if c.lm_head and not c.tie_embeddings:
       self.head = Table(c.vocab_size, c)
     if c.value_head:
-      self.value_head = Table(1, c)
+      self.value_head = Table(1, c, nn.initializers.zeros)  # V begins at 0
 
   def _run(self, tokens, positions, prefix, caches, at):
     """Embeds tokens [R, t] at positions [R, t] and runs the blocks."""

@@ -11,6 +11,6 @@ Nothing here imports jax: reward functions may run in other processes.
 """
 
 from jaxrl_tok.rewards.arithmetic import digits, exact_match
-from jaxrl_tok.rewards.scoring import Scores, add, lift, make_scorer
+from jaxrl_tok.rewards.scoring import Scores, lift, make_scorer
 
-__all__ = ['Scores', 'add', 'digits', 'exact_match', 'lift', 'make_scorer']
+__all__ = ['Scores', 'digits', 'exact_match', 'lift', 'make_scorer']

@@ -68,15 +68,6 @@ def _number(value, name: str, b: int) -> float:
   return value
 
 
-def add(scores: Scores, name: str, reward: np.ndarray, weight: float):
-  """Scores with one more reward, of every token, as a function's would be."""
-  mean = {f'rewards/{name}/mean': float(reward.sum(1).mean())}
-  return scores._replace(
-    reward=scores.reward + np.float32(weight) * reward,
-    metrics=scores.metrics | mean,
-  )
-
-
 def make_scorer(
   functions: Sequence[Callable],
   decode: Callable[[list[list[int]]], list[str]],
@@ -86,7 +77,8 @@ def make_scorer(
   """Returns score(tokens [B, T], mask [B, T], examples) -> Scores.
 
   Args:
-    functions: reward functions; their weighted sum is the reward.
+    functions: reward functions; their weighted sum is the reward. Without
+      any (the device has them) it is 0, and there are the texts.
     decode: token ids of each completion, end token left out -> texts.
     end_tokens: ids that end a completion.
     weights: one for each function, 1 by default.
@@ -94,8 +86,6 @@ def make_scorer(
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
   """
-  if not functions:
-    raise ValueError('no reward function; give at least one')
   weights = [1.0] * len(functions) if weights is None else list(weights)
   if len(weights) != len(functions):
     raise ValueError(

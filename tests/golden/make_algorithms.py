@@ -1,0 +1,608 @@
+"""Makes tests/golden/algorithms.npz: what each algorithm's equations say.
+
+One small batch (C=3 prompts, G=4 samples of each, T=6 columns) goes through
+every preset x aggregation x KL form x kind of reward, and through the options
+that a preset may be given. This is the equations a second time, as loops over
+rows and tokens in float64, from the papers' definitions and nothing else:
+
+1. reward_of      token rewards: the penalty for length, KL in the reward
+2. advantage_of   returns, GAE, baselines, division by std, whitening
+3. weights_of     how per-token losses become a scalar
+4. loss_of        the scalar. It reads the log-probs twice, as what may move
+                  and as what is held, and so honours each stop-gradient
+5. slope          the gradient, by central differences of 4.
+
+An entry that the policy did not choose is NaN here, so that a number which
+used one would show. The file has
+
+* inputs `l`, `l_old`, `l_roll`, `l_ref`, `H`, `V` [B, T], `V_old` [B, T+1]
+  (column t is of the state before token t; T of the one after the last
+  column), `outcome` and `dense` [B, T], `greedy` [C], `mask` and `cut`;
+* `cases`, each a preset and what is changed of it, in JSON; in their order
+  `loss`, `kl` (the mean of k3), `carry` (the EMA baseline afterwards),
+  `advantage` and, over chosen tokens only, `target`, `by_l`, `by_H`, `by_V`;
+* `togo`, `gae_*` and `vtrace_*` [B, T] of the dense reward, for the functions
+  of one sequence, with the numbers that they were made with in `sequence`.
+
+It needs NumPy and neither jax nor the package. To rebuild the file:
+
+  python tests/golden/make_algorithms.py
+"""
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+OUT = Path(__file__).parent / 'algorithms.npz'
+C, G, T = 3, 4, 6
+B = C * G
+CARRY = 0.4  # of the EMA baseline, before the batch
+STEP = 1e-5  # of the central differences
+NAN = float('nan')
+MASK = np.array(
+  [
+    # the first prompt: all of it one token, cut, ended, a tool's text within
+    [1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 0, 0],
+    [1, 1, 0, 0, 1, 0],
+    # the second: in `outcome` its four rewards are equal
+    [1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 1],
+    [1, 1, 0, 0, 0, 0],
+    # the third: nothing chosen, a tool's text and then cut
+    [0, 0, 0, 0, 0, 0],
+    [1, 0, 1, 1, 1, 1],
+    [1, 1, 1, 1, 0, 0],
+    [1, 1, 1, 1, 1, 0],
+  ],
+  bool,
+)
+CUT = np.isin(np.arange(B), (1, 5, 9))  # row 6 ended in the last column
+OUTCOME = (1.0, -0.5, 0.25, 2.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.5, -1.0, 0.75)
+GREEDY = (0.7, 0.5, -0.3)
+
+KINDS = ('outcome', 'dense')
+KLS = {
+  kl: {'kl': kl, 'beta': 0.1 if kl != 'none' else 0.0}
+  for kl in ('none', 'reward', 'reverse', 'forward')
+}
+AGGREGATIONS = (
+  'token_mean',
+  'seq_mean_token_mean',
+  'seq_mean_token_sum',
+  'seq_mean_token_sum_norm',
+)
+BASELINES = ('none', 'batch_mean', 'ema', 'group_mean', 'loo', 'greedy')
+
+PLAIN = {
+  'credit': 'returns',  # or 'gae', 'vtrace'
+  'gamma': 1.0,
+  'lam': 1.0,
+  'rho_bar': 1.0,
+  'c_bar': 1.0,
+  'baseline': 'none',
+  'by_std': False,
+  'whiten': False,
+  'advantage_clip': None,
+  'bootstrap': True,  # of rows that were cut
+  'overlong': 0,  # tokens of the buffer; 0 is no penalty
+  'surrogate': 'plain',  # 'clip', 'row' (rloo), 'geometric' (gspo), 'cispo'
+  'low': 0.2,
+  'high': 0.2,
+  'dual_clip': None,
+  'cap': None,  # cispo's
+  'importance_cap': None,
+  'on_policy': False,  # one pass a rollout: l_old is the held l
+  'value_coef': 0.0,
+  'value_clip': None,
+  'entropy_coef': 0.0,
+  'kl': 'none',
+  'beta': 0.0,
+  'aggregate': 'token_mean',
+  'reward': 'outcome',
+}
+PPO = {
+  'credit': 'gae',
+  'lam': 0.95,
+  'whiten': True,
+  'surrogate': 'clip',
+  'value_coef': 0.5,
+  'value_clip': 0.2,
+}
+GRPO = {
+  'baseline': 'group_mean',
+  'by_std': True,
+  'surrogate': 'clip',
+  'aggregate': 'seq_mean_token_mean',
+}
+PRESETS = {
+  'reinforce': {'baseline': 'loo', 'aggregate': 'seq_mean_token_sum'},
+  'rloo': {
+    'baseline': 'loo',
+    'surrogate': 'row',
+    'aggregate': 'seq_mean_token_sum',
+  },
+  'remax': {'baseline': 'greedy', 'aggregate': 'seq_mean_token_sum'},
+  'a2c': {'credit': 'gae', 'gamma': 0.99, 'value_coef': 0.5},
+  'ppo': PPO,
+  'grpo': GRPO,
+  'dr_grpo': GRPO | {'by_std': False, 'aggregate': 'seq_mean_token_sum_norm'},
+  'dapo': GRPO | {'high': 0.28, 'overlong': 2, 'aggregate': 'token_mean'},
+  'gspo': GRPO | {'surrogate': 'geometric', 'low': 3e-4, 'high': 4e-4},
+  'cispo': GRPO | {'surrogate': 'cispo', 'cap': 5.0, 'aggregate': 'token_mean'},
+  'reinforce_pp': {
+    'surrogate': 'clip',
+    'whiten': True,
+    'kl': 'reward',
+    'beta': 0.01,
+  },
+  'reinforce_pp_baseline': {
+    'surrogate': 'clip',
+    'baseline': 'group_mean',
+    'whiten': True,
+    'kl': 'reward',
+    'beta': 0.01,
+  },
+  'nlpo': PPO,
+}
+SEQUENCE = {'gamma': 0.9, 'lam': 0.8, 'rho_bar': 1.2, 'c_bar': 0.9}
+
+
+def make_inputs() -> dict:
+  """The batch, in numbers that float32 holds; NaN where not chosen."""
+  rng = np.random.default_rng(0)
+  l = -rng.uniform(0.1, 3.0, (B, T))
+  change = rng.normal(0, 0.25, (B, T))  # l - l_old
+  # a row's mean change on both sides of gspo's bounds, 3e-4 and 4e-4
+  means = {2: 3.5e-4, 3: -3.5e-4, 4: 2e-4, 6: 4.5e-4, 11: -2e-4}
+  for b, mean in means.items():
+    noise = rng.normal(0, 0.01, T)
+    change[b] = mean + noise - noise[MASK[b]].mean()
+  change[1, 2], change[9, 3] = 1.9, 2.1  # ratios above cispo's cap, 5
+  change[10, 1], change[0, 0] = -0.9, 0.26  # dapo clips at 1.28, ppo at 1.2
+  change[7, 1] = 0.22
+  l_old = l - change
+  drift = rng.normal(0, 0.5, (B, T))  # l_old - l_roll; log(2) is 0.69
+  V_old = rng.normal(0, 1, (B, T + 1))
+  data = {
+    'l': l,
+    'l_old': l_old,
+    'l_roll': l_old - drift,
+    'l_ref': l - rng.normal(0, 0.5, (B, T)),
+    'H': rng.uniform(0.1, 2.0, (B, T)),
+    'V': V_old[:, :T] + rng.normal(0, 0.3, (B, T)),
+    'dense': rng.normal(0, 1, (B, T)),
+    'outcome': np.zeros((B, T)),
+  }
+  for b in range(B):
+    if MASK[b].any():
+      data['outcome'][b, chosen(b)[-1]] = OUTCOME[b]
+  data = {name: np.where(MASK, x, NAN) for name, x in data.items()}
+  last = np.where(CUT, V_old[:, T], NAN)
+  before = np.where(MASK, V_old[:, :T], NAN)
+  data['V_old'] = np.concatenate([before, last[:, None]], axis=1)
+  data['greedy'] = np.array(GREEDY)
+  # what the file holds in float32 is exactly what the loops below read
+  return {k: x.astype(np.float32).astype(float) for k, x in data.items()}
+
+
+def chosen(b) -> list:
+  """The columns of row b that the policy chose."""
+  return [t for t in range(T) if MASK[b, t]]
+
+
+# 1. rewards
+
+
+def overlong_penalty(n, longest, buffer) -> float:
+  """0 up to longest - buffer tokens, then linear, -1 at the longest."""
+  if n <= longest - buffer:
+    return 0.0
+  return ((longest - buffer) - n) / buffer
+
+
+def reward_of(case, data) -> list:
+  """Token rewards r[b][t]; 0 where not chosen."""
+  reward = [[0.0] * T for _ in range(B)]
+  for b in range(B):
+    columns = chosen(b)
+    for t in columns:
+      reward[b][t] = data[case['reward']][b, t]
+      if case['kl'] == 'reward':
+        reward[b][t] -= case['beta'] * (
+          data['l_roll'][b, t] - data['l_ref'][b, t]
+        )
+    if columns and case['overlong']:
+      reward[b][columns[-1]] += overlong_penalty(
+        len(columns), T, case['overlong']
+      )
+  return reward
+
+
+# 2. returns and advantages
+
+
+def reward_to_go(r, gamma) -> list:
+  """G_t = m_t r_t + gamma G_{t+1}: every column discounts."""
+  togo, after = [0.0] * T, 0.0
+  for t in reversed(range(T)):
+    after = r[t] + gamma * after
+    togo[t] = after
+  return togo
+
+
+def held_return(togo, columns) -> list:
+  """The return of a row that is over stays what it was at its last token."""
+  if not columns:
+    return [0.0] * T
+  return [togo[min(t, columns[-1])] for t in range(T)]
+
+
+def gae(r, V, last, columns, gamma, lam):
+  """(A, A + V): delta_t = r_t + gamma V_{t+1} - V_t, A = delta + gamma lam A'.
+
+  The next state is the one before the next chosen token; `last` is its value
+  after the last chosen token.
+  """
+  advantage, target = [0.0] * T, [0.0] * T
+  A_next, V_next = 0.0, last
+  for t in reversed(columns):
+    delta = r[t] + gamma * V_next - V[t]
+    advantage[t] = delta + gamma * lam * A_next
+    target[t] = advantage[t] + V[t]
+    A_next, V_next = advantage[t], V[t]
+  return advantage, target
+
+
+def vtrace(r, V, last, log_rho, columns, numbers):
+  """(policy-gradient advantage, target), as IMPALA and rlax write them.
+
+  target_t = V_t + rho_t delta_t + gamma c_t (target_{t+1} - V_{t+1}) with
+  rho_t = min(rho_bar, rho), c_t = lam min(c_bar, rho); the advantage is
+  min(1, rho) (r_t + gamma (lam target_{t+1} + (1 - lam) V_{t+1}) - V_t), and
+  both the target and V of what follows the last token are `last`.
+  """
+  gamma, lam = numbers['gamma'], numbers['lam']
+  advantage, target = [0.0] * T, [0.0] * T
+  V_next = target_next = last
+  for t in reversed(columns):
+    ratio = math.exp(log_rho[t])
+    rho = min(numbers['rho_bar'], ratio)
+    c = lam * min(numbers['c_bar'], ratio)
+    delta = r[t] + gamma * V_next - V[t]
+    target[t] = V[t] + rho * delta + gamma * c * (target_next - V_next)
+    q = r[t] + gamma * (lam * target_next + (1 - lam) * V_next)
+    advantage[t] = min(1.0, ratio) * (q - V[t])
+    V_next, target_next = V[t], target[t]
+  return advantage, target
+
+
+def mean(values) -> float:
+  return sum(values) / len(values)
+
+
+def std(values, ddof) -> float:
+  center = mean(values)
+  squares = sum((x - center) ** 2 for x in values)
+  return math.sqrt(squares / (len(values) - ddof))
+
+
+def group(b) -> list:
+  """The rows that answer the prompt of row b."""
+  return [b // G * G + g for g in range(G)]
+
+
+def baseline_of(case, data, held, b, t) -> float:
+  """What is subtracted from the return of row b in column t."""
+  match case['baseline']:
+    case 'none':
+      return 0.0
+    case 'batch_mean':
+      return mean([held[i][t] for i in range(B)])
+    case 'ema':
+      return CARRY
+    case 'group_mean':
+      return mean([held[i][t] for i in group(b)])
+    case 'loo':
+      return mean([held[i][t] for i in group(b) if i != b])
+    case 'greedy':
+      return data['greedy'][b // G]
+
+
+def advantage_of(case, data):
+  """(advantage, value target, EMA afterwards); 0 where not chosen."""
+  reward = reward_of(case, data)
+  advantage = np.zeros((B, T))
+  target = np.zeros((B, T))
+  carry = CARRY
+  if case['credit'] != 'returns':
+    for b in range(B):
+      V, columns = data['V_old'][b], chosen(b)
+      last = V[T] if CUT[b] and case['bootstrap'] else 0.0
+      if case['credit'] == 'gae':
+        advantage[b], target[b] = gae(
+          reward[b], V, last, columns, case['gamma'], case['lam']
+        )
+      else:
+        drift = data['l_old'][b] - data['l_roll'][b]
+        advantage[b], target[b] = vtrace(
+          reward[b], V, last, drift, columns, case
+        )
+  else:
+    held = [
+      held_return(reward_to_go(reward[b], case['gamma']), chosen(b))
+      for b in range(B)
+    ]
+    for b in range(B):
+      for t in chosen(b):
+        advantage[b, t] = held[b][t] - baseline_of(case, data, held, b, t)
+        if case['by_std']:
+          whole = [held[i][0] for i in group(b)]
+          advantage[b, t] /= std(whole, ddof=1) + 1e-4
+    if case['baseline'] == 'ema':
+      carry = 0.9 * CARRY + 0.1 * mean([held[b][0] for b in range(B)])
+  if case['whiten']:
+    every = [advantage[b, t] for b in range(B) for t in chosen(b)]
+    center, spread = mean(every), std(every, ddof=0)
+    for b in range(B):
+      for t in chosen(b):
+        advantage[b, t] = (advantage[b, t] - center) / (spread + 1e-8)
+  if case['advantage_clip']:
+    bound = case['advantage_clip']
+    advantage = np.clip(advantage, -bound, bound)
+  return advantage, target, carry
+
+
+# 3. aggregation
+
+
+def weights_of(aggregate) -> list:
+  """w[b]: the scalar is the sum of w[b] times the loss of a chosen token."""
+  tokens = sum(len(chosen(b)) for b in range(B))
+  lengths = [max(len(chosen(b)), 1) for b in range(B)]
+  return {
+    'token_mean': [1 / tokens] * B,
+    'seq_mean_token_mean': [1 / (B * n) for n in lengths],
+    'seq_mean_token_sum': [1 / B] * B,
+    'seq_mean_token_sum_norm': [1 / (B * T)] * B,
+  }[aggregate]
+
+
+# 4. the loss
+
+
+def clipped(A, ratio, case) -> float:
+  """max(-A rho, -A clip(rho)), and for A < 0 never above -c A."""
+  within = min(max(ratio, 1 - case['low']), 1 + case['high'])
+  loss = max(-A * ratio, -A * within)
+  if case['dual_clip'] and A < 0:
+    loss = min(loss, -case['dual_clip'] * A)
+  return loss
+
+
+def policy_loss(case, A, l, l_held, l_old, b, t) -> float:
+  """The surrogate of one chosen token."""
+  columns = chosen(b)
+  match case['surrogate']:
+    case 'plain':
+      return -A[b, t] * l[b, t]
+    case 'clip':
+      return clipped(A[b, t], math.exp(l[b, t] - l_old[b, t]), case)
+    case 'row':  # all of a row's loss is at its last chosen token
+      if t != columns[-1]:
+        return 0.0
+      ratio = math.exp(sum(l[b, k] - l_old[b, k] for k in columns))
+      return clipped(A[b, columns[0]], ratio, case)
+    case 'geometric':
+      s = math.exp(mean([l_held[b, k] - l_old[b, k] for k in columns]))
+      return clipped(A[b, t], s * math.exp(l[b, t] - l_held[b, t]), case)
+    case 'cispo':
+      ratio = math.exp(l_held[b, t] - l_old[b, t])
+      return -min(ratio, case['cap']) * A[b, t] * l[b, t]
+
+
+def kl_loss(case, data, l, l_held, l_old, b, t) -> float:
+  """beta sg(rho) times k2 (the reverse KL) or k3 (the forward)."""
+  d = l[b, t] - data['l_ref'][b, t]
+  estimate = {
+    'none': 0.0,
+    'reward': 0.0,
+    'reverse': d**2 / 2,
+    'forward': math.exp(-d) + d - 1,
+  }[case['kl']]
+  ratio = math.exp(l_held[b, t] - l_old[b, t])
+  return case['beta'] * ratio * estimate
+
+
+def value_loss(case, V, V_old, target) -> float:
+  loss = (V - target) ** 2
+  if case['value_clip'] is not None:
+    step = min(max(V - V_old, -case['value_clip']), case['value_clip'])
+    loss = max(loss, (V_old + step - target) ** 2)
+  return case['value_coef'] * loss
+
+
+def loss_of(case, data, A, target, l, H, V, l_held) -> float:
+  """The scalar. l may move; l_held is l under a stop-gradient."""
+  l_old = l_held if case['on_policy'] else data['l_old']
+  weights = weights_of(case['aggregate'])
+  value_weights = weights_of('token_mean')
+  total = 0.0
+  for b in range(B):
+    for t in chosen(b):
+      loss = policy_loss(case, A, l, l_held, l_old, b, t)
+      if case['importance_cap']:
+        drift = l_old[b, t] - data['l_roll'][b, t]
+        loss *= min(math.exp(drift), case['importance_cap'])
+      loss += kl_loss(case, data, l, l_held, l_old, b, t)
+      loss -= case['entropy_coef'] * H[b, t]
+      total += weights[b] * loss
+      if case['value_coef']:
+        total += value_weights[b] * value_loss(
+          case, V[b, t], data['V_old'][b, t], target[b, t]
+        )
+  return total
+
+
+# 5. the gradient
+
+
+def slope(function, x) -> np.ndarray:
+  """d function(x) / d x at each chosen token, by central differences."""
+  gradient = []
+  for b in range(B):
+    for t in chosen(b):
+      up, down = x.copy(), x.copy()
+      up[b, t] += STEP
+      down[b, t] -= STEP
+      gradient.append((function(up) - function(down)) / (2 * STEP))
+  return np.array(gradient)
+
+
+def solve(case, data) -> dict:
+  """Everything that the file says of one case."""
+  case = PLAIN | PRESETS[case['preset']] | case
+  A, target, carry = advantage_of(case, data)
+  l, H, V = data['l'], data['H'], data['V']
+
+  def loss(l=l, H=H, V=V):
+    return loss_of(case, data, A, target, l, H, V, l_held=data['l'])
+
+  none = np.zeros(MASK.sum())
+  d = (l - data['l_ref'])[MASK]
+  return {
+    'loss': loss(),
+    'kl': mean(np.exp(-d) + d - 1),
+    'carry': carry,
+    'advantage': A,
+    'target': target[MASK],
+    'by_l': slope(lambda x: loss(l=x), l),
+    'by_H': slope(lambda x: loss(H=x), H) if case['entropy_coef'] else none,
+    'by_V': slope(lambda x: loss(V=x), V) if case['value_coef'] else none,
+  }
+
+
+# the cases
+
+
+def make_cases() -> list:
+  """A preset's name and what is changed of it, one dict a case."""
+  cases = [
+    {'preset': preset, 'reward': reward, 'aggregate': aggregate} | KLS[kl]
+    for preset, reward, kl, aggregate in product(
+      PRESETS, KINDS, KLS, AGGREGATIONS
+    )
+    # of rloo's one loss a row there is no mean over tokens
+    if preset != 'rloo' or 'sum' in aggregate
+  ]
+  for preset, reward in product(PRESETS, KINDS):
+    cases.append({'preset': preset, 'reward': reward})  # as it comes
+  for preset, kl in product(PRESETS, ('none', 'reverse')):
+    cases.append(
+      {'preset': preset, 'reward': 'dense', 'on_policy': True} | KLS[kl]
+    )
+  for baseline, reward, kl in product(BASELINES, KINDS, ('none', 'reward')):
+    cases.append(
+      {'preset': 'reinforce', 'reward': reward, 'baseline': baseline}
+      | {'gamma': 0.9}
+      | KLS[kl]
+    )
+  for preset in PRESETS:
+    plain = {'preset': preset, 'reward': 'dense'} | KLS['none']
+    cases += [
+      plain | {'gamma': 0.9} | KLS['reward'],
+      plain | {'importance_cap': 2.0} | KLS['reverse'],
+      plain | {'entropy_coef': 0.01},
+    ]
+    if PRESETS[preset].get('whiten'):
+      cases.append(plain | {'advantage_clip': 0.5})
+    if PRESETS[preset].get('credit') == 'gae':
+      cases.append(plain | {'bootstrap': False})
+      cases.append(plain | {'credit': 'vtrace'} | SEQUENCE)
+    if PRESETS[preset].get('surrogate') == 'clip':
+      cases.append(plain | {'dual_clip': 3.0, 'importance_cap': 2.0})
+  return cases
+
+
+def check_inputs(data):
+  """The batch visits both sides of each bound, and none of them closely."""
+  change = (data['l'] - data['l_old'])[MASK]
+  ratio = np.exp(change)
+  A, target, _ = advantage_of(PLAIN | PPO | {'reward': 'dense'}, data)
+  for bound in (0.8, 1.2, 1.28, 5.0):
+    for side in (ratio < bound, ratio > bound):
+      assert side.any(), bound
+      if bound < 5:
+        assert (side & (A[MASK] > 0)).any(), bound
+        assert (side & (A[MASK] < 0)).any(), bound
+    assert abs(ratio - bound).min() > 1e-3, bound
+  assert (ratio[A[MASK] < 0] > 3).any(), 'the dual clip'
+  rows = [b for b in range(B) if chosen(b)]
+  logs = [mean((data['l'] - data['l_old'])[b, MASK[b]]) for b in rows]
+  for bound in (1 - 3e-4, 1 + 4e-4):
+    side = np.exp(logs) < bound
+    assert 0 < side.sum() < len(rows), bound
+    assert abs(np.exp(logs) - bound).min() > 3e-5, bound
+  sums = [sum((data['l'] - data['l_old'])[b, MASK[b]]) for b in rows]
+  for bound in (0.8, 1.2):
+    side = np.exp(sums) < bound
+    assert 0 < side.sum() < len(rows), bound
+    assert abs(np.exp(sums) - bound).min() > 1e-3, bound
+  drift = np.exp((data['l_old'] - data['l_roll'])[MASK])
+  for bound in (SEQUENCE['c_bar'], SEQUENCE['rho_bar'], 2.0):
+    assert (drift > bound).any(), bound
+    assert (drift < bound).any(), bound
+  move = (data['V'] - data['V_old'][:, :T])[MASK]
+  error = (data['V'] - target)[MASK]
+  for sign in (1, -1):  # out of the bound, towards the target and from it
+    assert (sign * move > 0.2).any(), sign
+    assert ((abs(move) > 0.2) & (sign * move * error > 0)).any(), sign
+  assert abs(abs(move) - 0.2).min() > 1e-4
+
+
+def main():
+  data = make_inputs()
+  check_inputs(data)
+  cases = make_cases()
+  solved = [solve(case, data) for case in cases]
+  out = {name: np.stack([s[name] for s in solved]) for name in solved[0]}
+  togo, found = [], []
+  numbers = SEQUENCE
+  for b in range(B):
+    r = [data['dense'][b, t] if MASK[b, t] else 0.0 for t in range(T)]
+    last = data['V_old'][b, T] if CUT[b] else 0.0
+    V, columns = data['V_old'][b], chosen(b)
+    drift = data['l_old'][b] - data['l_roll'][b]
+    togo.append(reward_to_go(r, numbers['gamma']))
+    found.append(
+      gae(r, V, last, columns, numbers['gamma'], numbers['lam'])
+      + vtrace(r, V, last, drift, columns, numbers)
+    )
+  names = ('gae_advantage', 'gae_target', 'vtrace_advantage', 'vtrace_target')
+  out |= {name: np.array(x) for name, x in zip(names, zip(*found))}
+  out['togo'] = np.array(togo)
+  for name, x in out.items():
+    assert np.isfinite(x).all(), f'{name} used an entry that was not chosen'
+  exact = {'loss', 'kl', 'carry'}
+  out = {k: x if k in exact else x.astype(np.float32) for k, x in out.items()}
+  inputs = {k: np.nan_to_num(x.astype(np.float32)) for k, x in data.items()}
+  np.savez_compressed(
+    OUT,
+    mask=MASK,
+    cut=CUT,
+    cases=np.array([json.dumps(case) for case in cases]),
+    sequence=np.array(json.dumps(SEQUENCE)),
+    carry_before=np.array(CARRY),
+    **inputs,
+    **out,
+  )
+  print(f'{OUT.name}: {len(cases)} cases, {OUT.stat().st_size:,} bytes')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,301 @@
+"""Every algorithm against its equations, written a second time.
+
+golden/make_algorithms.py has the equations as loops in float64 and made
+golden/algorithms.npz: for every preset x aggregation x KL form, and for the
+options, the advantage, the loss and its gradients. What the policy did not
+choose is garbage in what the package is given here. After that come laws that
+hold for any batch: garbage changes nothing, and nothing is ever NaN.
+"""
+
+import json
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_tok import advantages, algorithms, losses
+from jaxrl_tok.types import Prompts, Rollout, Scored, TokenStats, Trajectory
+from jaxrl_tok.update import penalised, total_loss
+
+GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
+CASES = [json.loads(case) for case in GOLDEN['cases']]
+MASK = GOLDEN['mask']
+T = MASK.shape[1]
+TOKENS = ('l', 'l_old', 'l_roll', 'l_ref', 'H', 'V', 'outcome', 'dense')
+WIDTH = 8  # most cases that are alike: 2 rewards, 4 aggregations
+GROUP_MEAN = (  # presets that take the mean of the prompt's rows
+  algorithms.grpo,
+  algorithms.dr_grpo,
+  algorithms.dapo,
+  algorithms.gspo,
+  algorithms.cispo,
+  algorithms.reinforce_pp_baseline,
+)
+LEAVE_ONE_OUT = (algorithms.reinforce, algorithms.rloo)
+CRITIC = (algorithms.a2c, algorithms.ppo, algorithms.nlpo)
+EQUAL_IS_ZERO = GROUP_MEAN + LEAVE_ONE_OUT + (algorithms.reinforce_pp,)
+PRESETS = EQUAL_IS_ZERO + CRITIC + (algorithms.remax,)
+BASELINES = {
+  'none': advantages.no_baseline(),
+  'batch_mean': advantages.batch_mean(),
+  'ema': advantages.ema(0.9),
+  'group_mean': advantages.group_mean(),
+  'loo': advantages.leave_one_out(),
+  'greedy': advantages.greedy(),
+}
+# the file's words -> the package's
+CHOICES = {'lam': 'gae_lambda', 'bootstrap': 'bootstrap_truncated'}
+VALUES = {
+  'baseline': BASELINES.get,
+  'credit': lambda name: getattr(advantages, name),
+  'aggregate': lambda name: getattr(losses, name),
+}
+
+
+def by(presets):
+  return pytest.mark.parametrize('preset', presets, ids=lambda p: p.__name__)
+
+
+def spoiled(batch: dict, garbage) -> dict:
+  """The batch with garbage in every entry that the policy did not choose."""
+  mask = batch['mask']
+  out = {k: np.where(mask, batch[k], garbage) for k in TOKENS if k in batch}
+  known = np.concatenate([mask, batch['cut'][:, None]], axis=1)
+  out['V_old'] = np.where(known, batch['V_old'], garbage)
+  out = {k: x.astype(np.float32) for k, x in out.items()}
+  return batch | out
+
+
+def mixed_garbage(B):
+  """[B, 1]: NaN and 1e30 in turn."""
+  return np.where(np.arange(B) % 2, np.nan, 1e30)[:, None]
+
+
+def rollout_of(batch, C) -> Rollout:
+  prompts = Prompts(jnp.zeros((C, 1), jnp.int32), jnp.ones((C,), jnp.int32))
+  mask = batch['mask']
+  tokens = jnp.zeros(mask.shape, jnp.int32)
+  return Rollout(prompts, tokens, mask, batch['l_roll'], None)
+
+
+def solve(algorithm, batch, reward, weight, carry, on_policy=False):
+  """What an update does between the models and the optimizer."""
+  learned, kl = algorithm.value_loss is not None, algorithm.kl
+  rollout = rollout_of(batch, batch['greedy'].shape[0])
+  mask, beta = rollout.mask, 0.0 if kl is None else kl.beta
+  if kl is not None and kl.form == 'reward':
+    reward = penalised(reward, rollout, batch['l_ref'], beta)
+  scored = Scored(
+    rollout,
+    reward,
+    batch['cut'],
+    batch['V_old'] if learned else None,
+    batch['greedy'] if algorithm.greedy else None,
+    batch['l_old'] - batch['l_roll'],
+  )
+  advantage, target, carry = algorithm.advantage(scored, carry)
+  trajectory = Trajectory(
+    rollout,
+    reward,
+    advantage,
+    target,
+    None if kl is None else batch['l_ref'],
+    None if on_policy else batch['l_old'],
+    batch['V_old'][:, :-1] if learned else None,
+  )
+  stats = TokenStats(batch['l'], batch['H'], batch['V'] if learned else None)
+
+  def loss(stats):
+    value_weight = losses.token_mean(mask)
+    return total_loss(algorithm, stats, trajectory, weight, value_weight, beta)
+
+  (total, metrics), slope = jax.value_and_grad(loss, has_aux=True)(stats)
+  return {
+    'loss': total,
+    'advantage': advantage,
+    'target': target,
+    'carry': carry,
+    'by_l': slope.logp,
+    'by_H': slope.entropy,
+    'by_V': slope.value,
+    'kl': metrics.get('kl'),
+  }
+
+
+def make(case: dict):
+  """The package's algorithm of one of the file's cases."""
+  changes = {
+    CHOICES.get(k, k): VALUES.get(k, lambda x: x)(x)
+    for k, x in case.items()
+    if k not in ('preset', 'reward', 'on_policy')
+  }
+  changes['max_length'] = T
+  if case['preset'] == 'dapo':
+    changes['overlong_buffer'] = 2
+  if 'importance_cap' in case:
+    changes['recompute_logp'] = True
+  return getattr(algorithms, case['preset'])(**changes)
+
+
+def close(got, want, said, scale=1.0):
+  off = np.abs(np.asarray(got) - want) / np.maximum(scale, np.abs(want))
+  assert off.max() <= 1e-5, f'{said}: off by {off.max():.2g}'
+
+
+@by(PRESETS)
+def test_equations(preset):
+  """Cases that differ in reward and aggregation only are one vmap."""
+
+  def same(i):
+    case = CASES[i]
+    return {k: case[k] for k in sorted(case) if k not in shared}
+
+  shared = ('reward', 'aggregate')
+  batch = spoiled(GOLDEN, mixed_garbage(len(MASK)))
+  ours = [i for i, c in enumerate(CASES) if c['preset'] == preset.__name__]
+  ours.sort(key=lambda i: json.dumps(same(i)))
+  for _, members in groupby(ours, same):
+    solve_alike(list(members), batch)
+
+
+def solve_alike(members: list, batch):
+  """Compares the cases of those numbers; they share all but two words."""
+  case = CASES[members[0]]
+  made = [make(CASES[i]) for i in members]
+  ema = case.get('baseline') == 'ema'
+  carry = jnp.float32(GOLDEN['carry_before']) if ema else made[0].init()
+  rewards = [batch[CASES[i]['reward']] for i in members]
+  weights = [algorithm.aggregate(MASK) for algorithm in made]
+
+  def one(reward, weight):
+    on_policy = case.get('on_policy', False)
+    return solve(made[0], batch, reward, weight, carry, on_policy)
+
+  # operation by operation, for whole programs would be compiled to run once;
+  # and of one width, so that each operation is compiled once
+  rows = np.arange(WIDTH) % len(members)
+  with jax.disable_jit():
+    found = jax.vmap(one)(jnp.stack(rewards)[rows], jnp.stack(weights)[rows])
+  found = {k: x for k, x in found.items() if x is not None}
+  for n, i in enumerate(members):
+    compare({k: x[n] for k, x in found.items() if k != 'carry'}, i)
+    if ema:
+      close(found['carry'][n], GOLDEN['carry'][i], case)
+
+
+def compare(found: dict, i: int):
+  """One case with what the file says of it; gradients on their own scale."""
+  for name, x in found.items():
+    x, want, said = np.asarray(x), GOLDEN[name][i], f'{name} of {CASES[i]}'
+    if name in ('loss', 'advantage'):
+      close(x, want, said)
+    elif name == 'kl':
+      close(x[MASK].mean(), want, said)
+    else:
+      scale = np.clip(np.abs(want).max(), 1e-3, 1.0)
+      close(x[MASK], want, said, scale)
+      assert (x[~MASK] == 0).all(), said
+
+
+# --- laws that hold for any batch --------------------------------------------
+
+
+@cache
+def solver(preset):
+  """solve, jitted, of the preset with all that may be added to it."""
+  several = preset in (algorithms.ppo, algorithms.nlpo)
+  algorithm = preset(
+    max_length=T,
+    kl='forward',
+    beta=0.1,
+    entropy_coef=0.01,
+    importance_cap=2.0,
+    recompute_logp=several,
+  )
+  return algorithm, jax.jit(
+    lambda batch: solve(
+      algorithm,
+      batch,
+      batch['outcome'],
+      algorithm.aggregate(batch['mask']),
+      algorithm.init(),
+    )
+  )
+
+
+def random_batch(seed, mask, cut, G=3) -> dict:
+  rng = np.random.default_rng(seed)
+  B = len(mask)
+  batch = {k: rng.normal(size=mask.shape) for k in TOKENS if k != 'dense'}
+  batch['V_old'] = rng.normal(size=(B, T + 1))
+  batch['greedy'] = rng.normal(size=B // G)
+  batch = {k: x.astype(np.float32) for k, x in batch.items()}
+  return batch | {'mask': mask, 'cut': cut}
+
+
+def check_laws(preset, batch, garbage):
+  """Finite, nothing of what was not chosen, and garbage changes no bit."""
+  _, run = solver(preset)
+  clean, found = run(spoiled(batch, 0.0)), run(spoiled(batch, garbage))
+  jax.tree.map(np.testing.assert_array_equal, found, clean)
+  for name, x in found.items():
+    if x is None:
+      continue
+    x = np.asarray(x)
+    assert np.isfinite(x).all(), name
+    if name in ('advantage', 'by_l', 'by_H', 'by_V'):
+      assert (x[~batch['mask']] == 0).all(), name
+  if not batch['mask'].any():
+    assert found['loss'] == 0
+  return found
+
+
+@by(PRESETS)
+@settings(max_examples=15, deadline=None)
+@given(
+  share=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+  cut=st.sampled_from([0.0, 0.5, 1.0]),
+  garbage=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30]),
+  seed=st.integers(0, 1000),
+)
+def test_garbage_changes_nothing(preset, share, cut, garbage, seed):
+  rng = np.random.default_rng(seed)
+  mask, cut = rng.random((12, T)) < share, rng.random(12) < cut
+  check_laws(preset, random_batch(seed, mask, cut), garbage)
+
+
+@by(PRESETS)
+def test_a_group_of_one(preset):
+  """Its mean is itself: advantage 0, and no std of one number is NaN."""
+  batch = random_batch(0, np.ones((4, T), bool), np.ones(4, bool), G=1)
+  if preset in LEAVE_ONE_OUT:
+    with pytest.raises(ValueError, match='at least 2 samples'):
+      check_laws(preset, batch, 0.0)
+  else:
+    advantage = check_laws(preset, batch, np.nan)['advantage']
+    assert (advantage == 0).all() == (preset in GROUP_MEAN)
+
+
+@pytest.mark.parametrize('reward', [0.0, 1.0, 0.1, -0.7, 3.3, 1e4])
+@by(EQUAL_IS_ZERO)
+def test_equal_rewards_have_no_advantage(preset, reward):
+  """Also where a mean of equal numbers is not that number in float32: what
+  rounding leaves must not be divided by a std that is rounding too."""
+  length = np.arange(12) % (T - 1) + 1  # none is long enough for a penalty
+  mask = np.arange(T) < length[:, None]
+  batch = random_batch(0, mask, np.zeros(12, bool))
+  if preset is algorithms.reinforce_pp:  # whitens over all of the batch
+    of_prompt = np.ones(4)
+  else:
+    of_prompt = np.array([1, 2, 0.3, 7])
+  rows = reward * np.repeat(of_prompt, 3)[:, None]
+  last = np.arange(T) == length[:, None] - 1
+  batch['outcome'] = np.where(last, rows, 0).astype(np.float32)
+  advantage = check_laws(preset, batch, np.nan)['advantage']
+  assert np.abs(advantage).max() <= 1e-6 * max(1, np.abs(rows).max())
