@@ -11,9 +11,7 @@ from experiments import flags as flag_layer
 from jaxrl_tok import advantages, algorithms, losses, sharding, update
 from jaxrl_tok.types import Algorithm, Policy, TrainState
 
-ALGORITHMS = {
-  name: getattr(algorithms, name) for name in flag_layer.ALGORITHMS
-}
+ALGORITHMS = {name: getattr(algorithms, name) for name in flag_layer.ALGORITHMS}
 CREDITS = {
   'returns': advantages.returns,
   'gae': advantages.gae,
@@ -156,7 +154,9 @@ def make_algorithm(flags) -> Algorithm:
     )
   for name in () if algorithm.value_loss else ('critic_learning_rate',):
     if getattr(f, name) is not None:
-      raise ValueError(f'--{name} has no effect: {algorithm.name} has no critic')
+      raise ValueError(
+        f'--{name} has no effect: {algorithm.name} has no critic'
+      )
   truncates = sampling.top_p < 1 or sampling.top_k or sampling.min_p
   if algorithm.mask_every and not truncates:
     raise ValueError(

@@ -13,9 +13,14 @@ held-out accuracy, and steps and tokens (prompt and completion) until it is
 On 2 CPU cores: about a minute and a half a run, HOURS for all. EXPECT
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import os
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +32,7 @@ import tyro
 
 from experiments import flags as flag_layer
 from jaxrl_tok import charts
+from jaxrl_tok.logger import duration
 
 REACHED = 0.8
 # rows of the table: what is passed to arithmetic
@@ -43,6 +49,8 @@ class Flags:
   """Rows of the table."""
   seeds: tuple[int, ...] = (0, 1, 2)
   """A run of each."""
+  jobs: int = 2
+  """Runs at a time."""
   output_dir: str = 'runs/compare'
   """Of the runs, compare.md, compare.json and compare.svg."""
   more: tuple[str, ...] = ()
@@ -78,24 +86,32 @@ def directory(flags: Flags, row: str, seed: int) -> Path:
 
 def make_run(flags: Flags, row: str, seed: int) -> Outcome:
   """The outcome of a run, which is made unless it is there."""
-  from experiments import arithmetic
-
   where = directory(flags, row, seed)
   if not (where / 'export').is_dir():
-    if where.exists():  # a run that did not end
-      where.rename(where.with_name(f'{where.name}.{int(time.time())}'))
-    arithmetic.main(
-      [
-        *ROWS[row],
-        f'--seed={seed}',
-        f'--output_dir={where}',
-        '--eval_every=10',
-        '--save_every=0',
-        '--no_log_kl',
-        '--report_to=none',
-        *flags.more,
-      ]
-    )
+    shutil.rmtree(where, ignore_errors=True)  # of a run that did not end
+    out = Path(flags.output_dir)
+    command = [
+      *(sys.executable, '-m', 'experiments.arithmetic', *ROWS[row]),
+      *(f'--seed={seed}', f'--output_dir={where}', '--eval_every=10'),
+      *('--save_every=0', '--no_log_kl', '--report_to=none', *flags.more),
+    ]
+    # seeds of an algorithm are one program
+    cached = {
+      'JAX_COMPILATION_CACHE_DIR': str(out.absolute() / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    }
+    log = out / f'{where.name}.log'
+    with log.open('w') as console:
+      done = subprocess.run(
+        command,
+        stdout=console,
+        stderr=subprocess.STDOUT,
+        env=os.environ | cached,
+        check=False,
+      )
+    if done.returncode:
+      last = log.read_text().strip().splitlines()[-1:]
+      flag_layer.fail(f'{shlex.join(command)}: {"".join(last)}; see {log}')
   return outcome(where / 'metrics.jsonl')
 
 
@@ -113,7 +129,9 @@ def spread(values: list, form: str) -> str:
 
 def table(found: dict[str, list[Outcome]]) -> list[tuple[str, ...]]:
   """Header and rows."""
-  lines = [('algorithm', 'held-out', 'steps to 80 %', 'thousand tokens to 80 %')]
+  lines = [
+    ('algorithm', 'held-out', 'steps to 80 %', 'thousand tokens to 80 %')
+  ]
   for row, outcomes in found.items():
     tokens = [None if o.tokens is None else o.tokens / 1e3 for o in outcomes]
     lines.append(
@@ -201,37 +219,43 @@ def parse(argv: list[str]) -> Flags:
   )
   unknown = [row for row in flags.algorithms if row not in ROWS]
   if unknown:
-    flag_layer.fail(
-      f'--algorithms {unknown[0]!r} is none of {", ".join(ROWS)}'
-    )
+    flag_layer.fail(f'--algorithms {unknown[0]!r} is none of {", ".join(ROWS)}')
   return dataclasses.replace(flags, more=tuple(argv[cut + 1 :]))
+
+
+def write(out: Path, found: dict[str, list[Outcome]]) -> None:
+  (out / 'compare.md').write_text(markdown(table(found)))
+  (out / 'compare.svg').write_text(picture(found))
+  told = {k: [o._asdict() for o in v] for k, v in found.items()}
+  (out / 'compare.json').write_text(json.dumps(told, indent=2) + '\n')
 
 
 def main(argv=None) -> dict[str, list[Outcome]]:
   flags = parse(sys.argv[1:] if argv is None else argv)
   out = Path(flags.output_dir)
   out.mkdir(parents=True, exist_ok=True)
-
-  import jax
-
-  # seeds of an algorithm are one program
-  jax.config.update('jax_compilation_cache_dir', str(out / '.compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-  say, found, began = rich.console.Console().print, {}, time.monotonic()
-  runs = [(r, s) for r in flags.algorithms for s in flags.seeds]
-  for number, (row, seed) in enumerate(runs):
-    say(f'[bold]run {number + 1} of {len(runs)}: {row}, seed {seed}')
-    found.setdefault(row, []).append(make_run(flags, row, seed))
-    lines = table(found)
-    (out / 'compare.md').write_text(markdown(lines))
-    (out / 'compare.svg').write_text(picture(found))
-    told = {k: [o._asdict() for o in v] for k, v in found.items()}
-    (out / 'compare.json').write_text(json.dumps(told, indent=2) + '\n')
+  say, began = rich.console.Console().print, time.monotonic()
+  # every algorithm once before the second seed: what is there is balanced
+  runs = [(r, s) for s in flags.seeds for r in flags.algorithms]
+  found = {}
+  with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+    making = [pool.submit(make_run, flags, *run) for run in runs]
+    for number, (run, future) in enumerate(zip(runs, making), 1):
+      done = future.result()
+      found.setdefault(run[0], []).append(done)
+      write(out, found)
+      left = (time.monotonic() - began) / number * (len(runs) - number)
+      say(
+        f'{number} of {len(runs)}: {run[0]}, seed {run[1]}: '
+        f'{done.before:.1%} -> {done.after:.1%} in {done.all_steps} steps; '
+        f'ETA {duration(left)}'
+      )
+  lines = table(found)
   shown = rich.table.Table(*lines[0])
   for line in lines[1:]:
     shown.add_row(*line)
   say(shown)
-  say(f'{len(runs)} runs in {(time.monotonic() - began) / 60:.0f} minutes')
+  say(f'{len(runs)} runs in {duration(time.monotonic() - began)}')
   say(f'table: {out / "compare.md"}\npicture: {out / "compare.svg"}')
   return found
 

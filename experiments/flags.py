@@ -19,6 +19,7 @@ from typing import Literal
 
 import tyro
 
+from experiments import compat
 from jaxrl_tok.models import hub
 
 
@@ -160,7 +161,7 @@ class AlgorithmFlags:
   c_bar: float | None = None
   """V-trace's cap of what is carried back."""
   bootstrap_truncated: bool | None = None
-  """A completion cut at its limit has the value of its last state after it."""
+  """A completion that was cut has the value of the state after it, not 0."""
   whiten: bool | None = None
   """Whiten the advantage over the batch's chosen tokens."""
   advantage_clip: float | None = None
@@ -204,7 +205,7 @@ class AlgorithmFlags:
   mini_batches: int | None = None
   """Optimizer steps in an epoch, each on a share of the prompts."""
   max_update_kl: float | None = None
-  """An update stops when the policy has moved so far (nats a token); 0: never."""
+  """An update stops before the policy moves so far (nats a token); 0: never."""
   kl: str | None = None
   """KL to the reference, by its effect: none, reward, reverse or forward."""
   beta: float | None = None
@@ -222,7 +223,7 @@ class AlgorithmFlags:
   mask_every: int | None = None
   """Steps between copies of the policy into NLPO's mask policy."""
   critic: Literal['shared', 'separate', 'none'] = 'shared'
-  """A value head on the policy, or a network of its own, where one is needed."""
+  """A value head on the policy, or a network, where one is needed."""
   critic_learning_rate: float | None = None
   """Of the value head or the critic; default: learning_rate."""
   critic_warmup_steps: int | None = None
@@ -327,6 +328,10 @@ def parse(defaults, prog, argv=None, description=None):
   _check_spelling(type(defaults), argv)
   flags = _tyro(defaults, prog, argv, description)
   try:
+    theirs = compat.defaults(flat(flags))
+    if theirs:  # what argv says is said over them
+      defaults = with_values(defaults, theirs)
+      flags = _tyro(defaults, prog, argv, description)
     check_numbers(flags)
     check(flags.run, flags.model)
     check_algorithm(flags)
@@ -380,7 +385,11 @@ def _ranges() -> dict[str, tuple]:
       'lora_alpha kl_horizon critic_learning_rate rho_bar c_bar ratio_cap',
     ),
     (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
-    (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda warm_start_stop_at'),
+    (
+      lambda x: 0 <= x <= 1,
+      'in [0, 1]',
+      'min_p gamma gae_lambda warm_start_stop_at',
+    ),
     (lambda x: 0 <= x < 1, 'in [0, 1)', 'ema_decay adam_b2 clip_low'),
     (
       lambda x: x >= 0,
@@ -529,6 +538,18 @@ def claim_output_dir(run: RunFlags, experiment: str) -> Path:
   except OSError as e:
     fail(f'--output_dir {path} cannot be written: {e.strerror}; give another')
   return path
+
+
+def with_values(flags, values: dict):
+  """flags with other values of the flags named, in whatever group they are."""
+  changes = {}
+  for field in dataclasses.fields(flags):
+    value = getattr(flags, field.name)
+    if dataclasses.is_dataclass(value):
+      changes[field.name] = with_values(value, values)
+    elif field.name in values:
+      changes[field.name] = values[field.name]
+  return dataclasses.replace(flags, **changes)
 
 
 def flat(flags) -> dict:

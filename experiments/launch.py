@@ -25,7 +25,7 @@ import rich.table
 import rich.text
 import yaml
 
-from experiments import build, models
+from experiments import build, compat, models
 from experiments import flags as flag_layer
 from jaxrl_tok import (
   algorithms,
@@ -470,6 +470,8 @@ def run(experiment: Experiment) -> dict:
   except ValueError as e:
     flag_layer.fail(e)
   context = prepare(experiment, algorithm)
+  for line in compat.warnings(flag_layer.flat(f)):
+    context.logger.warn(line)
   optimizer, schedule = build.make_optimizer(f, algorithm)
   if f.run.print_config:
     state = new_state(context, algorithm, optimizer, *models.structs(context))

@@ -97,7 +97,9 @@ def group_mean() -> Baseline:
   """b_t = mean of the prompt's G rows (GRPO's centre, arXiv:2402.03300).
   Contains the row's own return, so the expected gradient is exactly (G-1)/G
   of the true one; of a group of one nothing is left."""
-  return _stateless('group_mean', lambda returns: _mean(returns, 1), min_group=2)
+  return _stateless(
+    'group_mean', lambda returns: _mean(returns, 1), min_group=2
+  )
 
 
 def leave_one_out() -> Baseline:
@@ -245,8 +247,12 @@ def vtrace_advantage(
 
 
 def _after_the_end(scored: Scored, bootstrap_truncated: bool) -> jax.Array:
-  """float32 [B]: V after the last column; 0 where a row ended by itself, since
-  a cut is not an end."""
+  """float32 [B]: V after the last column where a row was cut and that is asked
+  for (a cut is not an end); 0 where a row ended by itself.
+
+  It is no default: of that state V is never trained, so that a policy may
+  learn to run into the limit for what V promises there, and V to follow.
+  """
   wanted = scored.cut & bootstrap_truncated
   return jnp.where(wanted, scored.value[:, -1], 0.0)
 
@@ -254,7 +260,7 @@ def _after_the_end(scored: Scored, bootstrap_truncated: bool) -> jax.Array:
 def gae(
   gamma: float = 1.0,
   gae_lambda: float = 0.95,
-  bootstrap_truncated: bool = True,
+  bootstrap_truncated: bool = False,
 ) -> Callable:
   """Generalized advantages by a learned V; the value target is A_t + V_t."""
 
@@ -272,7 +278,7 @@ def gae(
 def vtrace(
   gamma: float = 1.0,
   gae_lambda: float = 1.0,
-  bootstrap_truncated: bool = True,
+  bootstrap_truncated: bool = False,
   rho_bar: float = 1.0,
   c_bar: float = 1.0,
 ) -> Callable:

@@ -143,7 +143,7 @@ def _check(name: str, c: dict) -> None:
   whole = losses.seq_mean_token_sum, losses.seq_mean_token_sum_norm
   refuse(
     c['loss'] is losses.sequence_clip and c['aggregate'] not in whole,
-    f"{name} has one loss a sequence, of which no mean over tokens can be "
+    f'{name} has one loss a sequence, of which no mean over tokens can be '
     'taken; pass --aggregation seq_mean_token_sum',
   )
   refuse(
@@ -296,7 +296,8 @@ def ppo(**changes) -> Algorithm:
 def nlpo(**changes) -> Algorithm:
   """PPO whose actions are masked: only tokens in the top-p set of a copy of
   the policy, refreshed every `mask_every` steps, may be drawn, and the same
-  sets hold in the update. arXiv:2210.01241 (top-p 0.9 is the sampling rule's)."""
+  sets hold in the update. The top-p (0.9 there) is the sampling rule's.
+  arXiv:2210.01241."""
   return compose('nlpo', _PPO | {'mask_every': 10}, changes)
 
 

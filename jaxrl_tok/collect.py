@@ -78,9 +78,7 @@ def scored(c: Collector, rollout: Rollout, examples, columns):
 
 def draw(c: Collector, state: TrainState, key, position: int) -> Batch:
   """The batch of the prompts at a position. Must run under jax.set_mesh."""
-  examples, prompts, columns = batch_at(
-    c.data, c.seed, position, c.num_prompts
-  )
+  examples, prompts, columns = batch_at(c.data, c.seed, position, c.num_prompts)
   placed, columns = put_rows(jax.sharding.get_mesh(), (prompts, columns))
   rollout = c.sample(state.weights, key, placed, c.rule)
   best = greedy_reward = None

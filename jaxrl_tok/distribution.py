@@ -93,8 +93,9 @@ def truncate(logits: jax.Array, rule: SamplingRule):
   inside = _at_least(keys, rule.top_k) & (logits > NEVER / 2)
   probs = jax.nn.softmax(jnp.where(inside, logits, NEVER), axis=-1)
   border = _highest(
-    lambda b: jnp.sum(jnp.where(keys >= b[..., None], probs, 0.0), -1)
-    >= rule.top_p,
+    lambda b: (
+      jnp.sum(jnp.where(keys >= b[..., None], probs, 0.0), -1) >= rule.top_p
+    ),
     keys.shape[:-1],
   )
   likely = probs >= rule.min_p * jnp.max(probs, axis=-1, keepdims=True)

@@ -162,8 +162,8 @@ def with_entropy(loss: Callable, coefficient: float) -> Callable:
 
 
 def value_error(coefficient: float, value_clip: float | None) -> Callable:
-  """coefficient (V_t - target_t)^2; with a clip, coefficient max((V - target)^2,
-  (V_old + clip(V - V_old, -clip, clip) - target)^2), as PPO's first code.
+  """coefficient (V_t - target_t)^2; with a clip c, as in PPO's first code,
+  coefficient max((V - target)^2, (V_old + clip(V - V_old, -c, c) - target)^2).
 
   Returns loss(stats, trajectory) -> [T], of one sequence.
   """

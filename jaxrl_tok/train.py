@@ -157,7 +157,9 @@ def compile_parts(
     best = greedy if algorithm.greedy else None
     n = len(data.examples)
     columns = {k: like(v, n, whole) for k, v in data.columns.items()}
-    table = Table(like(data.tokens, n, whole), array(n, sharding=whole), columns)
+    table = Table(
+      like(data.tokens, n, whole), array(n, sharding=whole), columns
+    )
     index = array(config.steps_per_call, C, sharding=whole)
     jobs['steps'] = (
       jax.jit(
@@ -452,7 +454,11 @@ def device_steps(parts, config, data, rule, log, learning_rate) -> Callable:
     )
     texts = parts.score(tokens, mask, examples).completions
     scores = rewards.Scores(reward, {}, texts)
-    return state, progress, Looked(examples, last.rollout, scores, last.advantage)
+    return (
+      state,
+      progress,
+      Looked(examples, last.rollout, scores, last.advantage),
+    )
 
   return advance
 

@@ -33,7 +33,6 @@ from jaxrl_tok.types import (
   Trajectory,
 )
 
-
 # folded into a step's key, whose numbers below B are the sampler's rows
 SHUFFLE = 2**31 - 1
 
@@ -310,9 +309,9 @@ def make_update(
 
     def hold(tree):
       return jax.tree.map(
-        lambda x, side: x
-        if side == 'critic'
-        else jnp.where(step >= waits, x, 0),
+        lambda x, side: (
+          x if side == 'critic' else jnp.where(step >= waits, x, 0)
+        ),
         tree,
         sides(tree),
       )
@@ -337,9 +336,7 @@ def make_update(
 
     def one(moving, prompts):
       part = take_groups(trajectory, prompts, C)
-      metrics, grads = gradient(
-        moving[0], state.fixed, part, state.beta, rule
-      )
+      metrics, grads = gradient(moving[0], state.fixed, part, state.beta, rule)
       return apply(moving, grads, state.step), metrics
 
     def unless_far(carry, prompts):

@@ -1,5 +1,6 @@
 """Aliases and their choices: what is resolved, and what is refused."""
 
+import numpy as np
 import pytest
 
 from experiments import arithmetic, build
@@ -14,9 +15,7 @@ def made(*argv):
   flags = flag_layer.parse(
     arithmetic.DEFAULTS, 'python -m experiments.arithmetic', list(argv)
   )
-  return build.make_algorithm(
-    flag_layer.fit_completion_length(flags, ['123'])
-  )
+  return build.make_algorithm(flag_layer.fit_completion_length(flags, ['123']))
 
 
 @pytest.mark.parametrize('name', ALIASES)
@@ -118,9 +117,10 @@ def test_a_part_that_is_replaced_brings_its_own_numbers():
 
 
 def test_zero_turns_a_limit_off():
-  assert made('--algorithm', 'ppo', '--value_clip', '0').settings[
-    'value_clip'
-  ] is None
+  assert (
+    made('--algorithm', 'ppo', '--value_clip', '0').settings['value_clip']
+    is None
+  )
 
 
 def test_one_sample_a_prompt_has_an_average_for_a_baseline():
@@ -191,9 +191,7 @@ def test_what_is_certain_before_jax_is_refused_there(capsys, argv, said):
 
 def test_python_callers_are_told_the_same():
   with pytest.raises(ValueError, match='at least 2 samples'):
-    import jax.numpy as jnp
-
-    advantages.leave_one_out().apply(jnp.zeros((3, 1, 2)), (), None)
+    advantages.leave_one_out().apply(np.zeros((3, 1, 2)), (), None)
   with pytest.raises(ValueError, match='outside'):
     algorithms.reinforce(gamma=1.5)
   with pytest.raises(ValueError, match='give max_length'):

@@ -89,7 +89,7 @@ PLAIN = {
   'by_std': False,
   'whiten': False,
   'advantage_clip': None,
-  'bootstrap': True,  # of rows that were cut
+  'bootstrap': False,  # of rows that were cut
   'overlong': 0,  # tokens of the buffer; 0 is no penalty
   'surrogate': 'plain',  # 'clip', 'row' (rloo), 'geometric' (gspo), 'cispo'
   'low': 0.2,
@@ -522,7 +522,7 @@ def make_cases() -> list:
     if PRESETS[preset].get('whiten'):
       cases.append(plain | {'advantage_clip': 0.5})
     if PRESETS[preset].get('credit') == 'gae':
-      cases.append(plain | {'bootstrap': False})
+      cases.append(plain | {'bootstrap': True})
       cases.append(plain | {'credit': 'vtrace'} | SEQUENCE)
     if PRESETS[preset].get('surrogate') == 'clip':
       cases.append(plain | {'dual_clip': 3.0, 'importance_cap': 2.0})
