@@ -37,7 +37,6 @@ from jaxrl_tok.logger import duration
 REACHED = 0.8
 # rows of the table: what is passed to arithmetic
 ROWS = {name: ('--algorithm', name) for name in flag_layer.ALGORITHMS}
-ROWS['nlpo'] += ('--top_p', '0.9')
 ROWS['reinforce, token rewards'] = (*ROWS['reinforce'], '--reward', 'digits')
 
 

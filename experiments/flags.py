@@ -130,6 +130,10 @@ ALGORITHMS = (
 )
 
 
+# other defaults that an algorithm has: NLPO masks by the sampling rule
+OF_ALGORITHM = {'nlpo': {'top_p': 0.9}}
+
+
 @dataclasses.dataclass(frozen=True)
 class AlgorithmFlags:
   """The algorithm: an alias, and what is changed of it. None: the alias's own
@@ -328,9 +332,10 @@ def parse(defaults, prog, argv=None, description=None):
   _check_spelling(type(defaults), argv)
   flags = _tyro(defaults, prog, argv, description)
   try:
-    theirs = compat.defaults(flat(flags))
-    if theirs:  # what argv says is said over them
-      defaults = with_values(defaults, theirs)
+    changed = OF_ALGORITHM.get(flags.algorithm.algorithm, {})
+    changed = changed | compat.defaults(flat(flags))
+    if changed:  # what argv says is said over them
+      defaults = with_values(defaults, changed)
       flags = _tyro(defaults, prog, argv, description)
     check_numbers(flags)
     check(flags.run, flags.model)
