@@ -36,9 +36,7 @@ ALL = [
 ]
 # compiling takes long: 3.11 looks at the one half, 3.13 at the other
 PRESETS = ALL[sys.version_info.minor // 2 % 2 :: 2]
-POLICY = make_policy(
-  changed(CONFIG, layers=CONFIG.layers[:1], value_head=True)
-)
+POLICY = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], value_head=True))
 RULE = distribution.make_rule(11, [END, OTHER_END], top_p=0.8)
 OPTIMIZER = optax.sgd(1.0)
 

@@ -1,0 +1,260 @@
+"""Critics, several passes over a rollout, and what algorithms carry along."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CONFIG, END, OTHER_END, PAD, changed, random_prompts
+from conftest import sharpened
+
+from experiments import arithmetic, build
+from jaxrl_tok import advantages, algorithms, checkpoint, distribution, masked
+from jaxrl_tok.mask_policy import masked_policy
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.policy import evaluate, values
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.update import init_state, make_update, value_metrics
+
+C, G, T = 8, 2, 5
+PLAIN = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
+CRITIC = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], value_head=True))
+RULE = distribution.make_rule(11, [END, OTHER_END], top_p=0.8)
+
+
+def optimizer_of(algorithm, rate=0.01, critic_rate=0.1):
+  flags = changed(
+    arithmetic.DEFAULTS,
+    algorithm=changed(
+      arithmetic.DEFAULTS.algorithm, critic_learning_rate=critic_rate
+    ),
+    optimizer=changed(
+      arithmetic.DEFAULTS.optimizer, learning_rate=rate, lr_schedule='constant'
+    ),
+  )
+  return build.make_optimizer(flags, algorithm)[0]
+
+
+@pytest.fixture(scope='module')
+def params():
+  return sharpened(jax.jit(PLAIN.init)(jax.random.key(1)), 3.0)
+
+
+@pytest.fixture(scope='module')
+def batch(params):
+  """(rollout, reward) of the plain policy."""
+  sample = make_sampler(PLAIN, SamplerConfig(G, T, PAD, truncate=True))
+  rollout = jax.jit(sample)(params, jax.random.key(3), random_prompts(C), RULE)
+  noise = np.random.default_rng(0).normal(size=(C * G, T))
+  return rollout, np.where(rollout.mask, noise, 0).astype(np.float32)
+
+
+def changes(new, old) -> float:
+  """The largest change of any number of a tree."""
+  pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+  return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+
+def without_head(params):
+  return {k: v for k, v in params.items() if k != 'value_head'}
+
+
+@pytest.fixture(scope='module')
+def separate(params):
+  """PPO of 4 epochs x 4 mini-batches with a critic of its own, a warm-up, an
+  adaptive KL and a reference that follows: (state, update)."""
+  algorithm = algorithms.ppo(
+    epochs=4,
+    mini_batches=4,
+    critic_warmup_steps=1,
+    kl='reverse',
+    beta=0.2,
+    kl_target=0.01,
+    kl_horizon=100.0,
+    reference_every=2,
+    max_update_kl=0.02,
+  )
+  optimizer = optimizer_of(algorithm)
+  own = build.with_value_head(CRITIC, params)
+  own = jax.tree.map(jnp.copy, own)
+  state = init_state(
+    algorithm,
+    optimizer,
+    params,
+    jax.random.key(0),
+    critic=own,
+    reference_dtype=jnp.bfloat16,
+  )
+  update = make_update(PLAIN, algorithm, optimizer, critic=CRITIC)
+  return state, jax.jit(update)
+
+
+def test_the_critic_warms_up_alone_and_then_both_learn(separate, batch):
+  state, update = separate
+  one, metrics, _ = update(state, *batch, RULE)
+  assert changes(one.params, state.params) == 0
+  assert changes(one.critic, state.critic) > 0.01
+  assert float(metrics['passes']) == 16  # nothing moved: none was too far
+  two, metrics, _ = update(one, *batch, RULE)
+  assert changes(two.params, one.params) > 1e-3
+  assert 0 <= float(metrics['passes']) < 16  # stopped when it had moved
+  three, metrics, _ = update(two, *batch, RULE)
+  assert float(metrics['explained_variance']) > 0.1  # it has seen this batch
+
+
+def test_the_reference_follows_in_its_own_dtype(separate, batch):
+  state, update = separate
+  dtypes = {str(x.dtype) for x in jax.tree.leaves(state.reference)}
+  assert dtypes == {'bfloat16'}
+  one, _, _ = update(state, *batch, RULE)
+  assert changes(one.reference, state.reference) == 0
+  two, _, _ = update(one, *batch, RULE)
+  cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), two.params)
+  assert changes(two.reference, cast) == 0
+
+
+def test_the_coefficient_follows_the_kl(separate, batch):
+  """beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon)."""
+  state, update = separate
+  for _ in range(3):
+    new, metrics, _ = update(state, *batch, RULE)
+    error = np.clip(float(metrics['kl']) / 0.01 - 1, -0.2, 0.2)
+    want = float(state.beta) * (1 + error * C * G / 100)
+    assert float(new.beta) == pytest.approx(want, rel=1e-5)
+    assert float(metrics['kl_coef']) == float(state.beta)
+    state = new
+
+
+def test_resumed_is_never_stopped(separate, batch, tmp_path):
+  """4 epochs x 4 mini-batches, with all that TrainState carries."""
+  state, update = separate
+  states = [state]
+  for _ in range(4):
+    states.append(update(states[-1], *batch, RULE)[0])
+  manager = checkpoint.open_checkpoints(tmp_path, 1)
+  checkpoint.save(manager, states[2], {}, {})
+  manager.wait_until_finished()
+  again, _ = checkpoint.restore(manager, 2, states[0])
+  manager.close()
+  for _ in range(2):
+    again = update(again, *batch, RULE)[0]
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(states[4])):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = map(jax.random.key_data, (a, b))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_shared_critic_warms_up_by_its_head_alone(params, batch):
+  algorithm = algorithms.a2c(critic_warmup_steps=1)
+  optimizer = optimizer_of(algorithm)
+  begin = build.with_value_head(CRITIC, params)
+  state = init_state(algorithm, optimizer, begin, jax.random.key(0))
+  update = jax.jit(make_update(CRITIC, algorithm, optimizer))
+  one, _, _ = update(state, *batch, RULE)
+  assert changes(without_head(one.params), without_head(begin)) == 0
+  head = one.params['value_head']['embedding']
+  assert float(jnp.abs(head).max()) > 0.05  # its rate is ten times as large
+  two, _, _ = update(one, *batch, RULE)
+  moved = changes(without_head(two.params), without_head(begin))
+  assert 1e-3 < moved < 0.05
+
+
+def test_values_before_and_after_every_token(params, batch):
+  """Column t is what evaluate says before token t; the last one is that of
+  one token more."""
+  rollout, _ = batch
+  own = build.with_value_head(CRITIC, params)
+  own['value_head'] = {'embedding': own['value_head']['embedding'] + 0.3}
+
+  @jax.jit
+  def look(own, rollout):
+    longer = rollout._replace(
+      tokens=jnp.pad(rollout.tokens, ((0, 0), (0, 1))),
+      mask=jnp.pad(rollout.mask, ((0, 0), (0, 1)), constant_values=True),
+      logp=jnp.pad(rollout.logp, ((0, 0), (0, 1))),
+      kept=None,
+    )
+    stats = evaluate(CRITIC, own, longer, RULE)
+    return stats.value, values(CRITIC, own, rollout)
+
+  before, found = look(own, rollout)
+  mask = np.pad(rollout.mask, ((0, 0), (0, 1)), constant_values=True)
+  assert found.shape == (C * G, T + 1)
+  np.testing.assert_allclose(
+    np.where(mask, found, 0), np.where(mask, before, 0), atol=1e-5
+  )
+
+
+def test_passes_go_through_every_prompt_once_an_epoch(params, batch):
+  """With a zero learning rate, the passes' gradients of the token sum average
+  to that of the whole rollout."""
+  rollout, reward = batch
+  own = {'mini_batches': 4, 'epochs': 3}
+  one = algorithms.reinforce(advantages.fixed(0.2))
+  many = algorithms.reinforce(advantages.fixed(0.2), **own)
+  collect = optax.GradientTransformation(
+    lambda p: jax.tree.map(jnp.zeros_like, p),
+    lambda g, s, p=None: (
+      jax.tree.map(jnp.zeros_like, g),
+      jax.tree.map(jnp.add, s, g),
+    ),
+  )
+  found = []
+  for algorithm in (one, many):
+    state = init_state(algorithm, collect, params, jax.random.key(0))
+    update = jax.jit(make_update(PLAIN, algorithm, collect))
+    state, metrics, _ = update(state, rollout, reward, RULE)
+    found.append(
+      jax.tree.map(lambda g, n=algorithm.passes: g / n, state.opt_state)
+    )
+    assert float(metrics['sampler_logp_gap']) < 1e-4
+  assert changes(*found) < 1e-5 * max(1, changes(found[0], found[0]) + 1)
+
+
+def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
+  """Its log-probs are those of the renormalised distribution, and a copy that
+  is the policy itself is top-p sampling."""
+  policy = masked_policy(PLAIN)
+  other = sharpened(jax.jit(PLAIN.init)(jax.random.key(9)), 3.0)
+  sample = make_sampler(policy, SamplerConfig(G, T, PAD, truncate=True))
+  plain = make_sampler(PLAIN, SamplerConfig(G, T, PAD, truncate=True))
+
+  @jax.jit
+  def run(params, slow):
+    prompts, key = random_prompts(C), jax.random.key(3)
+    joined = policy.join(params, (None, slow))
+    rollout = sample(joined, key, prompts, RULE)
+    stats = evaluate(policy, joined, rollout, RULE)
+    # of each drawn token, its rank in the slow copy's own distribution
+    everything = rollout._replace(kept=None)
+    alone = evaluate(PLAIN, slow, everything, RULE)
+    return rollout, stats, alone, plain(params, key, prompts, RULE)
+
+  rollout, stats, _, same = run(params, params)
+  np.testing.assert_array_equal(rollout.tokens, same.tokens)
+  np.testing.assert_allclose(rollout.logp, same.logp, atol=1e-5)
+  rollout, stats, alone, same = run(params, other)
+  assert (rollout.tokens != same.tokens).any()
+  mask = np.asarray(rollout.mask)
+  np.testing.assert_allclose(stats.logp, rollout.logp, atol=1e-5)
+  # a set of mass 0.8 has no token below what is left over, 0.2
+  kept = np.asarray(rollout.kept)
+  likely = np.exp(np.asarray(alone.logp))[mask & (kept > 1)]
+  assert len(likely)
+  assert kept[mask].min() >= 1
+  one = np.exp(np.asarray(alone.logp))[mask & (kept == 1)]
+  assert (one >= 0.8 - 1e-5).all()
+
+
+def test_value_metrics():
+  rng = np.random.default_rng(0)
+  target = rng.normal(size=(4, 3)).astype(np.float32)
+  mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
+  value = np.where(mask, 0.5 * target, np.nan)
+  found = value_metrics(jnp.asarray(value), jnp.asarray(target), mask)
+  assert float(found['explained_variance']) == pytest.approx(0.75, abs=1e-5)
+  same = jnp.ones((4, 3))
+  assert float(value_metrics(same, same, mask)['explained_variance']) == 0
+  assert float(masked.mean(target, mask)) == pytest.approx(
+    target[mask].mean(), abs=1e-6
+  )
