@@ -105,7 +105,7 @@ def test_after_the_last_round_the_rest_is_filled(make):
 
 def test_a_full_first_round_is_not_touched(make):
   collector, seen = make([True] * 12)
-  batch, spent, metrics = run(collector, position=4)
+  batch, _, metrics = run(collector, position=4)
   assert len(seen) == 1
   assert metrics['resample/varied'] == 1
   assert [int(e['prompt']) for e in batch.examples] == (

@@ -174,6 +174,43 @@ def test_expected_gradient_is_exact(
   assert_close(found, want)
 
 
+@pytest.mark.parametrize('gae_lambda', [1.0, 0.0])
+def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
+  """A_t = G_t - V(s_t), lambda 1, is unbiased for every V. With lambda 0 it is
+  so for the true V alone."""
+  reward = token_rewards('dense')
+  logp = np.asarray(everything[0], np.float64)
+  prob = np.exp(logp)
+  rng = np.random.default_rng(4)
+  V = np.zeros((N, T + 1))
+  prefixes = {}
+  for n, t in zip(*np.nonzero(MASK)):
+    prefixes.setdefault(tuple(TOKENS[n, :t]), []).append((n, t))
+  for where in prefixes.values():  # the true value of a state, or any
+    weight = np.array([prob[n] for n, _ in where])
+    togo = np.array([reward[n, t:].sum() for n, t in where])
+    true = (weight * togo).sum() / weight.sum()
+    for n, t in where:
+      V[n, t] = true
+    if gae_lambda:
+      noise = rng.normal()
+      for n, t in where:
+        V[n, t] += noise
+  algorithm = algorithms.a2c(gamma=1.0, gae_lambda=gae_lambda)
+  seen = scored(
+    rollout_of(np.arange(N)[:, None]), reward, value=jnp.asarray(V, jnp.float32)
+  )
+  advantage, target, _ = algorithm.advantage(seen, ())
+  weighted = np.asarray(advantage, np.float64) * prob[:, None]
+  found = ascend(weighted * N)
+  assert_close(found, true_gradient(everything, reward.sum(1).astype(float)))
+  np.testing.assert_allclose(
+    np.asarray(target)[MASK],
+    (np.asarray(advantage) + V[:, :T])[MASK],
+    atol=1e-5,
+  )
+
+
 def test_ema_scores_before_it_learns():
   baseline = advantages.ema(0.75)
   returns = jnp.full((2, 2, 3), 4.0)
@@ -244,6 +281,24 @@ def test_kl_forms_have_the_gradient_of_their_name(
   state, metrics, _ = update(state, rollout, jnp.zeros((N, T)), RULE)
   assert_close(state.opt_state, wanted[kl], atol=1e-5)
   assert float(metrics['kl']) > 0
+
+
+def test_k3_times_the_ratio_in_the_loss_is_the_reverse_kl(params, kl_gradients):
+  """The ratio is differentiated there; held fixed, it is the forward KL."""
+  reference, wanted = kl_gradients
+  one = rollout_of(np.arange(N)[:, None])
+
+  def loss(p, held):
+    logp = evaluate(POLICY, p, one, RULE).logp
+    fixed = jax.lax.stop_gradient(logp)
+    prob = jnp.exp(fixed.sum(1, keepdims=True))
+    d = logp - evaluate(POLICY, reference, one, RULE).logp
+    ratio = jnp.where(held, 1.0, jnp.exp(logp - fixed))
+    return (prob * MASK * ratio * losses.k3(d)).sum()
+
+  grad = jax.jit(jax.grad(loss))
+  assert_close(grad(params, False), wanted['reverse'], atol=1e-5)
+  assert_close(grad(params, True), wanted['forward'], atol=1e-5)
 
 
 def test_k1_in_the_loss_would_do_nothing(params, everything):

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIG, END, OTHER_END, PAD, changed, random_prompts
-from conftest import sharpened
+from conftest import (
+  CONFIG,
+  END,
+  OTHER_END,
+  PAD,
+  changed,
+  random_prompts,
+  sharpened,
+)
 
 from experiments import arithmetic, build
 from jaxrl_tok import advantages, algorithms, checkpoint, distribution, masked
@@ -98,7 +105,7 @@ def test_the_critic_warms_up_alone_and_then_both_learn(separate, batch):
   two, metrics, _ = update(one, *batch, RULE)
   assert changes(two.params, one.params) > 1e-3
   assert 0 <= float(metrics['passes']) < 16  # stopped when it had moved
-  three, metrics, _ = update(two, *batch, RULE)
+  _, metrics, _ = update(two, *batch, RULE)
   assert float(metrics['explained_variance']) > 0.1  # it has seen this batch
 
 

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIG, END, OTHER_END, PAD, changed, random_prompts
-from conftest import sharpened
+from conftest import (
+  CONFIG,
+  END,
+  OTHER_END,
+  PAD,
+  changed,
+  random_prompts,
+  sharpened,
+)
 
 from jaxrl_tok import algorithms, distribution, sharding
 from jaxrl_tok.mask_policy import masked_policy
