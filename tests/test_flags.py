@@ -175,7 +175,6 @@ def test_the_ends_of_a_range_are_taken(flag, value):
     ('--algorithm', 'magic'),
     ('--baseline', 'magic'),
     ('--aggregation', 'magic'),
-    ('--kl', 'magic'),
     ('--dtype', 'float64'),
     ('--report_to', 'magic'),
     ('--lr_schedule', 'magic'),
@@ -190,7 +189,7 @@ def test_a_value_of_another_kind_is_refused(capsys, flag, value):
 
 
 def test_choices_are_listed(capsys):
-  line = refusal(capsys, '--kl', 'magic')
+  line = refusal(capsys, '--kl', 'magic', '--beta', '1')
   for choice in ('none', 'reward', 'reverse', 'forward'):
     assert choice in line
 
@@ -253,21 +252,6 @@ def test_resume_takes_three_kinds_of_word(capsys, word):
 def test_resume_needs_the_directory_of_the_run(capsys, word):
   assert '--output_dir' in refusal(capsys, '--resume', word)
   assert parse('--resume', word, '--output_dir', 'x').run.resume == word
-
-
-@pytest.mark.parametrize(
-  'argv',
-  [('--kl', 'reverse'), ('--beta', '0.1'), ('--kl', 'none', '--beta', '0.1')],
-)
-def test_kl_and_beta_come_together(capsys, argv):
-  assert 'has no effect' in refusal(capsys, *argv)
-  assert parse('--kl', 'reverse', '--beta', '0.1').algorithm.beta == 0.1
-
-
-def test_leave_one_out_needs_two_samples(capsys):
-  argv = ('--baseline', 'leave_one_out', '--num_generations')
-  assert 'pass --num_generations 2' in refusal(capsys, *argv, '1')
-  parse(*argv, '2')
 
 
 def test_a_model_that_is_no_directory_is_refused(capsys, tmp_path):
