@@ -219,6 +219,7 @@ def settings(context: Context, algorithm) -> dict:
     'model_origin': context.model.origin,
     'model_commit': hub.commit_of(context.model.directory),
     'model_fingerprint': fingerprint(context.model),
+    'value_head': context.policy.value is not None,
     'adapter': context.adapter and dataclasses.asdict(context.adapter),
     'model_config': context.model.described,
     'data': context.experiment.data,

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jaxrl_tok.sharding import path_name
 from jaxrl_tok.types import TrainState
 
-FORMAT = 1
+FORMAT = 2
 
 
 def open_checkpoints(run_dir: str | Path, keep: int) -> ocp.CheckpointManager:

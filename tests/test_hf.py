@@ -296,13 +296,15 @@ def write_run(run_dir, model, trained, /, **flags):
   plain = {'model': None, 'model_commit': None, 'param_dtype': 'auto'}
   plain['compute_dtype'] = 'float32'
   plain |= {'data': 'own.jsonl', 'algorithm': 'reinforce', 'adapter': None}
+  plain['value_head'] = False
   (run_dir / 'config.yaml').write_text(yaml.safe_dump(plain | flags))
   with hf.appearing(run_dir / 'model') as part:
     hf.write_description(part, model)
   with checkpoint.open_checkpoints(run_dir, 2) as manager:
     for step, params in trained.items():
       key, params = jax.random.key(0), jax.tree.map(jnp.asarray, params)
-      state = TrainState(jnp.int32(step), params, (), key, (), None)
+      beta = jnp.float32(0)
+      state = TrainState(jnp.int32(step), params, (), key, (), beta, None)
       checkpoint.save(manager, state, {}, {})
   return str(run_dir)
 

@@ -336,6 +336,7 @@ RUN_SETTINGS = (
   'compute_dtype',
   'data',
   'algorithm',
+  'value_head',
 )
 
 
@@ -363,6 +364,8 @@ def export_run(
   if missing:
     raise ValueError(f'{file} has no {", ".join(missing)}; give a newer run')
   model = _model_of_run(run_dir, flags)
+  if flags['value_head'] and not model.config.value_head:
+    model = with_value_head(model)
   asked = flags['param_dtype']
   dtype = None if asked == 'auto' else asked
   if flags['adapter'] is None:
