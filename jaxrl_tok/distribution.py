@@ -11,9 +11,11 @@ All functions take float32 logits [..., V] and broadcast over the front.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_tok.types import SamplingRule
 
+BORDER = 'border of the kept tokens'  # its name in remat policies
 NEVER = -1e30  # finite: 0 * NEVER is 0 in a product and in its gradient
 
 
@@ -69,13 +71,12 @@ def _highest(enough, shape) -> jax.Array:
   return jax.lax.fori_loop(0, 32, halve, ends)[0]
 
 
-def _at_least(keys: jax.Array, number: jax.Array) -> jax.Array:
-  """bool [..., V]: the `number` largest keys, and what equals the last."""
-  border = _highest(
+def _largest(keys: jax.Array, number: jax.Array) -> jax.Array:
+  """int32 [...]: the last of the `number` largest keys [..., V]."""
+  return _highest(
     lambda b: jnp.sum(keys >= b[..., None], -1, dtype=jnp.int32) >= number,
     keys.shape[:-1],
   )
-  return keys >= border[..., None]
 
 
 def truncate(logits: jax.Array, rule: SamplingRule):
@@ -90,7 +91,8 @@ def truncate(logits: jax.Array, rule: SamplingRule):
   """
   logits = jax.lax.stop_gradient(logits)
   keys = _ordered(logits)
-  inside = _at_least(keys, rule.top_k) & (logits > NEVER / 2)
+  inside = keys >= _largest(keys, rule.top_k)[..., None]
+  inside &= logits > NEVER / 2
   probs = jax.nn.softmax(jnp.where(inside, logits, NEVER), axis=-1)
   border = _highest(
     lambda b: (
@@ -112,14 +114,13 @@ def most_likely(
   A sampled token that fell just outside replaces the least likely inside:
   the number stays, only nearly equal mass moves. kept, tokens int32 [...].
   """
-  logits = jax.lax.stop_gradient(logits)
-  keys = _ordered(logits)
-  inside = _at_least(keys, kept)
-  last = jnp.min(jnp.where(inside, keys, 2**31 - 1), axis=-1, keepdims=True)
+  keys = _ordered(jax.lax.stop_gradient(logits))
+  last = _largest(keys, kept)[..., None]
   sampled = jnp.take_along_axis(keys, tokens[..., None], axis=-1)
-  keep = jnp.where(sampled < last, keys > last, inside)
+  # saved for the backward pass, which need not look for it again
+  border = checkpoint_name(jnp.where(sampled < last, last + 1, last), BORDER)
   vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  return keep | (vocab == tokens[..., None])
+  return (keys >= border) | (vocab == tokens[..., None])
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ vocabulary chunking.
   log-prob of      x y EOS
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -60,7 +62,9 @@ def evaluate(
     chunk = max(1, CHUNK_ELEMENTS // (B * policy.vocab_size))
   chunk = min(chunk, T)
 
-  @jax.checkpoint
+  saved = jax.checkpoint_policies.save_only_these_names(distribution.BORDER)
+
+  @functools.partial(jax.checkpoint, policy=saved)
   def stats(hidden_Bxt, tokens_Bxt, kept_Bxt):
     logits = distribution.shape_logits(policy.logits(params, hidden_Bxt), rule)
     if kept_Bxt is not None:

@@ -53,17 +53,17 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     """hidden [B, D], uniform [B] -> token, log-prob, kept, each [B]."""
     logits = policy.logits(params, hidden)
     logits = distribution.shape_logits(logits, rule)
+    kept = jnp.zeros(logits.shape[:1], jnp.int32)
+    # the most likely token survives every truncation but another policy's
+    ranked = policy.ranking is not None
+    if ranked or (config.truncate and not config.greedy):
+      order = policy.ranking(params, hidden) if ranked else logits
+      order = distribution.shape_logits(order, rule) if ranked else order
+      keep, kept = distribution.truncate(order, rule)
+      logits = jnp.where(keep, logits, distribution.NEVER)
     if config.greedy:
       token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
       return token, jnp.zeros(token.shape), jnp.ones_like(token)
-    kept = jnp.zeros(logits.shape[:1], jnp.int32)
-    if config.truncate:
-      order = logits
-      if policy.ranking is not None:
-        order = policy.ranking(params, hidden)
-        order = distribution.shape_logits(order, rule)
-      keep, kept = distribution.truncate(order, rule)
-      logits = jnp.where(keep, logits, distribution.NEVER)
     token = distribution.draw(logits, uniform)
     return token, distribution.log_prob(logits, token), kept
 
