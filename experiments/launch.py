@@ -9,11 +9,6 @@
 import dataclasses
 import json
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +20,9 @@ import rich.table
 import rich.text
 import yaml
 
-from experiments import build, compat, models
+from experiments import build, compat, models, record
 from experiments import flags as flag_layer
 from jaxrl_tok import (
-  algorithms,
   checkpoint,
   data,
   distribution,
@@ -38,8 +32,9 @@ from jaxrl_tok import (
   sharding,
   train,
 )
+from jaxrl_tok import parts as step_parts
 from jaxrl_tok.logger import Logger, duration
-from jaxrl_tok.models import hf, hub, lora
+from jaxrl_tok.models import hf, lora
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.models.weights import fingerprint
 from jaxrl_tok.sampler import SamplerConfig
@@ -189,80 +184,6 @@ def prepare(experiment: Experiment, algorithm) -> Context:
   return context
 
 
-def environment() -> dict:
-  """Versions, commit and devices of this run."""
-  git = shutil.which('git')
-  commit = git and subprocess.run(
-    [git, 'rev-parse', 'HEAD'],
-    capture_output=True,
-    text=True,
-    cwd=Path(__file__).parent,
-    check=False,
-  )
-  return {
-    'python': platform.python_version(),
-    **hf.versions(),
-    'commit': (commit and commit.stdout.strip()) or None,
-    'platform': platform.platform(),
-    'backend': jax.default_backend(),
-    'devices': [str(d) for d in jax.devices()],
-  }
-
-
-def settings(context: Context, algorithm) -> dict:
-  """Everything that decides the run, for config.yaml."""
-  return {
-    'experiment': context.experiment.name,
-    **flag_layer.flat(context.experiment.flags),
-    'algorithm_resolved': algorithms.described(algorithm),
-    'compute_dtype': str(context.policy.dtype),
-    'model_origin': context.model.origin,
-    'model_commit': hub.commit_of(context.model.directory),
-    'model_fingerprint': fingerprint(context.model),
-    'value_head': context.policy.value is not None,
-    'adapter': context.adapter and dataclasses.asdict(context.adapter),
-    'model_config': context.model.described,
-    'data': context.experiment.data,
-  }
-
-
-def write_run_files(context: Context, algorithm, run_dir: Path) -> None:
-  """config.yaml, command.txt and env.json."""
-  config = yaml.safe_dump(settings(context, algorithm), sort_keys=False)
-  (run_dir / 'config.yaml').write_text(config)
-  module = f'experiments.{context.experiment.name}'
-  command = shlex.join(['python', '-m', module, *sys.argv[1:]])
-  (run_dir / 'command.txt').write_text(command + '\n')
-  (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
-  # with it, a checkpoint can be exported when the model has gone
-  with hf.appearing(run_dir / 'model', replace=True) as part:
-    hf.write_description(part, context.model)
-
-
-def print_config(context: Context, algorithm, state) -> None:
-  """Every setting, what the state (of structs) weighs and where each parameter
-  lies."""
-  say = context.logger.say
-  say(yaml.safe_dump(settings(context, algorithm), sort_keys=False).rstrip())
-
-  def weight(tree):
-    leaves = jax.tree.leaves(tree)
-    count = sum(x.size for x in leaves)
-    return f'{count:,} in {sum(x.size * x.dtype.itemsize for x in leaves):,}'
-
-  say(f'trained parameters: {weight(state.params)} bytes')
-  if state.frozen is not None:
-    say(f'frozen parameters: {weight(state.frozen)} bytes')
-  if state.critic is not None:
-    say(f'critic parameters: {weight(state.critic)} bytes')
-  say(f'optimizer state: {weight(state.opt_state)} bytes')
-  say(f'mesh: {dict(context.mesh.shape)}')
-  for tree in state.weights:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      name, spec = sharding.path_name(path), tuple(leaf.sharding.spec)
-      say(f'  {name} {list(leaf.shape)} {leaf.dtype} {spec}')
-
-
 def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
   """(state, progress, old flags) that --resume names, None without any."""
   resume = context.experiment.flags.run.resume
@@ -307,7 +228,7 @@ def begin(
   logger.say(f'run directory: {run_dir}')
   context = context._replace(logger=logger)
   if restored is None:
-    write_run_files(context, algorithm, run_dir)
+    record.write_run_files(context, algorithm, run_dir)
     return context, make_state(*models.first_weights(context)), train.Progress()
   state, progress, old = restored
   logger.say(f'resumed from step {progress.step}')
@@ -319,8 +240,8 @@ def begin(
 
 
 def compile_parts(
-  context: Context, algorithm, optimizer, config: train.LoopConfig, state
-) -> train.Parts:
+  context: Context, algorithm, optimizer, config: step_parts.LoopConfig, state
+) -> step_parts.Parts:
   """The step's functions; says that it compiles and for how long."""
   experiment, s = context.experiment, context.experiment.flags.sampling
   rows = s.num_prompts * s.num_generations // algorithm.mini_batches
@@ -332,7 +253,7 @@ def compile_parts(
   )
   scoring = models.device_score(context)
   with context.logger.doing('compiling the sampler, update and evaluation'):
-    compiled = train.compile_parts(
+    compiled = step_parts.compile_parts(
       context.policy,
       algorithm,
       optimizer,
@@ -347,7 +268,7 @@ def compile_parts(
       critic=context.critic,
     )
   host, _ = models.split_rewards(context)
-  return train.Parts(
+  return step_parts.Parts(
     **compiled,
     score=context.scorer(*host),
     judge=context.scorer(experiment.judge_functions),
@@ -355,10 +276,10 @@ def compile_parts(
   )
 
 
-def loop_config(context: Context, algorithm) -> train.LoopConfig:
+def loop_config(context: Context, algorithm) -> step_parts.LoopConfig:
   """When things happen, from the flags."""
   f = context.experiment.flags
-  return train.LoopConfig(
+  return step_parts.LoopConfig(
     seed=f.run.seed,
     num_prompts=f.sampling.num_prompts,
     max_steps=f.run.max_steps,
@@ -373,7 +294,9 @@ def loop_config(context: Context, algorithm) -> train.LoopConfig:
   )
 
 
-def look(context: Context, parts: train.Parts, state, step: int, split: str):
+def look(
+  context: Context, parts: step_parts.Parts, state, step: int, split: str
+):
   """Greedy held-out completions, recorded as 'before' or 'after'."""
   found, rows = evaluation.held_out_reward(
     parts.greedy,
@@ -476,7 +399,7 @@ def run(experiment: Experiment) -> dict:
   optimizer, schedule = build.make_optimizer(f, algorithm)
   if f.run.print_config:
     state = new_state(context, algorithm, optimizer, *models.structs(context))
-    print_config(context, algorithm, state)
+    record.print_config(context, algorithm, state)
     return {}
   run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
   with jax.set_mesh(context.mesh):

@@ -44,7 +44,7 @@ class Spent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collector:
-  """What drawing a batch needs. Functions are those of train.Parts."""
+  """What drawing a batch needs. Functions are those of parts.Parts."""
 
   sample: Callable
   score: Callable  # (tokens, mask, examples) -> rewards.Scores

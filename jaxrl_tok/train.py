@@ -14,7 +14,6 @@ the device never waits for the log. What is needed to go on (TrainState and
 Progress) is saved together; a resumed run is the run that was not stopped.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -25,36 +24,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import rewards
 from jaxrl_tok.collect import Collector, collect
 from jaxrl_tok.data import PromptSet, record_indices
-from jaxrl_tok.evaluation import credit_rows, held_out_reward, make_drift
+from jaxrl_tok.evaluation import credit_rows, held_out_reward
 from jaxrl_tok.logger import Logger
-from jaxrl_tok.mask_policy import masked_policy
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.sharding import ROWS, put_replicated, put_rows
-from jaxrl_tok.steps import Table, make_steps
-from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule, TrainState
-from jaxrl_tok.update import make_update
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """When things happen. 0 means never."""
-
-  seed: int = 0
-  num_prompts: int = 32  # C
-  max_steps: int = 1000
-  eval_every: int = 50
-  eval_batch: int = 512  # held-out prompts at a time
-  save_every: int = 0  # and always at the end
-  stop_at_reward: float | None = None  # held-out, greedy
-  patience: int = 0  # evaluations without a better one
-  log_kl: bool = True  # at each evaluation, where there is a reference
-  steps_per_call: int = 0  # one program of so many whole steps
-  resample_rounds: int = 0  # see collect.py
+from jaxrl_tok.parts import LoopConfig, Parts
+from jaxrl_tok.sharding import put_replicated, put_rows
+from jaxrl_tok.steps import Table
+from jaxrl_tok.types import Rollout, SamplingRule, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,143 +49,8 @@ class Progress:
   evals_since_best: int = 0
 
 
-class Parts(NamedTuple):
-  """The step's functions, those of the device compiled."""
-
-  greedy: Callable  # (state.weights, key, Prompts, rule) -> Rollout
-  score: Callable  # (tokens, mask, examples) -> rewards.Scores
-  judge: Callable  # the same, for held-out data
-  decode: Callable  # lists of ids -> texts
-  # step by step
-  sample: Callable | None = None  # (weights, key, Prompts, rule) -> Rollout
-  update: Callable | None = None  # see make_update
-  greedy_prompts: Callable | None = None  # greedy, of training prompts
-  # (Rollout, {column: [C, ...]}) -> (reward [B, T], {name: mean})
-  device_score: Callable | None = None
-  # or many in a call: (state, Table, index [n, C], rule)
-  steps: Callable | None = None  # -> (state, metrics [n], steps.Last)
-  drift: Callable | None = None  # (reference weights, rollout, rule) -> KL
-
-
 class Interrupted(Exception):
   """A signal asked the run to stop; its state is saved."""
-
-
-def compile_parts(
-  policy: Policy,
-  algorithm,
-  optimizer,
-  sampler: SamplerConfig,
-  config: LoopConfig,
-  state: TrainState,
-  rule: SamplingRule,
-  data: PromptSet,
-  held_out_length: int,
-  micro_batches: int = 1,
-  logits_chunk: int | None = None,
-  device_score: tuple | None = None,
-  critic: Policy | None = None,
-) -> dict[str, Callable]:
-  """Compiles what Parts wants of the device, side by side.
-
-  Args:
-    held_out_length: P of the held-out prompts.
-    device_score: (device_rewards.make_scorer's function, its params).
-    critic: where it is no head on the policy.
-
-  Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
-  """
-  mesh = jax.sharding.get_mesh()
-  rows = NamedSharding(mesh, PartitionSpec(ROWS))
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def array(*shape, dtype=np.int32, sharding=rows):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  def like(x, count, sharding=rows):  # `count` rows of x
-    return array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
-
-  C, E = config.num_prompts, config.eval_batch
-  prompts = Prompts(like(data.tokens, C), array(C))
-  held_out = Prompts(array(E, held_out_length), array(E))
-  if algorithm.mask_every:
-    policy = masked_policy(policy)
-  one = dataclasses.replace(
-    sampler, samples_per_prompt=1, greedy=True, truncate=False
-  )
-
-  def sampling(config):
-    sample = make_sampler(policy, config)
-    return lambda weights, *args: sample(policy.join(*weights), *args)
-
-  sample, greedy = sampling(sampler), sampling(one)
-  sampled = jax.eval_shape(sample, state.weights, state.key, prompts, rule)
-  rollout = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), sampled)
-  reward = array(*rollout.logp.shape, dtype=np.float32)
-  update = make_update(
-    policy, algorithm, optimizer, micro_batches, logits_chunk, critic
-  )
-  # the state comes out placed as it went in: no compilation at step 2
-  placed = jax.tree.map(lambda x: x.sharding, state)
-  score, score_params = device_score or (None, None)
-  look = state.weights, state.key
-  jobs = {
-    'greedy': (jax.jit(greedy, out_shardings=rows), (*look, held_out, rule))
-  }
-  if config.steps_per_call:
-    best = greedy if algorithm.greedy else None
-    n = len(data.examples)
-    columns = {k: like(v, n, whole) for k, v in data.columns.items()}
-    table = Table(
-      like(data.tokens, n, whole), array(n, sharding=whole), columns
-    )
-    index = array(config.steps_per_call, C, sharding=whole)
-    jobs['steps'] = (
-      jax.jit(
-        make_steps(sample, score, update, best),
-        donate_argnums=0,
-        out_shardings=(placed, whole, rows),
-      ),
-      (state, score_params, table, index, rule),
-    )
-  else:
-    jobs['sample'] = (
-      jax.jit(sample, out_shardings=rows),
-      (*look, prompts, rule),
-    )
-    greedy_reward = None
-    if algorithm.greedy:
-      greedy_reward = array(C, dtype=np.float32)
-      jobs['greedy_prompts'] = jobs['greedy'][0], (*look, prompts, rule)
-    jobs['update'] = (
-      jax.jit(update, donate_argnums=0, out_shardings=(placed, whole, rows)),
-      (state, rollout, reward, rule, greedy_reward),
-    )
-    if score is not None:
-      columns = {k: like(v, C) for k, v in data.columns.items()}
-      jobs['device_score'] = (
-        jax.jit(score, out_shardings=(rows, whole)),
-        (score_params, rollout, columns),
-      )
-  # at every step where the algorithm has a KL of its own
-  if config.log_kl and algorithm.kl is None:
-    drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
-    jobs['drift'] = drift, (state.reference_weights, rollout, rule)
-
-  def build(job):
-    function, args = job
-    with jax.set_mesh(mesh):  # it is of the thread
-      return function.lower(*args).compile()
-
-  with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-    built = dict(zip(jobs, pool.map(build, jobs.values())))
-  if 'device_score' in built:
-    compiled = built['device_score']
-    built['device_score'] = functools.partial(compiled, score_params)
-  if 'steps' in built:
-    many = built['steps']
-    built['steps'] = lambda state, *args: many(state, score_params, *args)
-  return built
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_tok import losses, masked
+from jaxrl_tok.groups import merge_rows, split_groups, take_groups
 from jaxrl_tok.policy import evaluate, values
-from jaxrl_tok.sharding import constrain_rows, path_name
+from jaxrl_tok.sharding import path_name
 from jaxrl_tok.types import (
   Algorithm,
   Policy,
@@ -89,45 +90,6 @@ def sides(trained) -> tuple:
     return 'critic' if own else 'policy'
 
   return jax.tree_util.tree_map_with_path(side, trained)
-
-
-def split_rows(tree, parts: int):
-  """[R, ...] -> [parts, R / parts, ...], part m taking rows m, m + parts, ...
-
-  Strided, so that a batch split over devices stays on its devices.
-  """
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), tree
-  )
-
-
-def merge_rows(tree):
-  """Undoes split_rows."""
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree
-  )
-
-
-def split_groups(tree, parts: int, num_prompts: int):
-  """Splits a tree of [C, ...] and [B, ...] leaves by whole prompts."""
-
-  def one(x):  # a group's G rows move together
-    return x.reshape(num_prompts, -1, *x.shape[1:])
-
-  split = split_rows(jax.tree.map(one, tree), parts)
-  return jax.tree.map(
-    lambda x, y: y.reshape(parts, -1, *x.shape[1:]), tree, split
-  )
-
-
-def take_groups(tree, prompts, num_prompts: int):
-  """Of a tree of [C, ...] and [B, ...] leaves, those of the given prompts."""
-
-  def one(x):
-    groups = x.reshape(num_prompts, -1, *x.shape[1:])[prompts]
-    return constrain_rows(groups.reshape(-1, *x.shape[1:]))
-
-  return jax.tree.map(one, tree)
 
 
 def reward_metrics(reward: jax.Array, mask: jax.Array, num_prompts: int):

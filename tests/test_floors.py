@@ -17,6 +17,7 @@ FLOORS = {
   'charts': 0,
   'rewards': 0,
   'report': 1,
+  'groups': 1,
   'distribution': 1,
   'data': 1,
   'models': 1,
@@ -32,7 +33,8 @@ FLOORS = {
   'evaluation': 3,
   'collect': 3,
   'steps': 3,
-  'train': 4,
+  'parts': 4,
+  'train': 5,
 }
 # inside models/: attention <- transformer <- layout <- weights <- hf
 MODEL_FLOORS = {

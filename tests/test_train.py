@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import arithmetic
-from jaxrl_tok import evaluation, rewards, train
+from jaxrl_tok import evaluation, parts, rewards, train
 from jaxrl_tok.models import hf
 
 TINY = {
@@ -337,7 +337,7 @@ def test_a_bad_jsonl_is_one_line(tmp_path, capsys, text, fact):
 
 
 def test_stop_reasons():
-  config = train.LoopConfig(max_steps=10, stop_at_reward=0.9, patience=3)
+  config = parts.LoopConfig(max_steps=10, stop_at_reward=0.9, patience=3)
   go = train.Progress(step=5, eval_reward=0.8, evals_since_best=2)
   assert train.stop_reason(go, config) is None
   for change, word in (

@@ -8,16 +8,14 @@ import pytest
 from conftest import changed, random_prompts, scored
 
 from jaxrl_tok import advantages, algorithms, losses
+from jaxrl_tok.groups import merge_rows, split_groups, split_rows
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.types import Prompts
 from jaxrl_tok.update import (
   init_state,
   length_metrics,
   make_update,
-  merge_rows,
   reward_metrics,
-  split_groups,
-  split_rows,
 )
 
 # hands out the gradient as the optimizer's state
