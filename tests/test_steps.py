@@ -1,6 +1,8 @@
 """Laws of whole steps in one program: the same numbers, and no host inside."""
 
-import concurrent.futures
+import dataclasses
+import functools
+import inspect
 import re
 import types
 
@@ -9,27 +11,43 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import END, OTHER_END, changed, random_prompts
-from safetensors.numpy import load_file
-from test_train import assert_same_run, cache, flags, rows  # noqa: F401
+from conftest import (
+  CONFIG,
+  END,
+  OTHER_END,
+  PAD,
+  changed,
+  random_prompts,
+  sharpened,
+)
+from test_train import flags, rows
 
-from experiments import arithmetic, warm_start
-from jaxrl_tok import algorithms, data, device_rewards, rewards
-from jaxrl_tok.sampler import make_sampler
-from jaxrl_tok.steps import Table, make_steps
+from experiments import arithmetic, build, launch, models, warm_start
+from jaxrl_tok import (
+  algorithms,
+  checkpoint,
+  data,
+  device_rewards,
+  distribution,
+  parts,
+  rewards,
+  sharding,
+  train,
+)
+from jaxrl_tok.logger import Logger
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.types import Prompts, Rollout
-from jaxrl_tok.update import init_state, make_update
 
-# --- in one call and one after another --------------------------------------
+# --- in one call and one after another ---------------------------------------
 
-INDEX_3xC = np.array([[0, 3, 5, 6], [2, 1, 4, 0], [6, 5, 3, 2]], np.int32)
 # all that an update leaves to the next, and two rollouts a step
 ALGORITHM = algorithms.remax(
   kl='reverse',
   beta=0.3,
   kl_target=0.01,
   kl_horizon=24.0,
-  reference_every=2,
+  reference_every=3,
   epochs=2,
   mini_batches=2,
 )
@@ -48,95 +66,151 @@ def ended(rollout, **columns):
   return jnp.any(ends & rollout.mask, axis=1)
 
 
-def compiled(jobs: dict) -> dict:
-  """{name: (function, args)} -> {name: its program}, made side by side."""
+def length(prompts, completions, completion_ids, **columns):
+  return [float(len(ids)) for ids in completion_ids]
 
-  def build(job):
-    return jax.jit(job[0]).lower(*job[1]).compile()
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(jobs, pool.map(build, jobs.values())))
+def decode(ids: list[list[int]]) -> list[str]:
+  return [' '.join(map(str, row)) for row in ids]
+
+
+def prompt_set(count: int, seed: int) -> data.PromptSet:
+  prompts = random_prompts(C=count, seed=seed)
+  targets = np.arange(count, dtype=np.int32) % 9 + 1
+  examples = [{'prompt': str(i), 'answer': '-'} for i in range(count)]
+  return data.PromptSet(examples, *prompts, {'target': targets})
 
 
 @pytest.fixture(scope='module')
-def both(tiny):
-  """Three steps in one call, and the same three one after another."""
-  optimizer, rule = optax.adam(0.03), tiny.rule
-  greedy = changed(tiny.config, samples_per_prompt=1, greedy=True)
-  greedy = make_sampler(tiny.policy, greedy)
-
-  def of_weights(sample):
-    return lambda weights, *args: sample(tiny.policy.join(*weights), *args)
-
+def loop(tmp_path_factory):
+  """loop.run(name, steps a call): six steps on two devices; the run's
+  directory and last state. loop.steps is the program of two steps."""
+  plain = changed(
+    CONFIG, layers=CONFIG.layers[:1], qkv_bias=False, qk_norm=None
+  )
+  policy = make_policy(plain)
+  params = sharpened(jax.jit(policy.init)(jax.random.key(1)), 2.0)
+  mesh = sharding.make_mesh('data=2', jax.devices()[:2])
+  rule = sharding.put_replicated(
+    mesh, distribution.make_rule(11, [END, OTHER_END])
+  )
+  optimizer, records, held_out = (
+    optax.adam(0.005),
+    prompt_set(7, 0),
+    prompt_set(4, 1),
+  )
   score = device_rewards.make_scorer([small, ended], [0.5, 2.0])
-  update = make_update(tiny.policy, ALGORITHM, optimizer)
-  state = init_state(ALGORITHM, optimizer, tiny.params, jax.random.key(3))
-  targets = np.arange(2, 9, dtype=np.int32)
-  table = Table(*random_prompts(C=7), {'target': targets})
-  table, index = jax.device_put((table, INDEX_3xC))
-  steps = make_steps(of_weights(tiny.sample), score, update, of_weights(greedy))
-  reward = jnp.zeros(tiny.rollout.logp.shape)
-  jobs = {
-    'steps': (steps, (state, None, table, index, rule)),
-    'greedy': (greedy, (state.params, state.key, tiny.prompts, rule)),
-    'update': (update, (state, tiny.rollout, reward, rule, jnp.zeros(4))),
-  }
+  ends = (END, OTHER_END)
+  config = parts.LoopConfig(
+    num_prompts=4, max_steps=6, eval_every=2, eval_batch=4, save_every=2
+  )
+  home = tmp_path_factory.mktemp('runs')
 
-  def build(job):
-    return jax.jit(job[0]).lower(*job[1]).compile()
+  def begin():
+    given = jax.tree.map(jnp.array, params)
+    return build.make_state(policy, ALGORITHM, optimizer, mesh, 0, given)
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    run = dict(zip(jobs, pool.map(build, jobs.values())))
-  with jax.transfer_guard('disallow'):
-    together = run['steps'](state, None, table, index, rule)
-  alone, found = state, []
-  for number, index_C in enumerate(INDEX_3xC):
-    prompts = Prompts(table.tokens[index_C], table.length[index_C])
-    columns = {'target': table.columns['target'][index_C]}
-    args = alone.params, jax.random.fold_in(alone.key, number), prompts, rule
-    rollout, best = tiny.sample(*args), run['greedy'](*args)
-    reward, means = score(None, rollout, columns)
-    greedy_reward = score(None, best, columns)[0].sum(1)
-    alone, metrics, advantage = run['update'](
-      alone, rollout, reward, rule, greedy_reward
-    )
-    found.append(metrics | means)
+  def compiled(n):
+    with jax.set_mesh(mesh):
+      return parts.compile_parts(
+        policy,
+        ALGORITHM,
+        optimizer,
+        SamplerConfig(3, 5, PAD),
+        dataclasses.replace(config, steps_per_call=n),
+        begin(),
+        rule,
+        records,
+        held_out.tokens.shape[1],
+        device_score=(score, None),
+      )
+
+  programs = {n: compiled(n) for n in (0, 2)}
+  # what is compiled there takes no greedy rollout
+  programs[0]['device_score'] = functools.partial(jax.jit(score), None)
+
+  def run(name, n, stop=6, resume=False):
+    out, state, progress = home / name, begin(), train.Progress()
+    checkpoints = checkpoint.open_checkpoints(out, 3)
+    if resume:
+      last = checkpoint.choose_step(checkpoints, 'auto')
+      state, meta = checkpoint.restore(checkpoints, last, state)
+      progress = train.Progress(**meta['progress'])
+    logger = Logger(out, resume_step=progress.step if resume else None)
+
+    def save(state, progress):
+      checkpoint.save(checkpoints, state, dataclasses.asdict(progress), {})
+
+    with jax.set_mesh(mesh):
+      state, *_ = train.train(
+        state,
+        progress,
+        parts.Parts(
+          **programs[n],
+          score=rewards.make_scorer([], decode, ends),
+          judge=rewards.make_scorer([length], decode, ends),
+          decode=decode,
+        ),
+        dataclasses.replace(config, steps_per_call=n, max_steps=stop),
+        records,
+        held_out,
+        rule,
+        logger,
+        save,
+        lambda step: 0.005,
+      )
+    checkpoints.close()
+    logger.close()
+    return out, state
+
   return types.SimpleNamespace(
-    start=state,
-    together=together,
-    alone=(alone, found, (rollout, reward, advantage)),
-    text=run['steps'].as_text(),
+    run=run,
+    whole=run('whole', 2),
+    start=begin(),
+    steps=inspect.getclosurevars(programs[2]['steps']).nonlocals['many'],
   )
 
 
-def assert_close(a, b, tolerance=1e-5):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      x, y = jax.random.key_data(x), jax.random.key_data(y)
-    np.testing.assert_allclose(x, y, tolerance, tolerance)
+def leaves(state) -> list:
+  state = state.replace(key=jax.random.key_data(state.key))
+  return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
-def test_steps_in_one_call_are_the_steps(both):
-  state, metrics, last = both.together
-  alone, found, (rollout, reward, advantage) = both.alone
-  for name in ('tokens', 'mask'):
-    np.testing.assert_array_equal(
-      getattr(last.rollout, name), getattr(rollout, name)
-    )
-  assert_close(tuple(last), (rollout, reward, advantage))
-  assert metrics.keys() == found[0].keys()
-  assert {'rewards/small/mean', 'rewards/ended/mean'} <= metrics.keys()
-  for name, values_3 in metrics.items():
-    np.testing.assert_allclose(
-      values_3, [float(m[name]) for m in found], 1e-4, 1e-5, err_msg=name
-    )
-  assert_close(state, alone)
-  assert int(state.step) == 3
-  moved = jax.tree.map(
-    lambda x, y: float(jnp.abs(x - y).max()), state.params, both.start.params
-  )
-  assert min(jax.tree.leaves(moved)) > 1e-3
+def test_steps_in_one_call_are_the_steps(loop):
+  (together, state), (alone, want) = loop.whole, loop.run('alone', 0)
+  for name in ('metrics', 'samples'):
+    found = [rows(d / f'{name}.jsonl') for d in (together, alone)]
+    for a, b in zip(*found, strict=True):
+      assert a.keys() == b.keys()
+      for key, value in b.items():
+        text = isinstance(value, str) or key == 'tokens'
+        close = value if text else pytest.approx(value, rel=1e-4, abs=1e-5)
+        assert a[key] == close, key
+  for x, y in zip(leaves(state), leaves(want), strict=True):
+    np.testing.assert_allclose(x, y, 1e-5, 1e-5)
+  for x, y in zip(leaves(loop.start), leaves(want)):
+    assert x.ndim < 2 or np.abs(x - y).max() > 1e-3, 'nothing was learnt'
+
+
+def test_what_is_logged_of_a_call(loop):
+  found = rows(loop.whole[0] / 'metrics.jsonl')
+  steps = [row for row in found if row['phase'] == 'train']
+  assert [row['step'] for row in steps] == [1, 2, 3, 4, 5, 6]
+  for row in steps:
+    parts = row['rewards/small/mean'], row['rewards/ended/mean']
+    assert row['reward'] == pytest.approx(0.5 * parts[0] + 2 * parts[1])
+    assert row['sampler_logp_gap'] < 1e-5
+  assert len({row['kl_coef'] for row in steps}) == 6
+  assert [row['step'] for row in found if row['phase'] == 'eval'] == [2, 4, 6]
+
+
+def test_resumed_between_calls_is_never_stopped(loop):
+  loop.run('parts', 2, stop=2)
+  (parts, state), (whole, want) = loop.run('parts', 2, resume=True), loop.whole
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert rows(parts / name) == rows(whole / name)
+  for x, y in zip(leaves(state), leaves(want), strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 def host_parts(text: str) -> set[str]:
@@ -147,8 +221,8 @@ def host_parts(text: str) -> set[str]:
   return found | {c for c in calls if 'callback' in c or 'host' in c.lower()}
 
 
-def test_the_host_takes_no_part(both):
-  assert host_parts(both.text) == set()
+def test_the_host_takes_no_part(loop):
+  assert host_parts(loop.steps.as_text()) == set()
 
 
 def test_the_host_would_be_seen():
@@ -158,54 +232,11 @@ def test_the_host_would_be_seen():
 
   program = jax.jit(asks).lower(jnp.float32(1)).compile()
   assert host_parts(program.as_text())
-  with (
+  with (  # train.device_steps makes each call under this guard
     pytest.raises(Exception, match='Disallowed host-to-device'),
     jax.transfer_guard('disallow'),
   ):
     jax.jit(jnp.sin)(np.float32(1))
-
-
-# --- a whole run -------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def runs(cache, tmp_path_factory):  # noqa: F811
-  """run(name, flags): the directory of a run, three calls of two steps."""
-  home = tmp_path_factory.mktemp('runs')
-
-  def run(name, **more):
-    arithmetic.main(flags(home / name, **{'steps_per_call': 2, **more}))
-    return home / name
-
-  return types.SimpleNamespace(run=run, whole=run('whole'))
-
-
-def test_a_run_of_calls_is_the_run_of_steps(runs):
-  host = runs.run('host', steps_per_call=0)
-  for name in ('metrics', 'samples'):
-    want, found = (rows(d / f'{name}.jsonl') for d in (host, runs.whole))
-    for a, b in zip(found, want, strict=True):
-      if 'rewards/exact_match/mean' in b:
-        a['rewards/exact_match/mean'] = a.pop('rewards/exact_tokens/mean')
-      a.pop('sampler_logp_gap', 0), b.pop('sampler_logp_gap', 0)
-      assert a.keys() == b.keys()
-      for key, value in b.items():
-        numbers = isinstance(value, float) or (
-          isinstance(value, list) and isinstance(value[0], float)
-        )
-        close = pytest.approx(value, rel=1e-4, abs=1e-5) if numbers else value
-        assert a[key] == close, key
-  want, found = (
-    load_file(d / 'export/model.safetensors') for d in (host, runs.whole)
-  )
-  assert found.keys() == want.keys()
-  for name in want:
-    np.testing.assert_allclose(found[name], want[name], 1e-5, 1e-5)
-
-
-def test_resumed_between_calls_is_never_stopped(runs):
-  runs.run('parts', max_steps=2)
-  assert_same_run(runs.run('parts', resume='auto'), runs.whole)
 
 
 def test_without_device_rewards_it_is_refused(tmp_path, capsys):
@@ -220,6 +251,27 @@ def test_without_device_rewards_it_is_refused(tmp_path, capsys):
   assert 'no reward that is a JAX function; pass --steps_per_call 0' in said
   assert '\n' not in said
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('reward', ['exact', 'digits'])
+def test_an_experiment_brings_its_columns(tmp_path, monkeypatch, reward):
+  """The answers themselves, taken for completions, are all right."""
+  seen = []
+  monkeypatch.setattr(launch, 'run', seen.append)
+  given = {'steps_per_call': 2, 'reward': reward, 'num_problems': 50}
+  arithmetic.main(flags(tmp_path / 'run', **given))
+  algorithm = build.make_algorithm(seen[0].flags)
+  context = launch.prepare(seen[0], algorithm)
+  (host, _), (device, _) = models.split_rewards(context)
+  assert (len(host), len(device)) == (0, 1)
+  score, params = models.device_score(context)
+  _, tokens, lengths, columns = context.data
+  answer, mask = columns['answer'], columns['answer_mask']
+  prompts = Prompts(tokens, lengths)
+  rollout = Rollout(prompts, answer, mask, np.zeros(mask.shape), None)
+  found, _ = score(params, rollout, columns)
+  np.testing.assert_allclose(found.sum(1), np.ones(50), 1e-6)
+  assert (np.asarray(found) > 0).sum() == {'exact': 50, 'digits': 150}[reward]
 
 
 # --- rewards on the device ---------------------------------------------------
