@@ -210,13 +210,13 @@ def compare(found: dict, i: int):
 def solver(preset):
   """solve, jitted, of the preset with all that may be added to it."""
   several = preset in (algorithms.ppo, algorithms.nlpo)
+  capped = {'importance_cap': 2.0, 'recompute_logp': several}
   algorithm = preset(
     max_length=T,
     kl='forward',
     beta=0.1,
     entropy_coef=0.01,
-    importance_cap=2.0,
-    recompute_logp=several,
+    **({} if preset is algorithms.rloo else capped),
   )
   return algorithm, jax.jit(
     lambda batch: solve(

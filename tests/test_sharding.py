@@ -97,13 +97,14 @@ def test_moments_lie_where_their_parameters_do():
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
   def make(key):
-    return init_state(ALGORITHM, optimizer, POLICY.init(key), key, True)
+    params = POLICY.init(key)
+    return init_state(ALGORITHM, optimizer, params, key, True, critic=params)
 
   state, _ = sharding.born_sharded(
     make, mesh, POLICY.partition_rules, jax.random.key(0)
   )
   adam = state.opt_state[1][0]
-  for tree in (adam.mu, adam.nu, state.reference):
+  for tree in (*adam.mu, *adam.nu, state.reference, state.critic):
     jax.tree.map(
       lambda p, m: np.testing.assert_equal(p.sharding, m.sharding),
       state.params,

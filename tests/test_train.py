@@ -378,7 +378,7 @@ def _split(prompt):
 
 def test_drift_is_zero_for_the_policy_itself(tiny):
   drift = jax.jit(evaluation.make_drift(tiny.policy))
-  same = drift(tiny.params, tiny.rollout, tiny.rule)
+  same = drift((tiny.params, None), tiny.rollout, tiny.rule)
   assert float(same) == pytest.approx(0, abs=1e-6)
   other = jax.tree.map(lambda x: x * 1.2, tiny.params)
-  assert float(drift(other, tiny.rollout, tiny.rule)) > 1e-3
+  assert float(drift((other, None), tiny.rollout, tiny.rule)) > 1e-3

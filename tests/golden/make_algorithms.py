@@ -516,9 +516,10 @@ def make_cases() -> list:
     plain = {'preset': preset, 'reward': 'dense'} | KLS['none']
     cases += [
       plain | {'gamma': 0.9} | KLS['reward'],
-      plain | {'importance_cap': 2.0} | KLS['reverse'],
       plain | {'entropy_coef': 0.01},
     ]
+    if PRESETS[preset].get('surrogate') != 'row':  # its ratio is no token's
+      cases.append(plain | {'importance_cap': 2.0} | KLS['reverse'])
     if PRESETS[preset].get('whiten'):
       cases.append(plain | {'advantage_clip': 0.5})
     if PRESETS[preset].get('credit') == 'gae':
