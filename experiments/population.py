@@ -12,7 +12,7 @@
 3. A table, population.json and population.svg: held-out accuracy of every
    learning rate over its seeds.
 
-On 2 CPU cores: about 4 minutes, most of them the runs.
+Its time, and the number to expect, have not been measured on a free machine.
 """
 
 import dataclasses
