@@ -141,6 +141,16 @@ def check(task: TaskFlags) -> None:
     flag_layer.fail(f'--data {task.data} is no file')
 
 
+def reward_functions() -> dict:
+  """{--reward: (on the host, on the device)}."""
+  from jaxrl_tok import device_rewards, rewards
+
+  return {
+    'exact': (rewards.exact_match, device_rewards.exact_tokens),
+    'digits': (rewards.digits, device_rewards.digit_tokens),
+  }
+
+
 def main(argv=None) -> dict:
   flags = flag_layer.parse(
     DEFAULTS, 'python -m experiments.arithmetic', argv, __doc__
@@ -148,16 +158,13 @@ def main(argv=None) -> dict:
   check(flags.task)
 
   from experiments import launch, warm_start
-  from jaxrl_tok import data, device_rewards, rewards
+  from jaxrl_tok import data, rewards
 
   try:
     flags, train, held_out, words = load(flags)
   except ValueError as e:
     flag_layer.fail(e)
-  on_host, on_device = {
-    'exact': (rewards.exact_match, device_rewards.exact_tokens),
-    'digits': (rewards.digits, device_rewards.digit_tokens),
-  }[flags.task.reward]
+  on_host, on_device = reward_functions()[flags.task.reward]
   return launch.run(
     launch.Experiment(
       name='arithmetic',

@@ -39,10 +39,6 @@ from jaxrl_tok.steps import Table, make_steps
 from jaxrl_tok.types import Algorithm, Prompts
 
 COLOURS = (charts.BLUE, charts.ORANGE, '#16a34a', '#a855f7', '#e11d48')
-REWARDS = {
-  'exact': device_rewards.exact_tokens,
-  'digits': device_rewards.digit_tokens,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +189,8 @@ def make_train(context: launch.Context, algorithm: Algorithm) -> Callable:
     return lambda weights, *args: sample(policy.join(*weights), *args)
 
   sample, greedy = sampling(s.num_generations, False), sampling(1, True)
-  score = device_rewards.make_scorer([REWARDS[flags.task.reward]])
+  _, reward = arithmetic.reward_functions()[flags.task.reward]
+  score = device_rewards.make_scorer([reward])
 
   def train(params, table: Table, held_out: Table, key, learning_rate, index):
     own = dataclasses.replace(flags.optimizer, learning_rate=learning_rate)

@@ -28,7 +28,8 @@ from jaxrl_tok.types import Prompts, Rollout
 
 def cache_dir(context, flags) -> Path:
   """Where the warm start of these settings is kept."""
-  experiment = context.experiment
+  experiment, rule = context.experiment, jax.device_get(context.rule)
+  never = () if rule.forbidden is None else np.flatnonzero(rule.forbidden)
   recipe = {
     'version': jaxrl_tok.__version__,
     'jax': jax.__version__,
@@ -37,6 +38,10 @@ def cache_dir(context, flags) -> Path:
     'length': experiment.flags.sampling.max_completion_length,
     'dtype': str(context.policy.dtype),
     'model': context.model.described,
+    # what evaluate and greedy completions read of the rule
+    'temperature': rule.temperature.item(),
+    'end_tokens': rule.end_tokens.tolist(),
+    'forbidden': list(map(int, never)),
     'data': hashlib.sha256(
       json.dumps(
         [experiment.train_records, experiment.held_out_records],

@@ -61,7 +61,7 @@ def test_the_presets_are_those_of_their_papers():
     assert words(name, 'value_clip', 'dual_clip', 'epochs', 'aggregate') == (
       *(0.2, None, 4, 'token_mean'),
     )
-  assert words('nlpo', 'mask_every') == (10,)
+  assert words('nlpo', 'mask_every') == (2,)
   assert words('grpo', *parts, *clip) == (
     *(returns, group, 'group_std', 'clip', 'seq_mean_token_mean', 0.2, 0.2),
   )
