@@ -164,6 +164,8 @@ def learn(context, flags):
       show(done, f'loss {float(loss):.3f}  held-out {score:.3f}')
       if score >= flags.warm_start_stop_at:
         break
+  # a critic begins with the updates
+  params = {k: v for k, v in params.items() if k != 'value_head'}
   return params, done, score
 
 
