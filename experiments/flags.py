@@ -207,14 +207,13 @@ def parse(defaults, prog, argv=None, description=None):
   prog: the command, for --help.
   """
   argv = sys.argv[1:] if argv is None else argv
-  _check_spelling(type(defaults), argv)
-  flags = _tyro(defaults, prog, argv, description)
+  flags = cli(defaults, prog, argv, description)
   try:
     changed = OF_ALGORITHM.get(flags.algorithm.algorithm, {})
     changed = changed | compat.defaults(flat(flags))
     if changed:  # what argv says is said over them
       defaults = with_values(defaults, changed)
-      flags = _tyro(defaults, prog, argv, description)
+      flags = cli(defaults, prog, argv, description)
     check_numbers(flags)
     check(flags.run, flags.model)
     check_algorithm(flags)
@@ -225,8 +224,10 @@ def parse(defaults, prog, argv=None, description=None):
   return flags
 
 
-def _tyro(defaults, prog, argv, description):
-  cli = functools.partial(
+def cli(defaults, prog, argv, description):
+  """tyro's reading of argv, its faults in one line."""
+  _check_spelling(type(defaults), argv)
+  read = functools.partial(
     tyro.cli,
     type(defaults),
     args=argv,
@@ -237,11 +238,11 @@ def _tyro(defaults, prog, argv, description):
     config=(tyro.conf.OmitArgPrefixes,),
   )
   if any(word in ('-h', '--help') for word in argv):
-    return cli()
+    return read()
   said = io.StringIO()
   try:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-      return cli()
+      return read()
   except SystemExit:
     # tyro draws a box of several lines; the fact in it is the second sentence
     words = re.sub(r'[\u2500-\u257f]+|-{5,}', ' ', said.getvalue())

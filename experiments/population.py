@@ -12,7 +12,9 @@
 3. A table, population.json and population.svg: held-out accuracy of every
    learning rate over its seeds.
 
-Its time, and the number to expect, have not been measured on a free machine.
+On 2 CPU cores: 2 minutes 40, the 12 runs themselves 110 seconds. From 42 %
+held-out, four seeds end at 75.5 % on average at a learning rate of 5e-4, at
+78.5 % (76.0 to 80.5) at 1.5e-3, and at 0 at 5e-3.
 """
 
 import dataclasses

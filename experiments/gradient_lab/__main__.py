@@ -12,12 +12,11 @@ its samples are right, once where three quarters are. On the same samples of
    advantages and weights they make all methods' estimates at once.
 3. How noisy, how biased, and how near to the reference the estimates are.
 
-It writes gradient_lab.json and gradient_lab.svg. On 2 CPU cores
-that other work shared: 4 minutes, 4 1/2 with the warm starts; not yet measured
-on a free machine. With seed 0, the variance is to
-the default's (leave_one_out, seq_mean_token_sum) 0.81 and 0.80 with no
-baseline, 0.89 and 0.94 with the mean reward, 1.76 and 1.24 with greedy
-completions; 0.90 and 0.87 under seq_mean_token_mean.
+It writes gradient_lab.json and gradient_lab.svg. On 2 CPU cores: 2 minutes 20
+with the warm starts. With seed 0, the variance is to the default's
+(leave_one_out, seq_mean_token_sum) 0.80 and 0.80 with no baseline, 0.88 and
+0.94 with the mean reward, 1.73 and 1.24 with greedy completions; 0.90 and 0.87
+under seq_mean_token_mean.
 """
 
 import dataclasses

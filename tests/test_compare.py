@@ -1,0 +1,76 @@
+"""The comparison reads runs as they are, and makes only those that lack."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from experiments import compare
+
+
+def leave_run(out, row, seed, looks: dict) -> None:
+  """A finished run whose held-out accuracy is looks[step]."""
+  where = compare.directory(compare.Flags(output_dir=str(out)), row, seed)
+  (where / 'export').mkdir(parents=True)
+  rows = [{'phase': 'eval', 'step': 0, 'eval/reward': looks[0]}]
+  for step in range(1, max(looks) + 1):
+    rows.append({'phase': 'train', 'step': step, 'num_tokens': 1000 * step})
+    if step in looks:
+      rows.append({'phase': 'eval', 'step': step, 'eval/reward': looks[step]})
+  lines = '\n'.join(map(json.dumps, rows))
+  (where / 'metrics.jsonl').write_text(lines + '\n')
+
+
+def test_the_table_is_of_the_runs(tmp_path, monkeypatch):
+  """Steps and tokens are those of the first look at 80 % or more."""
+  leave_run(tmp_path, 'grpo', 0, {0: 0.4, 10: 0.7, 20: 0.8, 30: 0.96})
+  leave_run(tmp_path, 'grpo', 1, {0: 0.4, 10: 0.9, 20: 0.98})
+  leave_run(tmp_path, 'reinforce, token rewards', 0, {0: 0.4, 10: 0.5})
+  leave_run(tmp_path, 'reinforce, token rewards', 1, {0: 0.4, 10: 0.8})
+  monkeypatch.setattr(compare.subprocess, 'run', None)  # nothing is missing
+  rows = 'grpo', 'reinforce, token rewards'
+  compare.main(
+    ['--algorithms', *rows, '--seeds', '0', '1', f'--output_dir={tmp_path}']
+  )
+  _, _, *lines = (tmp_path / 'compare.md').read_text().splitlines()
+  assert lines == [
+    '| grpo | 97.0 ± 1.4 % | 15 ± 7 | 15 ± 7 |',
+    '| reinforce, token rewards | 65.0 ± 21.2 % '
+    '| 10 (1 never) | 10 (1 never) |',
+  ]
+  told = json.loads((tmp_path / 'compare.json').read_text())
+  assert [run['all_steps'] for run in told['grpo']] == [30, 20]
+  page = ElementTree.parse(tmp_path / 'compare.svg').getroot()
+  dots = [x for x in page.iter() if x.tag.endswith('circle')]
+  assert len(dots) == 3
+  assert '1 of 2 never' in ' '.join(page.itertext())
+
+
+@pytest.mark.parametrize(
+  ('given', 'fact'),
+  [
+    ('--sedes 0', 'did you mean --seeds?'),
+    ('--algorithms grop', "'grop' is none of"),
+    ('--jobs 0', 'must be at least 1'),
+    ('--seeds x', '--seeds'),
+  ],
+)
+def test_what_cannot_be_is_one_line(tmp_path, capsys, given, fact):
+  with pytest.raises(SystemExit) as stopped:
+    compare.main([*given.split(), f'--output_dir={tmp_path / "out"}'])
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err.strip()
+  assert fact in said
+  assert '\n' not in said
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_that_fails_is_one_line(tmp_path, capsys):
+  """Its own error, and where its log is."""
+  given = '--algorithms grpo --seeds 0 --more --learning_rate=-1'
+  with pytest.raises(SystemExit):
+    compare.main([f'--output_dir={tmp_path}', *given.split()])
+  said = capsys.readouterr().err.strip()
+  assert '--learning_rate -1.0 must be above 0' in said
+  assert str(tmp_path / 'grpo-0.log') in said
+  assert '\n' not in said
