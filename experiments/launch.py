@@ -20,7 +20,7 @@ import rich.table
 import rich.text
 import yaml
 
-from experiments import build, compat, models, record
+from experiments import build, cache, compat, models, record
 from experiments import flags as flag_layer
 from jaxrl_tok import (
   checkpoint,
@@ -113,6 +113,7 @@ def check_devices(flags, mesh, mini_batches: int) -> None:
 def prepare(experiment: Experiment, algorithm) -> Context:
   """Checks all that needs the model, the data or the devices; a fault is one
   line and exit status 2."""
+  cache.keep_programs()
   flags = experiment.flags
   s, V = flags.sampling, None
   try:

@@ -9,7 +9,6 @@ by everything that decides the outcome.
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 import optax
 
 import jaxrl_tok
+from experiments.cache import user_cache
 from jaxrl_tok import data, losses, sharding
 from jaxrl_tok.evaluation import held_out_reward
 from jaxrl_tok.models import hf
@@ -51,9 +51,8 @@ def cache_dir(context, flags) -> Path:
     ).hexdigest(),
   }
   text = json.dumps(recipe, sort_keys=True).encode()
-  home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
   key = hashlib.sha256(text).hexdigest()[:16]
-  return home / 'jaxrl_tok' / f'{experiment.name}-{key}'
+  return user_cache() / f'{experiment.name}-{key}'
 
 
 def targets(records, context) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,8 @@
    state, for all B = C*G rows.
 3. A `while_loop` runs chunks while any row lives; a chunk is a `scan` of
    steps of known length, so that nothing asks the device whether to go on
-   between tokens.
+   between tokens. Where half of the rows are done, the others can move
+   together into arrays of half the rows.
 4. A step: `extend` by the last token (its keys and values go into the cache
    at one column), logits, the sampling rule, one draw, its log-prob.
 
@@ -14,6 +15,7 @@ row's sample does not depend on the other rows, on T or on the devices.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,7 +33,9 @@ class SamplerConfig:
   truncate: whether top-k, top-p or min-p are applied (and `kept` recorded).
   greedy: the most likely token; the distribution is then that one token, so
     its log-prob is 0 and `kept` is 1.
-  chunk: tokens between two looks at whether any row still lives.
+  chunk: tokens between two looks at how many rows still live.
+  halvings: how often the live rows may move into half as many; each is a
+    program of its own, so it pays for long completions of varied length.
   """
 
   samples_per_prompt: int  # G
@@ -40,6 +44,7 @@ class SamplerConfig:
   truncate: bool = False
   greedy: bool = False
   chunk: int = 16
+  halvings: int = 0
 
 
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
@@ -85,28 +90,28 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     B = prompts.tokens.shape[0] * G
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
-    def uniforms(t):  # [B]
-      keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, t)
-      return jax.vmap(jax.random.uniform)(keys)
+    def uniform(key, t):
+      return jax.random.uniform(jax.random.fold_in(key, t))
 
-    prefix = policy.encode(params, prompts)
-    hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
-    picked = pick(params, hidden, uniforms(0), rule)
-    first, done = record(picked, jnp.zeros((B,), bool), rule)
+    def uniforms(keys, times):  # [t, B]
+      by_row = jax.vmap(uniform, (0, None))
+      return jax.vmap(by_row, (None, 0))(keys, times)
 
-    def step(carry, t):
-      cache, token, done = carry
+    def step(prefix, carry, column):
+      (cache, token, done), (t, uniform_B) = carry, column
       hidden, cache = policy.extend(
         params, prefix, token[:, None], cache, t - 1
       )
-      picked = pick(params, hidden[:, 0], uniforms(t), rule)
+      picked = pick(params, hidden[:, 0], uniform_B, rule)
       column, done = record(picked, done, rule)
       return (cache, column[0], done), column
 
-    def run_chunk(carry):
-      index, steps, tables = carry
+    def run_chunk(rows, carry):
+      (prefix, keys), (index, steps, tables) = rows, carry
       times = 1 + index * chunk + jnp.arange(chunk)
-      steps, columns_tB = jax.lax.scan(step, steps, times)
+      steps, columns_tB = jax.lax.scan(
+        functools.partial(step, prefix), steps, (times, uniforms(keys, times))
+      )
       tables = jax.tree.map(
         lambda table, new: jax.lax.dynamic_update_slice(
           table, new, (index * chunk, 0)
@@ -116,10 +121,34 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       )
       return index + 1, steps, tables
 
-    def alive(carry):
-      index, (_, _, done), _ = carry
-      return (index < num_chunks) & ~jnp.all(done)
+    def finish(rows, carry, halvings):
+      """Tables [columns, rows] of all that is left to sample."""
+      narrow = carry[1][2].shape[0] // 2 if halvings else 0
 
+      def goes_on(carry):
+        index, (_, _, done), _ = carry
+        return (index < num_chunks) & (jnp.sum(~done) > narrow)
+
+      carry = jax.lax.while_loop(
+        goes_on, functools.partial(run_chunk, rows), carry
+      )
+      index, (cache, token, done), tables = carry
+      if not narrow:
+        return tables
+      live = jnp.argsort(done, stable=True)[:narrow]
+      prefix, keys = rows
+      shared = done.shape[0] // prefix.length.shape[0]
+      rows = jax.tree.map(lambda x: x[live // shared], prefix), keys[live]
+      steps = jax.tree.map(lambda x: x[live], (cache, token, done))
+      inner = jax.tree.map(lambda table: table[:, live], tables)
+      inner = finish(rows, (index, steps, inner), halvings - 1)
+      return jax.tree.map(lambda t, x: t.at[:, live].set(x), tables, inner)
+
+    prefix = policy.encode(params, prompts)
+    hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
+    (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
+    picked = pick(params, hidden, uniform_B, rule)
+    first, done = record(picked, jnp.zeros((B,), bool), rule)
     fills = (config.pad_token, False, 0.0, 0)
     tables = tuple(
       jnp.full((columns, B), value, x.dtype) for value, x in zip(fills, first)
@@ -127,7 +156,7 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     cache = jax.tree.map(constrain_rows, policy.init_cache(B, columns))
     if num_chunks:
       carry = (jnp.int32(0), (cache, first[0], done), tables)
-      _, _, tables = jax.lax.while_loop(alive, run_chunk, carry)
+      tables = finish((prefix, row_keys), carry, config.halvings)
     tokens, mask, logp, kept = (
       constrain_rows(jnp.concatenate([a[None], b])[:T].T)
       for a, b in zip(first, tables)

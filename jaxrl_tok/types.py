@@ -31,7 +31,7 @@ class Prompts(NamedTuple):
 class Prefix(NamedTuple):
   """What a policy remembers of its prompts: each is read once, not G times."""
 
-  kv: tuple  # per layer (k, v), each [C, K, P, H]
+  kv: tuple  # per layer (k, v), [C, K, H, P] and [C, K, P, H]
   hidden: jax.Array  # [C, D] at the last real prompt token
   length: jax.Array  # int32 [C]
 
@@ -104,7 +104,7 @@ class Policy(NamedTuple):
   extend: Callable
   logits: Callable  # (params, hidden [..., D]) -> float32 [..., V]
   value: Callable | None  # (params, hidden [..., D]) -> float32 [...]
-  # (rows, length) -> per layer (k, v), each [B, K, T, H]
+  # (rows, length) -> per layer (k, v), [B, K, H, T] and [B, K, T, H]
   init_cache: Callable
   partition_rules: tuple  # ((path regex, PartitionSpec), ...)
   # (what is trained, what is fixed) -> the params of the functions above

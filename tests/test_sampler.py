@@ -146,6 +146,52 @@ def test_length_and_chunk_change_nothing(tiny, T, chunk):
   np.testing.assert_allclose(rollout.logp, tiny.rollout.logp[:, :T], atol=1e-5)
 
 
+@pytest.mark.parametrize(('halvings', 'truncate'), [(1, False), (3, True)])
+def test_moving_live_rows_together_changes_nothing(
+  tiny, samplers, halvings, truncate
+):
+  """Rows of all groups end anywhere; some of them run to T."""
+  config = changed(tiny.config, halvings=halvings, truncate=truncate, chunk=1)
+  sample = jax.jit(make_sampler(tiny.policy, config))
+  rule = distribution.make_rule(11, [END, OTHER_END, 3], top_k=9)
+  moved = 0
+  for seed in range(3):
+    args = tiny.params, jax.random.key(seed), tiny.prompts, rule
+    want, found = samplers[truncate](*args), sample(*args)
+    np.testing.assert_array_equal(found.tokens, want.tokens)
+    np.testing.assert_array_equal(found.mask, want.mask)
+    np.testing.assert_allclose(found.logp, want.logp, atol=1e-5)
+    if truncate:
+      np.testing.assert_array_equal(found.kept, want.kept)
+    live = np.asarray(want.mask.sum(0))
+    moved += (live[2:-1] <= 12 // 2).any() and live[-1] > 0
+  assert moved  # into half the rows, and then went on
+
+
+def test_live_rows_are_moved_only_when_half_are_done(tiny):
+  """The width that extend sees: 12 rows, then 6, then 3."""
+  widths = []
+
+  def extend(params, prefix, tokens, cache, at):
+    width = len(tokens)
+    jax.debug.callback(lambda at: widths.append((int(at), width)), at)
+    return tiny.policy.extend(params, prefix, tokens, cache, at)
+
+  policy = tiny.policy._replace(extend=extend)
+  config = changed(tiny.config, halvings=2, chunk=1)
+  sample = jax.jit(make_sampler(policy, config))
+  rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
+  jax.effects_barrier()
+  live = np.asarray(rollout.mask.sum(0))[1:]  # whose token t is drawn
+  want, width = [], 12
+  for at, rows in enumerate(live[live > 0]):
+    while width > 3 and rows <= width // 2:
+      width //= 2
+    want.append((at, width))
+  assert sorted(widths) == want
+  assert len({width for _, width in want}) > 1
+
+
 def test_samples_of_a_prompt_differ(tiny):
   rows = np.asarray(tiny.rollout.tokens).reshape(4, 3, -1)
   pairs = itertools.combinations(range(3), 2)

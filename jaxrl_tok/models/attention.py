@@ -1,9 +1,9 @@
 """Attention of completions to a prompt that they share.
 
 Letters beyond types.py's: M = N/K query heads for each key/value head, S keys
-of the completion, t tokens looked at now. Queries are [B, K, M, t, H] and
-keys and values [B, K, S, H]: the layout whose products need no transpose of
-the large side. Softmax is in float32.
+of the completion, t tokens looked at now. Queries are [B, K, M, t, H], keys
+[B, K, H, S] and values [B, K, S, H]: both products then run along the last axis
+of their large side. Softmax is in float32.
 
 Both functions take the same choices: `scale` multiplies the scores, `cap`
 then bounds them (cap * tanh(score / cap)), and a query sees only the `window`
@@ -35,12 +35,12 @@ def sees(query, key, window: int | None) -> jax.Array:
 def causal_attention(q, k, v, scale, cap=None, window=None):
   """Attention among the tokens of right-padded prompts.
 
-  q [C, K, M, P, H], k and v [C, K, P, H] -> [C, K, M, P, H]. Padding is after
-  every real token, so the causal mask alone hides it.
+  q [C, K, M, P, H], k [C, K, H, P], v [C, K, P, H] -> [C, K, M, P, H]. Padding
+  is after every real token, so the causal mask alone hides it.
   """
   at = jnp.arange(q.shape[3])
   scores_CKMtP = jnp.einsum(
-    'ckmth,ckph->ckmtp', q, k, preferred_element_type=jnp.float32
+    'ckmth,ckhp->ckmtp', q, k, preferred_element_type=jnp.float32
   )
   seen_PxP = sees(at[:, None], at[None], window)
   scores_CKMtP = jnp.where(
@@ -62,23 +62,24 @@ def shared_prefix_attention(
 
   Args:
     q: [B, K, M, t, H], the tokens at completion columns at .. at + t - 1.
-    prefix: (k, v), each [C, K, P, H].
+    prefix: (k, v), [C, K, H, P] and [C, K, P, H].
     prefix_length: int32 [C]; prompt keys from there on are padding.
-    suffix: (k, v), each [B, K, S, H]; column s is seen by column c when s <= c.
+    suffix: (k, v), [B, K, H, S] and [B, K, S, H]; column s is seen by column c
+      when s <= c.
     at: int32 [], the completion column of the first query.
 
   Returns: [B, K, M, t, H].
   """
   (kp, vp), (ks, vs) = prefix, suffix
   B, K, M, t, H = q.shape
-  C, P, S = kp.shape[0], kp.shape[2], ks.shape[2]
+  C, P, S = kp.shape[0], kp.shape[3], ks.shape[3]
   G = B // C
   q_CKGMtH = q.reshape(C, G, K, M, t, H).swapaxes(1, 2)
   scores_p = jnp.einsum(
-    'ckgmth,ckph->ckgmtp', q_CKGMtH, kp, preferred_element_type=jnp.float32
+    'ckgmth,ckhp->ckgmtp', q_CKGMtH, kp, preferred_element_type=jnp.float32
   )
   scores_s = jnp.einsum(
-    'bkmth,bksh->bkmts', q, ks, preferred_element_type=jnp.float32
+    'bkmth,bkhs->bkmts', q, ks, preferred_element_type=jnp.float32
   )
   column_t, key_P = at + jnp.arange(t), jnp.arange(P)
   seen_Cx1xP = (key_P[None] < prefix_length[:, None])[:, None]

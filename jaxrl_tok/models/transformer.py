@@ -166,10 +166,13 @@ class Attention(nn.Module):
     c = self.config
     K, M, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
     qkv = self.param('qkv', fan_in(0), (c.d_model, K, M + 2, H))
-    y = jnp.einsum('btd,dkmh->bkmth', x, qkv.astype(x.dtype))
+    # in the order of the product, then transposed: asked for as bkmth, XLA
+    # transposes the matrix instead, at every token
+    y = jnp.einsum('btd,dkmh->btkmh', x, qkv.astype(x.dtype))
     if c.qkv_bias:
       bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
-      y = y + bias.astype(x.dtype)[None, :, :, None]
+      y = y + bias.astype(x.dtype)[None, None]
+    y = jnp.moveaxis(y, 1, 3)  # [B, K, M + 2, t, H]
     q, k, v = y[:, :, :M], y[:, :, M], y[:, :, M + 1]
     if c.qk_norm:  # axes of heads and H, or of H alone
       over = ((1, 2, 4), (1, 3)) if c.qk_norm == 'all' else ((-1,), (-1,))
@@ -181,14 +184,14 @@ class Attention(nn.Module):
       k = rope.rotate(k, cos, sin)
     scale = H**-0.5 if c.attention_scale is None else c.attention_scale
     how = {'cap': c.attention_cap, 'window': self.layer.window}
-    kv = (k, v)
+    kv = (k.swapaxes(2, 3), v)
     if prefix is None:
-      mixed = attention.causal_attention(q, k, v, scale, **how)
+      mixed = attention.causal_attention(q, *kv, scale, **how)
     else:
       if cache is not None:  # write first, then attend to the updated buffer
         kv = tuple(
-          jax.lax.dynamic_update_slice(old, new, (0, 0, at, 0))
-          for old, new in zip(cache, (k, v))
+          jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
+          for old, new, axis in zip(cache, kv, (3, 2))
         )
       mixed = attention.shared_prefix_attention(
         q, prefix, prefix_length, kv, at, scale, **how
@@ -381,10 +384,13 @@ def make_policy(
     return module.init(key, prompts, method=Transformer.everything)['params']
 
   def init_cache(rows: int, length: int):
-    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    K, H = config.num_kv_heads, config.head_dim
+
+    def zeros(*shape):
+      return jnp.zeros((rows, K, *shape), dtype)
+
     return tuple(
-      (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-      for _ in range(config.num_layers)
+      (zeros(H, length), zeros(length, H)) for _ in range(config.num_layers)
     )
 
   return Policy(
