@@ -53,9 +53,7 @@ def size_of(instruction: str) -> int:
   """Elements of the largest array that an instruction makes."""
   made = instruction.split(' = ')[1].split('(%')[0]
   shapes = re.findall(r'\w+\[([\d,]*)\]', made)
-  return max(
-    int(np.prod([int(n) for n in s.split(',') if n])) for s in shapes
-  )
+  return max(int(np.prod([int(n) for n in s.split(',') if n])) for s in shapes)
 
 
 def moves(text: str, least: int) -> list[str]:

@@ -106,12 +106,21 @@ def make_rope(parameters: dict, head_dim: int) -> Rope:
   return Rope(tuple(speed.tolist()), float(magnitude))
 
 
-def rope_angles(positions: jax.Array, rope: Rope):
-  """(cos, sin), each float32 [..., R/2], of int positions [...]."""
-  speed = jnp.asarray(rope.frequencies, jnp.float32)
-  speed = jnp.expand_dims(speed, tuple(range(positions.ndim)))
-  angles = positions[..., None].astype(jnp.float32) * speed
-  return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+def rope_angles(positions: jax.Array, rope: Rope, length: int):
+  """(cos, sin), each float32 [..., R/2], of int positions [...] < length.
+
+  Read from a table that the program holds: computed there, XLA would compute
+  them again for every head of every layer.
+  """
+  speed = np.asarray(rope.frequencies, np.float32)
+  angles = np.arange(length, dtype=np.float32)[:, None] * speed
+  tables = np.cos(angles), np.sin(angles)
+  return tuple(
+    jnp.asarray(table * np.float32(rope.magnitude))
+    .at[positions]
+    .get(mode='promise_in_bounds')
+    for table in tables
+  )
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -297,8 +297,8 @@ class Transformer(nn.Module):
     if c.value_head:
       self.value_head = Table(1, c, nn.initializers.zeros)  # V begins at 0
 
-  def _run(self, tokens, positions, prefix, caches, at):
-    """Embeds tokens [R, t] at positions [R, t] and runs the blocks."""
+  def _run(self, tokens, positions, limit, prefix, caches, at):
+    """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
     # rows are looked up in a table that is whole along D: split over fsdp, the
     # partitioner could bring the result to the rows' devices only by copying
     # all of it to every device
@@ -310,7 +310,7 @@ class Transformer(nn.Module):
       x = x + self.positions().astype(self.dtype)[positions]
     # one set of angles for all layers of a kind, broadcast over heads
     kinds = {layer.rope for layer in self.config.layers} - {None}
-    angles = {r: rope.rope_angles(positions[:, None], r) for r in kinds}
+    angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
     new = []
     for i, layer in enumerate(self.layers):
       x, kv = layer(
@@ -327,7 +327,7 @@ class Transformer(nn.Module):
   def encode(self, prompts: Prompts) -> Prefix:
     C, P = prompts.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
-    x, kv = self._run(prompts.tokens, positions, None, None, 0)
+    x, kv = self._run(prompts.tokens, positions, P, None, None, 0)
     last = (prompts.length - 1)[:, None, None]
     hidden = jnp.take_along_axis(x, last, axis=1)[:, 0]
     return Prefix(kv, hidden, prompts.length)
@@ -336,7 +336,9 @@ class Transformer(nn.Module):
     B, t = tokens.shape
     start = jnp.repeat(prefix.length, B // prefix.length.shape[0])
     positions = start[:, None] + (at + jnp.arange(t))[None]
-    x, kv = self._run(tokens, positions, prefix, cache, at)
+    longest = t if cache is None else cache[0][1].shape[2]
+    limit = prefix.kv[0][1].shape[2] + longest  # values are [.., P or T, H]
+    x, kv = self._run(tokens, positions, limit, prefix, cache, at)
     return x, None if cache is None else kv
 
   def logits(self, hidden):
