@@ -114,6 +114,9 @@ class SamplingFlags:
   """Keep the most likely tokens that together reach this probability."""
   min_p: float = 0.0
   """Keep tokens of at least this share of the largest probability."""
+  halvings: int = 0
+  """How often rows that still run may move into arrays of half the rows, on one
+  device: faster where lengths differ much, longer to compile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +281,7 @@ def _ranges() -> dict[str, tuple]:
     (
       lambda x: x >= 0,
       '0 or more',
-      'top_k beta micro_batch eval_every save_every patience seed '
+      'top_k halvings beta micro_batch eval_every save_every patience seed '
       'lr_warmup_steps weight_decay lora_rank steps_per_call clip_high '
       'dual_clip ratio_floor advantage_clip importance_cap kl_target '
       'max_update_kl value_clip value_coef entropy_coef critic_warmup_steps '

@@ -95,8 +95,14 @@ class Context(NamedTuple):
 
 
 def check_devices(flags, mesh, mini_batches: int) -> None:
-  """Refuses a batch that the mesh cannot split."""
+  """Refuses a batch that the mesh cannot split, and rows that would leave
+  their device."""
   ways = sharding.row_shards(mesh)
+  if flags.sampling.halvings and ways > 1:
+    raise ValueError(
+      f'--halvings moves rows, and {ways} devices of data x fsdp hold them; '
+      'pass --halvings 0'
+    )
   C, G = flags.sampling.num_prompts, flags.sampling.num_generations
   micro = flags.model.micro_batch
   prompts = micro // G or C // mini_batches
@@ -251,6 +257,7 @@ def compile_parts(
     s.max_completion_length,
     context.model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
+    halvings=s.halvings,
   )
   scoring = models.device_score(context)
   with context.logger.doing('compiling the sampler, update and evaluation'):

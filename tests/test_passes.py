@@ -93,7 +93,8 @@ def separate(params):
     reference_dtype=jnp.bfloat16,
   )
   update = make_update(PLAIN, algorithm, optimizer, critic=CRITIC)
-  return state, jax.jit(update)
+  # placed as a restored one is, so that both run one program
+  return jax.device_put(state, jax.devices()[0]), jax.jit(update)
 
 
 def test_the_critic_warms_up_alone_and_then_both_learn(separate, batch):

@@ -258,6 +258,7 @@ def test_a_used_directory_is_refused_and_left_alone(whole, capsys):
   ('given', 'fact'),
   [
     ({'num_prompts': 6}, 'devices of data x fsdp cannot share'),
+    ({'halvings': 1}, 'pass --halvings 0'),
     ({'micro_batch': 16}, 'cannot share equally; pass --micro_batch 32'),
     ({'mesh': 'data=3'}, 'needs 3 devices and there are 8'),
     ({'max_prompt_length': 3}, 'more than max_prompt_length 3; pass'),

@@ -1,0 +1,145 @@
+"""Rounds of several contenders, taken in turn.
+
+A machine's speed drifts from one second to the next; what is done in turn
+drifts alike, so the ratio of two medians is of one machine.
+"""
+
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+SCRIPTS = Path(__file__).parent / 'peers'
+# which dtypes a peer is tried in; its best is what counts
+PEER_DTYPES = {
+  'hf': ('float32', 'bfloat16'),
+  'trl': ('float32', 'bfloat16'),
+  'tunix': ('float32',),
+}
+
+
+class Row(NamedTuple):
+  """A contender's result."""
+
+  bench: str
+  size: str
+  who: str
+  seconds: list[float]  # of the rounds
+  tokens: int  # made in a round
+  notes: dict  # numbers beside
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.seconds)
+
+
+class Work(NamedTuple):
+  """What a benchmark is given."""
+
+  name: str  # of the size
+  size: tuple  # sizes.Size
+  dtype: str
+  rows: int  # B
+  prompt_length: int
+  completion_length: int
+  rounds: int
+  peers: dict  # {name: interpreter}
+  show: Callable  # says a line
+
+
+def once(function: Callable) -> float:
+  """Seconds of a call, until its arrays are there."""
+  began = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - began
+
+
+def in_turn(contenders: dict[str, Callable], rounds: int, show) -> dict:
+  """{name: [seconds]}: each contender() does one round and says its seconds.
+  The first rounds warm up."""
+  for contender in contenders.values():
+    contender()
+  found = {name: [] for name in contenders}
+  for i in range(rounds):
+    for name, contender in contenders.items():
+      found[name].append(contender())
+    said = ', '.join(f'{name} {s[-1]:.3g} s' for name, s in found.items())
+    show(f'round {i + 1} of {rounds}: {said}')
+  return found
+
+
+class Peer:
+  """A script of peers/ in another interpreter: it warms up, then does a round
+  for every line that it is sent."""
+
+  def __init__(self, name: str, python: str, job: dict):
+    script = SCRIPTS / f'{name}_peer.py'
+    self._name = f'{name}, {job["dtype"]}'
+    # in a file, which is closed with it: a pipe that nobody reads would fill
+    self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115
+    self._process = subprocess.Popen(
+      [python, str(script), json.dumps(job)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._said,
+      text=True,
+    )
+    self.versions = None
+
+  def _read(self) -> dict:
+    line = self._process.stdout.readline()
+    if not line:
+      self._said.seek(0)
+      said = self._said.read().strip().splitlines()
+      raise ValueError(f'{self._name} ended: {said[-1] if said else "silent"}')
+    return json.loads(line)
+
+  def ready(self) -> dict:
+    """Versions of what it runs, when it is warm."""
+    if self.versions is None:
+      self.versions = self._read()['ready']
+    return self.versions
+
+  def __call__(self) -> float:
+    self.ready()
+    self._process.stdin.write('go\n')
+    self._process.stdin.flush()
+    return self._read()['seconds']
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+    self._said.close()
+
+
+def with_peers(work: Work, bench: str, C: int, G: int, own: dict, rounds=None):
+  """in_turn of our own contenders and the work's peers; (seconds, versions)."""
+  named = {}
+  try:
+    for peer, python in work.peers.items():
+      for dtype in PEER_DTYPES[peer]:
+        job = {
+          'bench': bench,
+          'size': work.size._asdict(),
+          'prompts': C,
+          'samples': G,
+          'prompt_length': work.prompt_length,
+          'completion_length': work.completion_length,
+          'dtype': dtype,
+          'learning_rate': 1e-5,
+          'threads': 2,
+        }
+        one = named[f'{peer} {dtype}'] = Peer(peer, python, job)
+        work.show(f'{peer} {dtype} warms up')
+        one.ready()  # one at a time: they share the machine
+    seconds = in_turn(own | named, rounds or work.rounds, work.show)
+    return seconds, {who: peer.versions for who, peer in named.items()}
+  finally:
+    for peer in named.values():
+      peer.close()

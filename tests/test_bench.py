@@ -1,0 +1,175 @@
+"""The benchmark measures what it says, and runs peers as their scripts say."""
+
+import json
+import sys
+from xml.etree import ElementTree
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import (
+  ceilings,
+  decode,
+  experiment,
+  learn,
+  pictures,
+  sizes,
+  timing,
+)
+
+TINY = sizes.Size(16, 1, 2, 1, 8, 24, 64)
+PEER = """
+import json, sys
+job = json.loads(sys.argv[1])
+print(json.dumps({'ready': {'peer': job['dtype']}}), flush=True)
+for number, line in enumerate(sys.stdin):
+  if job['dtype'] == 'bfloat16' and number == 2:
+    sys.exit('no bfloat16 here')
+  print(json.dumps({'seconds': number + job['prompts'] / 100}), flush=True)
+"""
+
+
+def work(**changes) -> timing.Work:
+  told = timing.Work(
+    *('tiny', TINY, 'float32', 16, 4, 20, 3, {}), show=lambda text: None
+  )
+  return told._replace(**changes)
+
+
+@pytest.fixture
+def peers(tmp_path, monkeypatch):
+  """A directory of scripts, with one that counts its rounds."""
+  monkeypatch.setattr(timing, 'SCRIPTS', tmp_path)
+  (tmp_path / 'hf_peer.py').write_text(PEER)
+  return {'hf': sys.executable}
+
+
+def test_contenders_take_turns_after_one_round_each():
+  order = []
+
+  def contender(name):
+    def run():
+      order.append(name)
+      return float(len(order))
+
+    return run
+
+  found = timing.in_turn({n: contender(n) for n in 'ab'}, 2, lambda text: None)
+  assert order == ['a', 'b'] * 3
+  assert found == {'a': [3.0, 5.0], 'b': [4.0, 6.0]}
+
+
+def test_peers_take_turns_too(peers, monkeypatch):
+  monkeypatch.setattr(timing, 'PEER_DTYPES', {'hf': ('float32',)})
+  seconds, versions = timing.with_peers(
+    work(peers=peers), 'decode', 16, 1, {'own': lambda: 0.5}
+  )
+  assert seconds == {'own': [0.5] * 3, 'hf float32': [1.16, 2.16, 3.16]}
+  assert versions == {'hf float32': {'peer': 'float32'}}
+
+
+def test_a_peer_that_ends_says_why(peers):
+  with pytest.raises(ValueError, match='hf, bfloat16 ended: no bfloat16 here'):
+    timing.with_peers(work(peers=peers), 'decode', 16, 1, {})
+
+
+def test_lengths_are_ragged_as_asked():
+  length = decode.ragged_lengths(64, 64)
+  assert length.max() == 64
+  assert length.min() >= 1
+  assert length.mean() / 64 == pytest.approx(0.4, abs=0.01)
+
+
+def test_ragged_rows_end_where_they_must():
+  """The benchmark itself refuses a sampler whose rows end elsewhere."""
+  rows = decode.ragged(work(rounds=1))
+  assert [row.tokens for row in rows] == [
+    decode.ragged_lengths(16, 20).sum()
+  ] * 3
+  assert len({row.who for row in rows}) == 3
+
+
+def test_a_step_learns_in_both_ways():
+  """On the host and in one program: the same update from the same state."""
+  two = [learn.Step(work(), 2, 8) for _ in range(2)]
+  begin = jax.device_get(two[0].state.params)
+  two[0].host()
+  table = learn.Table(*two[1].prompts, {})
+  state, *_ = two[1].many(
+    two[1].state, None, table, np.array([[0, 1]]), two[1].rule
+  )
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), begin, state.params)
+  assert max(jax.tree.leaves(moved)) > 1e-6
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+    two[0].state.params,
+    state.params,
+  )
+
+
+def test_weights_are_counted():
+  """Those of matrices: all parameters but the embedding and the norms."""
+  policy = learn.make_policy(sizes.make_config(TINY))
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  shapes.pop('embed')
+  counted = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
+  assert sizes.num_weights(TINY) == counted
+
+
+def test_a_run_leaves_numbers_and_a_roofline(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(experiment.SIZES, 'nano', TINY)
+  slow = ceilings.Ceilings(1e9, 1e9, 1e9, 1e-6)
+  monkeypatch.setattr(ceilings, 'measure', lambda *args: slow)
+  out = tmp_path / 'out'
+  given = '--size nano --rows 16 --completion_length 4 --rounds 2'
+  bench.main(['decode', *given.split(), f'--output_dir={out}'])
+  told = json.loads((out / 'bench.json').read_text())
+  (row,) = told['rows']
+  assert row['tokens'] == 64
+  assert len(row['seconds']) == 2
+  assert row['median'] == np.mean(row['seconds'])
+  assert told['machine']['backend'] == 'cpu'
+  page = ElementTree.parse(out / 'roofline.svg').getroot()
+  assert 'nano' in ' '.join(page.itertext())
+  assert 'decode nano' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('given', 'fact'),
+  [
+    ('sing', 'sing'),
+    ('decode --rounds 0', 'must be at least 1'),
+    ('decode --rows 20', 'pass --rows 32'),
+    ('decode --size huge', 'huge'),
+    ('decode --peer hf', 'one interpreter'),
+    ('decode --peer hf --peer_python /none', 'is no file'),
+    ('decode --roudns 3', 'did you mean --rounds?'),
+  ],
+)
+def test_what_cannot_be_is_one_line(tmp_path, capsys, given, fact):
+  with pytest.raises(SystemExit) as stopped:
+    bench.main([*given.split(), f'--output_dir={tmp_path / "out"}'])
+  assert stopped.value.code == 2
+  said = capsys.readouterr().err.strip()
+  assert fact in said
+  assert '\n' not in said
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_roof_is_over_every_dot():
+  notes = {
+    'flops_a_step': 1e8,
+    'bytes_a_step': 1e7,
+    'ms_a_step': 10.0,
+    'share_of_ceiling': 0.2,
+    **ceilings.Ceilings(1e11, 5e10, 1e10, 1e-6)._asdict(),
+  }
+  rows = [
+    timing.Row('decode', name, 'jaxrl_tok', [0.1], 64, notes)
+    for name in ('nano', 'small')
+  ]
+  page = ElementTree.fromstring(pictures.roofline(rows))
+  dots = [x for x in page.iter() if x.tag.endswith('circle')]
+  assert len(dots) == 2
