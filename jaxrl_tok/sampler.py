@@ -43,7 +43,7 @@ class SamplerConfig:
   pad_token: int = 0
   truncate: bool = False
   greedy: bool = False
-  chunk: int = 16
+  chunk: int = 8
   halvings: int = 0
 
 

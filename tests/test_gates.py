@@ -17,7 +17,7 @@ from jaxrl_tok.types import Prompts
 POLICY = make_policy(
   changed(CONFIG, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96)
 )
-C, G, P, T = 2, 4, 8, 65  # T - 1 = 4 chunks of 16
+C, G, P, T = 2, 4, 8, 65  # T - 1 = 8 chunks of 8
 
 
 def computations(text: str) -> dict[str, list[str]]:
