@@ -12,8 +12,9 @@ SHORTEST = 0.2  # s; what compiles faster is compiled again
 
 
 def user_cache() -> Path:
-  home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-  return home / 'jaxrl_tok'
+  home = os.environ.get('XDG_CACHE_HOME')
+  # a container's user may have no home; expanduser then leaves the ~
+  return Path(home or os.path.expanduser('~/.cache')) / 'jaxrl_tok'
 
 
 def processor() -> str:

@@ -17,7 +17,6 @@ held-out or more; 80 % is reached in 60 to 160 steps, the mean over the seeds.
 import concurrent.futures
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -94,18 +93,12 @@ def make_run(flags: Flags, row: str, seed: int) -> Outcome:
       *(f'--seed={seed}', f'--output_dir={where}', '--eval_every=10'),
       *('--save_every=0', '--no_log_kl', '--report_to=none', *flags.more),
     ]
-    # seeds of an algorithm are one program
-    cached = {
-      'JAX_COMPILATION_CACHE_DIR': str(out.absolute() / 'compiled'),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-    }
     log = out / f'{where.name}.log'
     with log.open('w') as console:
       done = subprocess.run(
         command,
         stdout=console,
         stderr=subprocess.STDOUT,
-        env=os.environ | cached,
         check=False,
       )
     if done.returncode:
@@ -231,7 +224,10 @@ def write(out: Path, found: dict[str, list[Outcome]]) -> None:
 def main(argv=None) -> dict[str, list[Outcome]]:
   flags = parse(sys.argv[1:] if argv is None else argv)
   out = Path(flags.output_dir)
-  out.mkdir(parents=True, exist_ok=True)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    flag_layer.fail(f'--output_dir {out} cannot be made: {e.strerror}')
   say, began = rich.console.Console().print, time.monotonic()
   # every algorithm once before the second seed: what is there is balanced
   runs = [(r, s) for s in flags.seeds for r in flags.algorithms]
@@ -239,7 +235,11 @@ def main(argv=None) -> dict[str, list[Outcome]]:
   with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
     making = [pool.submit(make_run, flags, *run) for run in runs]
     for number, (run, future) in enumerate(zip(runs, making), 1):
-      done = future.result()
+      try:
+        done = future.result()
+      except BaseException:  # a run that failed, or Ctrl-C: no others begin
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
       found.setdefault(run[0], []).append(done)
       write(out, found)
       left = (time.monotonic() - began) / number * (len(runs) - number)

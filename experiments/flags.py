@@ -116,7 +116,8 @@ class SamplingFlags:
   """Keep tokens of at least this share of the largest probability."""
   halvings: int = 0
   """How often rows that still run may move into arrays of half the rows, on one
-  device: faster where lengths differ much, longer to compile."""
+  device, each with its prompt's keys: faster where lengths differ much and
+  prompts are short, longer to compile."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,6 +186,7 @@ def make_train(context: launch.Context, algorithm: Algorithm) -> Callable:
       context.model.pad_token,
       truncate=truncates and not greedy,
       greedy=greedy,
+      halvings=s.halvings,
     )
     sample = make_sampler(policy, config)
     return lambda weights, *args: sample(policy.join(*weights), *args)

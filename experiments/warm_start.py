@@ -9,6 +9,8 @@ by everything that decides the outcome.
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -178,16 +180,23 @@ def warm_start(context, flags):
       return params
     except (ValueError, OSError) as e:
       context.logger.warn(f'{e}; the warm start is made anew')
+      shutil.rmtree(where, ignore_errors=True)
   params, steps, score = learn(context, flags)
   context.logger.say(f'warm start: {steps} steps, held-out {score:.3f}')
   if flags.cache and jax.process_index() == 0:
-    import shutil
-
-    shutil.rmtree(where, ignore_errors=True)
-    hf.save(
-      where,
-      context.model,
-      params,
-      {'title': 'warm start', 'data': context.experiment.data},
-    )
+    keep(context, params, where)
   return params
+
+
+def keep(context, params, where: Path) -> None:
+  """Saves them; runs side by side may, and what cannot be kept is a warning."""
+  own = where.with_name(f'{where.name}.{os.getpid()}')
+  card = {'title': 'warm start', 'data': context.experiment.data}
+  try:
+    hf.save(own, context.model, params, card)
+    os.replace(own, where)
+  except OSError as e:
+    if not where.is_dir():  # else another run was first
+      context.logger.warn(f'the warm start cannot be kept: {e}')
+  finally:
+    shutil.rmtree(own, ignore_errors=True)

@@ -47,6 +47,29 @@ class SamplerConfig:
   halvings: int = 0
 
 
+def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
+  """A number in [0, 1) for every time and row: keys [B] -> [t, B]."""
+
+  def one(key, t):
+    return jax.random.uniform(jax.random.fold_in(key, t))
+
+  return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, times)
+
+
+def taken(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
+  """The same of some of the rows, each with a prompt of its own.
+
+  rows: (Prefix, keys [B]); carry: (chunks done, (cache, token, done) of [B,
+  ...], tables of [columns, B]).
+  """
+  (prefix, keys), (index, steps, tables) = rows, carry
+  G = keys.shape[0] // prefix.length.shape[0]
+  prefix = jax.tree.map(lambda x: x[live // G], prefix)
+  steps = jax.tree.map(lambda x: x[live], steps)
+  tables = jax.tree.map(lambda table: table[:, live], tables)
+  return (prefix, keys[live]), (index, steps, tables)
+
+
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """Returns sample(params, key, Prompts, SamplingRule) -> Rollout, pure."""
   G, T = config.samples_per_prompt, config.max_completion_length
@@ -90,13 +113,6 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     B = prompts.tokens.shape[0] * G
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
-    def uniform(key, t):
-      return jax.random.uniform(jax.random.fold_in(key, t))
-
-    def uniforms(keys, times):  # [t, B]
-      by_row = jax.vmap(uniform, (0, None))
-      return jax.vmap(by_row, (None, 0))(keys, times)
-
     def step(prefix, carry, column):
       (cache, token, done), (t, uniform_B) = carry, column
       hidden, cache = policy.extend(
@@ -122,26 +138,20 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       return index + 1, steps, tables
 
     def finish(rows, carry, halvings):
-      """Tables [columns, rows] of all that is left to sample."""
-      narrow = carry[1][2].shape[0] // 2 if halvings else 0
+      """Tables [columns, rows] when all that was left is sampled."""
+      narrow = rows[1].shape[0] // 2 if halvings else 0
 
       def goes_on(carry):
         index, (_, _, done), _ = carry
         return (index < num_chunks) & (jnp.sum(~done) > narrow)
 
-      carry = jax.lax.while_loop(
-        goes_on, functools.partial(run_chunk, rows), carry
-      )
-      index, (cache, token, done), tables = carry
+      body = functools.partial(run_chunk, rows)
+      carry = jax.lax.while_loop(goes_on, body, carry)
+      _, (_, _, done), tables = carry
       if not narrow:
         return tables
       live = jnp.argsort(done, stable=True)[:narrow]
-      prefix, keys = rows
-      shared = done.shape[0] // prefix.length.shape[0]
-      rows = jax.tree.map(lambda x: x[live // shared], prefix), keys[live]
-      steps = jax.tree.map(lambda x: x[live], (cache, token, done))
-      inner = jax.tree.map(lambda table: table[:, live], tables)
-      inner = finish(rows, (index, steps, inner), halvings - 1)
+      inner = finish(*taken(rows, carry, live), halvings - 1)
       return jax.tree.map(lambda t, x: t.at[:, live].set(x), tables, inner)
 
     prefix = policy.encode(params, prompts)

@@ -16,6 +16,7 @@ from experiments.bench import (
   learn,
   pictures,
   sizes,
+  startup,
   timing,
 )
 
@@ -145,6 +146,8 @@ def test_a_run_leaves_numbers_and_a_roofline(tmp_path, monkeypatch, capsys):
     ('decode --size huge', 'huge'),
     ('decode --peer hf', 'one interpreter'),
     ('decode --peer hf --peer_python /none', 'is no file'),
+    ('decode --peer hf hf --peer_python /a', 'names one twice'),
+    ('decode --peer hf --profile /a', 'pass it without --peer'),
     ('decode --roudns 3', 'did you mean --rounds?'),
   ],
 )
@@ -156,6 +159,51 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, given, fact):
   assert fact in said
   assert '\n' not in said
   assert not (tmp_path / 'out').exists()
+
+
+def test_every_benchmark_runs(tmp_path, monkeypatch):
+  """Names, tokens and seconds of each; startup's run is a stand-in."""
+  monkeypatch.setattr(learn, 'LOGP_VOCABULARIES', (64, 512))
+  monkeypatch.setattr(learn, 'LOGP_LENGTH', 16)
+  program = tmp_path / 'python'
+  program.write_text(
+    '#!/bin/sh\nout=${4#--output_dir=}\nmkdir -p $out\n'
+    """echo '{"phase": "train"}' > $out/metrics.jsonl\nsleep 0.3\n"""
+  )
+  program.chmod(0o755)
+  monkeypatch.setattr(startup.sys, 'executable', str(program))
+  one = work(rounds=1)
+  found = [
+    *(
+      row
+      for bench in (decode.group, learn.step, learn.logp)
+      for row in bench(one)
+    ),
+    *startup.startup(one),
+  ]
+  assert [(row.bench, row.size, row.who) for row in found] == [
+    ('group', 'tiny G=8', 'shared by 8'),
+    ('group', 'tiny G=8', 'each its own'),
+    ('group', 'tiny G=16', 'shared by 16'),
+    ('group', 'tiny G=16', 'each its own'),
+    ('step', 'tiny', 'jaxrl_tok'),
+    ('step', 'tiny', 'jaxrl_tok, one program'),
+    ('logp', 'tiny V=64', 'chunked'),
+    ('logp', 'tiny V=64', 'whole'),
+    ('logp', 'tiny V=512', 'chunked'),
+    ('logp', 'tiny V=512', 'whole'),
+    ('startup', '-', 'cold'),
+    ('startup', '-', 'warm'),
+  ]
+  for row in found:
+    assert 0 < row.median < 60
+  assert set(found[4].notes) == {'rollout', 'score', 'update'}
+
+
+def test_the_machine_is_measured():
+  found = ceilings.measure(TINY, 16, 'float32', 10_000)
+  assert min(found) > 0
+  assert found.operation < 1e-3
 
 
 def test_the_roof_is_over_every_dot():
@@ -173,3 +221,10 @@ def test_the_roof_is_over_every_dot():
   page = ElementTree.fromstring(pictures.roofline(rows))
   dots = [x for x in page.iter() if x.tag.endswith('circle')]
   assert len(dots) == 2
+  roofs = [
+    float(x.get('d').rsplit(',', 1)[1].split('H')[0])
+    for x in page.iter()
+    if x.get('stroke-width') == '1.5'
+  ]
+  for dot, roof in zip(dots, roofs, strict=True):
+    assert float(dot.get('cy')) > roof + 10  # down the page is less

@@ -67,6 +67,10 @@ def check(flags: Flags) -> None:
     flag_layer.fail(
       f'--rows {flags.rows} must be whole groups of 16; pass --rows {fit}'
     )
+  if len(set(flags.peer)) < len(flags.peer):
+    flag_layer.fail('--peer names one twice; give each once')
+  if flags.peer and flags.profile:
+    flag_layer.fail('--profile is of our own part; pass it without --peer')
   given, wanted = len(flags.peer_python), len(flags.peer)
   if given != wanted and not (given == 1 and wanted):
     flag_layer.fail(

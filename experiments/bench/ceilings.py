@@ -1,7 +1,7 @@
 """What this machine can do at most, measured in the same run.
 
 matmul     GFLOP/s of a float32 (or the dtype's) product of 1024 x 1024
-skinny     GFLOP/s of the size's own products: B rows by D x (N + 2K)H, D x 2F
+skinny     GFLOP/s of the size's own products: B rows by D x 2F, and back
 copy       GB/s of reading and writing an array of the working set's size
 operation  microseconds of one small operation in a loop
 """

@@ -42,35 +42,43 @@ def decode(work: Work) -> list[Row]:
   own = {'jaxrl_tok': contender(work, B, 1)}
   seconds, versions = with_peers(work, 'decode', B, 1, own)
   width = jnp.dtype(work.dtype).itemsize
-  flops, moved = ceilings.decode_step(
-    work.size, B, 1, work.prompt_length, T, width
+  P, size = work.prompt_length, work.size
+  flops, moved = ceilings.decode_step(size, B, 1, P, T, width)
+  most = ceilings.measure(size, B, work.dtype, int(moved))
+  prompts = (
+    2 * B * P * (sizes.num_weights(size) - size.d_model * size.vocab_size)
   )
-  most = ceilings.measure(work.size, B, work.dtype, int(moved))
-  least = max(flops / most.matmul, moved / most.copy)
+  least = prompts / most.matmul + T * max(
+    flops / most.matmul, moved / most.copy
+  )
   found = []
   for who, times in seconds.items():
     row = Row('decode', work.name, who, times, B * T, {})
-    step = row.median / T
-    row.notes.update(ms_a_step=1e3 * step, share_of_ceiling=least / step)
+    row.notes['ms_a_step'] = (
+      1e3 * row.median / T
+    )  # its share of the prompts too
     if who in versions:
       row.notes['versions'] = versions[who]
     else:
-      row.notes.update(flops_a_step=flops, bytes_a_step=moved, **most._asdict())
+      row.notes.update(
+        share_of_ceiling=least / row.median,
+        flops_a_step=flops + prompts / T,
+        bytes_a_step=moved,
+        **most._asdict(),
+      )
     found.append(row)
   return found
 
 
 def group(work: Work) -> list[Row]:
   """The same completions of prompts that are shared by G, or each its own."""
-  found = []
+  found, alone = [], contender(work, work.rows, 1)
   for G in (8, 16):
     C, tokens = work.rows // G, work.rows * work.completion_length
-    own = {
-      f'shared by {G}': contender(work, C, G),
-      'each its own': contender(work, work.rows, 1),
-    }
+    own = {f'shared by {G}': contender(work, C, G), 'each its own': alone}
     for who, times in in_turn(own, work.rounds, work.show).items():
-      found.append(Row('group', work.name, who, times, tokens, {'G': G}))
+      name = f'{work.name} G={G}'
+      found.append(Row('group', name, who, times, tokens, {}))
   return found
 
 

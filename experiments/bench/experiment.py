@@ -51,7 +51,7 @@ def machine() -> dict:
   return {
     'device': device.device_kind,
     'backend': jax.default_backend(),
-    'cores': os.cpu_count(),
+    'cores': len(os.sched_getaffinity(0)),
     'platform': platform.platform(),
     'python': platform.python_version(),
     'versions': {
@@ -98,6 +98,11 @@ def said(notes: dict) -> str:
 
 
 def run(flags) -> list[Row]:
+  if flags.peer and jax.default_backend() != 'cpu':
+    flag_layer.fail(
+      f'the peers run on the CPU, and jax here on {jax.default_backend()}; set '
+      'JAX_PLATFORMS=cpu'
+    )
   place = flag_layer.RunFlags(output_dir=flags.output_dir)
   run_dir = flag_layer.claim_output_dir(place, 'bench')
   console = rich.console.Console()

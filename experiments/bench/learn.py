@@ -25,12 +25,12 @@ LOGP_VOCABULARIES = 2048, 32_768, 151_936  # of a decoder of one layer
 class Step:
   """A GRPO step of C x G completions, its reward the share of even tokens."""
 
-  def __init__(self, work: Work, C: int, G: int, micro_batches: int = 1):
-    self.work, T = work, work.completion_length
+  def __init__(self, work: Work, C: int, G: int):
+    T = work.completion_length
     policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
     algorithm, optimizer = algorithms.grpo(), optax.adamw(1e-5)
     sampler = make_sampler(policy, SamplerConfig(G, T))
-    update = make_update(policy, algorithm, optimizer, micro_batches)
+    update = make_update(policy, algorithm, optimizer)
     prompts = random_prompts(work.size, C, work.prompt_length)
     self.rule = distribution.make_rule(work.size.vocab_size, [])
     params = jax.jit(policy.init)(jax.random.key(0))

@@ -15,6 +15,8 @@ LOOK_EVERY = 0.05  # s
 def first_step(home: str) -> float:
   """Seconds until the default experiment has logged its first step; `home`
   holds its caches."""
+  env = os.environ | {'XDG_CACHE_HOME': home}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)  # it would not be in `home`
   with tempfile.TemporaryDirectory() as out:
     command = [sys.executable, '-m', 'experiments.arithmetic', '--max_steps=1']
     log = Path(out, 'run', 'metrics.jsonl')
@@ -22,7 +24,7 @@ def first_step(home: str) -> float:
       began = time.perf_counter()
       process = subprocess.Popen(
         [*command, f'--output_dir={out}/run'],
-        env=os.environ | {'XDG_CACHE_HOME': home},
+        env=env,
         stdout=said,
         stderr=said,
       )

@@ -4,7 +4,9 @@ A machine's speed drifts from one second to the next; what is done in turn
 drifts alike, so the ratio of two medians is of one machine.
 """
 
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import jax
 
 SCRIPTS = Path(__file__).parent / 'peers'
-# which dtypes a peer is tried in; its best is what counts
+# which dtypes a peer is tried in
 PEER_DTYPES = {
   'hf': ('float32', 'bfloat16'),
   'trl': ('float32', 'bfloat16'),
@@ -108,17 +110,24 @@ class Peer:
 
   def __call__(self) -> float:
     self.ready()
-    self._process.stdin.write('go\n')
-    self._process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # reading says why it ended
+      self._process.stdin.write('go\n')
+      self._process.stdin.flush()
     return self._read()['seconds']
 
   def close(self) -> None:
-    self._process.stdin.close()
-    self._process.wait()
+    with contextlib.suppress(OSError):
+      self._process.stdin.close()
+    try:
+      self._process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._process.stdout.close()
     self._said.close()
 
 
-def with_peers(work: Work, bench: str, C: int, G: int, own: dict, rounds=None):
+def with_peers(work: Work, bench: str, C: int, G: int, own: dict):
   """in_turn of our own contenders and the work's peers; (seconds, versions)."""
   named = {}
   try:
@@ -133,12 +142,12 @@ def with_peers(work: Work, bench: str, C: int, G: int, own: dict, rounds=None):
           'completion_length': work.completion_length,
           'dtype': dtype,
           'learning_rate': 1e-5,
-          'threads': 2,
+          'threads': len(os.sched_getaffinity(0)),
         }
         one = named[f'{peer} {dtype}'] = Peer(peer, python, job)
         work.show(f'{peer} {dtype} warms up')
         one.ready()  # one at a time: they share the machine
-    seconds = in_turn(own | named, rounds or work.rounds, work.show)
+    seconds = in_turn(own | named, work.rounds, work.show)
     return seconds, {who: peer.versions for who, peer in named.items()}
   finally:
     for peer in named.values():

@@ -63,6 +63,7 @@ def make_lab(context) -> Lab:
     s.max_completion_length,
     model.pad_token,
     truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
+    halvings=s.halvings,
   )
   greedy = dataclasses.replace(
     sampler, samples_per_prompt=1, truncate=False, greedy=True
