@@ -4,12 +4,12 @@
   python -m experiments.bench step --peer trl --peer_python ~/trl/bin/python
   python -m experiments.bench all
 
-decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones)
-group    the same of prompts that 8 or 16 completions share
-ragged   completions that end at different times
-logp     log-probs and their gradient, in chunks or whole: seconds, memory
-step     a whole GRPO step of 8 x 8 completions, 64 tokens after 64
-startup  from the start of the process to the first step, caches cold and warm
+  decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones)
+  group    the same of prompts that 8 or 16 completions share
+  ragged   completions that end at different times
+  logp     log-probs and their gradient, in chunks or whole: seconds, memory
+  step     a whole GRPO step of 8 x 8 completions, 64 tokens after 64
+  startup  from the start of the process to the first step, caches cold and warm
 
 Weights are random and nothing ends a completion. Contenders take turns, round
 by round, after a warm-up; the number is the median, and what compares is the
