@@ -30,10 +30,11 @@ def roofline(rows: list[Row]) -> str:
     math.floor(math.log10(min(xs))),
     math.ceil(math.log10(max(xs))),
   )
-  tops = [n['matmul'] for *_, n in points]
+  tops = [max(n['matmul'], y) for _, _, y, n in points]
   high_y = math.ceil(math.log10(max(tops)))
   low_y = math.floor(math.log10(min(y for _, _, y, _ in points)))
-  high_x += high_x == low_x
+  high_x += high_x == low_x  # a decade at least
+  high_y += high_y == low_y
 
   def across(x):
     return LEFT + (RIGHT - LEFT) * (math.log10(x) - low_x) / (high_x - low_x)
