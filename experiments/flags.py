@@ -119,6 +119,10 @@ class SamplingFlags:
   device, each with its prompt's keys: faster where lengths differ much and
   prompts are short, longer to compile."""
 
+  @property
+  def truncates(self) -> bool:
+    return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFlags:

@@ -256,7 +256,7 @@ def compile_parts(
     s.num_generations,
     s.max_completion_length,
     context.model.pad_token,
-    truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
+    truncate=s.truncates,
     halvings=s.halvings,
   )
   scoring = models.device_score(context)

@@ -179,12 +179,11 @@ def make_train(context: launch.Context, algorithm: Algorithm) -> Callable:
     policy = masked_policy(policy)
 
   def sampling(G, greedy):
-    truncates = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
     config = SamplerConfig(
       G,
       s.max_completion_length,
       context.model.pad_token,
-      truncate=truncates and not greedy,
+      truncate=s.truncates and not greedy,
       greedy=greedy,
       halvings=s.halvings,
     )

@@ -54,9 +54,8 @@ def decode(work: Work) -> list[Row]:
   found = []
   for who, times in seconds.items():
     row = Row('decode', work.name, who, times, B * T, {})
-    row.notes['ms_a_step'] = (
-      1e3 * row.median / T
-    )  # its share of the prompts too
+    # a step's share of reading the prompts is in it
+    row.notes['ms_a_step'] = 1e3 * row.median / T
     if who in versions:
       row.notes['versions'] = versions[who]
     else:

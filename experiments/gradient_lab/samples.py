@@ -62,7 +62,7 @@ def make_lab(context) -> Lab:
     s.num_generations,
     s.max_completion_length,
     model.pad_token,
-    truncate=s.top_k > 0 or s.top_p < 1 or s.min_p > 0,
+    truncate=s.truncates,
     halvings=s.halvings,
   )
   greedy = dataclasses.replace(
