@@ -157,8 +157,7 @@ def make_algorithm(flags) -> Algorithm:
       raise ValueError(
         f'--{name} has no effect: {algorithm.name} has no critic'
       )
-  truncates = sampling.top_p < 1 or sampling.top_k or sampling.min_p
-  if algorithm.mask_every and not truncates:
+  if algorithm.mask_every and not sampling.truncates:
     raise ValueError(
       f'{algorithm.name} masks by the sampling rule, which keeps every token; '
       'pass --top_p 0.9'

@@ -11,8 +11,8 @@ held-out accuracy, and steps and tokens (prompt and completion) until it is
 80 %. A run that is already in --output_dir is not made again.
 
 On 2 CPU cores the 42 runs took 133 minutes of their own, two at a time. Every
-row ended at 95 % held-out or more; 80 % was reached in 60 to 160 steps, the mean
-over the seeds.
+row ended at 95 % held-out or more; 80 % was reached in 60 to 160 steps, the
+mean over the seeds.
 """
 
 import concurrent.futures
