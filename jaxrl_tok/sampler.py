@@ -5,8 +5,9 @@
    state, for all B = C*G rows.
 3. A `while_loop` runs chunks while any row lives; a chunk is a `scan` of
    steps of known length, so that nothing asks the device whether to go on
-   between tokens. Where half of the rows are done, the others can move
-   together into arrays of half the rows.
+   between tokens. The cache grows between loops, as a step reads all of it;
+   where half of the rows are done, the others can move together into arrays
+   of half the rows.
 4. A step: `extend` by the last token (its keys and values go into the cache
    at one column), logits, the sampling rule, one draw, its log-prob.
 
@@ -34,6 +35,8 @@ class SamplerConfig:
   greedy: the most likely token; the distribution is then that one token, so
     its log-prob is 0 and `kept` is 1.
   chunk: tokens between two looks at how many rows still live.
+  stages: lengths that the cache has on its way to T, equally far apart; each
+    is a program of its own. None: one for every STAGE tokens, four at most.
   halvings: how often the live rows may move into half as many; each is a
     program of its own, so it pays for long completions of varied length.
   """
@@ -44,7 +47,31 @@ class SamplerConfig:
   truncate: bool = False
   greedy: bool = False
   chunk: int = 8
+  stages: int | None = None
   halvings: int = 0
+
+
+STAGE = 32  # tokens; a cache that much shorter is not worth a program
+
+
+def stage_ends(config: SamplerConfig) -> list[int]:
+  """How many chunks are done at the end of each stage; the last is all."""
+  columns = config.max_completion_length - 1  # every token but the last
+  chunks = -(-columns // config.chunk)
+  stages = config.stages
+  if stages is None:
+    stages = min(4, -(-columns // STAGE)) or 1
+  ends = {-(-chunks * (i + 1) // stages) for i in range(stages)}
+  return sorted(ends - {0})
+
+
+def grown(cache, shapes):
+  """The cache, each array filled up with zeros to its shape."""
+  return jax.tree.map(
+    lambda x, new: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, new.shape)]),
+    cache,
+    shapes,
+  )
 
 
 def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
@@ -70,12 +97,20 @@ def taken(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
   return (prefix, keys[live]), (index, steps, tables)
 
 
+def put_back(carry: tuple, inner: tuple, live: jax.Array) -> tuple:
+  """The carry, with what its rows `live` have become."""
+  (_, steps, tables), (index, inner_steps, inner_tables) = carry, inner
+  steps = jax.tree.map(lambda x, y: x.at[live].set(y), steps, inner_steps)
+  tables = jax.tree.map(lambda x, y: x.at[:, live].set(y), tables, inner_tables)
+  return index, steps, tables
+
+
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """Returns sample(params, key, Prompts, SamplingRule) -> Rollout, pure."""
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))
-  num_chunks = -(-(T - 1) // chunk)
-  columns = num_chunks * chunk  # of the cache: every token but the last
+  ends = stage_ends(dataclasses.replace(config, chunk=chunk))
+  columns = ends[-1] * chunk if ends else 0
 
   def pick(params, hidden, uniform, rule: SamplingRule):
     """hidden [B, D], uniform [B] -> token, log-prob, kept, each [B]."""
@@ -137,22 +172,26 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       )
       return index + 1, steps, tables
 
-    def finish(rows, carry, halvings):
-      """Tables [columns, rows] when all that was left is sampled."""
+    def run_to(end, rows, carry, halvings):
+      """The carry after `end` chunks, or when no row lives."""
       narrow = rows[1].shape[0] // 2 if halvings else 0
 
       def goes_on(carry):
         index, (_, _, done), _ = carry
-        return (index < num_chunks) & (jnp.sum(~done) > narrow)
+        return (index < end) & (jnp.sum(~done) > narrow)
 
       body = functools.partial(run_chunk, rows)
       carry = jax.lax.while_loop(goes_on, body, carry)
-      _, (_, _, done), tables = carry
       if not narrow:
-        return tables
-      live = jnp.argsort(done, stable=True)[:narrow]
-      inner = finish(*taken(rows, carry, live), halvings - 1)
-      return jax.tree.map(lambda t, x: t.at[:, live].set(x), tables, inner)
+        return carry
+
+      def move(carry):
+        _, (_, _, done), _ = carry
+        live = jnp.argsort(done, stable=True)[:narrow]
+        inner = run_to(end, *taken(rows, carry, live), halvings - 1)
+        return put_back(carry, inner, live)
+
+      return jax.lax.cond(carry[0] < end, move, lambda carry: carry, carry)
 
     prefix = policy.encode(params, prompts)
     hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
@@ -163,10 +202,13 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     tables = tuple(
       jnp.full((columns, B), value, x.dtype) for value, x in zip(fills, first)
     )
-    cache = jax.tree.map(constrain_rows, policy.init_cache(B, columns))
-    if num_chunks:
-      carry = (jnp.int32(0), (cache, first[0], done), tables)
-      tables = finish((prefix, row_keys), carry, config.halvings)
+    cache, index, token = policy.init_cache(B, 0), jnp.int32(0), first[0]
+    for end in ends:
+      shapes = jax.eval_shape(lambda end=end: policy.init_cache(B, end * chunk))
+      cache = jax.tree.map(constrain_rows, grown(cache, shapes))
+      carry = index, (cache, token, done), tables
+      carry = run_to(end, (prefix, row_keys), carry, config.halvings)
+      index, (cache, token, done), tables = carry
     tokens, mask, logp, kept = (
       constrain_rows(jnp.concatenate([a[None], b])[:T].T)
       for a, b in zip(first, tables)

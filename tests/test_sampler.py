@@ -10,7 +10,7 @@ from conftest import CONFIG, END, OTHER_END, PAD, changed, look, random_prompts
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.sampler import SamplerConfig, make_sampler, stage_ends
 from jaxrl_tok.types import Prompts
 
 FORBIDDEN = np.arange(11) % 4 == 0
@@ -136,9 +136,14 @@ def test_other_rows_change_nothing(tiny):
   np.testing.assert_allclose(rollout.logp[:6], tiny.rollout.logp[:6], atol=1e-5)
 
 
-@pytest.mark.parametrize(('T', 'chunk'), [(1, 16), (2, 16), (5, 2), (9, 16)])
-def test_length_and_chunk_change_nothing(tiny, T, chunk):
-  config = changed(tiny.config, max_completion_length=T, chunk=chunk)
+@pytest.mark.parametrize(
+  ('T', 'chunk', 'stages'),
+  [(1, 16, 1), (2, 16, 3), (5, 2, 2), (9, 16, None), (9, 1, 4)],
+)
+def test_length_chunk_and_stages_change_nothing(tiny, T, chunk, stages):
+  config = changed(
+    tiny.config, max_completion_length=T, chunk=chunk, stages=stages
+  )
   sample = jax.jit(make_sampler(tiny.policy, config))
   rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
   assert rollout.tokens.shape == (12, T)
@@ -148,7 +153,7 @@ def test_length_and_chunk_change_nothing(tiny, T, chunk):
 
 def test_moving_live_rows_together_changes_nothing(tiny, samplers):
   """Rows of all groups end anywhere; some of them run to T."""
-  config = changed(tiny.config, halvings=3, truncate=True, chunk=1)
+  config = changed(tiny.config, halvings=2, truncate=True, chunk=1, stages=2)
   sample = jax.jit(make_sampler(tiny.policy, config))
   rule = distribution.make_rule(11, [END, OTHER_END, 3], top_k=9)
   moved = 0
@@ -186,6 +191,33 @@ def test_live_rows_are_moved_only_when_half_are_done(tiny):
     want.append((at, width))
   assert sorted(widths) == want
   assert len({width for _, width in want}) > 1
+
+
+def test_the_cache_grows_with_the_completion(tiny):
+  """Its columns at each token: those of the stages so far, not all of T."""
+  seen = []
+
+  def extend(params, prefix, tokens, cache, at):
+    columns = cache[0][1].shape[2]
+    jax.debug.callback(lambda at: seen.append((int(at), columns)), at)
+    return tiny.policy.extend(params, prefix, tokens, cache, at)
+
+  policy = tiny.policy._replace(extend=extend)
+  config = changed(tiny.config, chunk=1, stages=3)
+  sample = jax.jit(make_sampler(policy, config))
+  sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
+  jax.effects_barrier()
+  columns = [3, 3, 3, 6, 6, 6, 8, 8]
+  assert sorted(seen) == list(enumerate(columns))
+
+
+@pytest.mark.parametrize(
+  ('T', 'columns'),
+  [(1, []), (9, [8]), (33, [32]), (65, [32, 64]), (129, [32, 64, 96, 128])],
+)
+def test_stages_of_the_cache(T, columns):
+  """Whole chunks; a program for every 32 tokens, four at most."""
+  assert [8 * end for end in stage_ends(SamplerConfig(1, T))] == columns
 
 
 def test_samples_of_a_prompt_differ(tiny):
