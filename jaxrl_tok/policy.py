@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jaxrl_tok import distribution
 from jaxrl_tok.types import Policy, Rollout, SamplingRule, TokenStats
 
-CHUNK_ELEMENTS = 2**20  # logits alive at once: 4 MiB of float32
+# Logits alive at once: 4 MiB of float32, or more where that is few tokens: the
+# head's gradient [V, D] is added up once for each chunk.
+CHUNK_ELEMENTS, CHUNK_TOKENS = 2**20, 128
+
+
+def tokens_at_once(vocab_size: int) -> int:
+  """Of all rows together, whose logits are alive at once by default."""
+  return max(CHUNK_TOKENS, CHUNK_ELEMENTS // vocab_size)
 
 
 def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
@@ -52,14 +59,14 @@ def evaluate(
   The distribution is the sampler's: the same temperature and forbidden
   tokens, and as many tokens kept as the sampler recorded. Logits exist for
   `chunk` tokens of each row at a time, forward and backward, so no [B, T, V]
-  array is ever made (`chunk` None: as many as CHUNK_ELEMENTS allow).
+  array is ever made (`chunk` None: those of `tokens_at_once`).
 
   Returns TokenStats of float32 [B, T], 0 off-mask; value None without a head.
   """
   hidden = completion_hidden(policy, params, rollout)
   B, T, _ = hidden.shape
   if chunk is None:
-    chunk = max(1, CHUNK_ELEMENTS // (B * policy.vocab_size))
+    chunk = max(1, tokens_at_once(policy.vocab_size) // B)
   chunk = min(chunk, T)
 
   saved = jax.checkpoint_policies.save_only_these_names(distribution.BORDER)
