@@ -206,6 +206,14 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
     reference_every=c['reference_every'],
     mask_every=c['mask_every'],
     resample_rounds=c['resample_rounds'],
+    flat_without_advantage=(
+      c['loss'] in losses.FLAT_WITHOUT_ADVANTAGE
+      and not learned
+      and not c['entropy_coef']
+      and kl is None
+      # it is measured over all tokens
+      and c['max_update_kl'] is None
+    ),
     greedy=baseline is not None and baseline.greedy,
     min_group=2 if c.get('scale') is not None else needed,
   )

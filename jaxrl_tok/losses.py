@@ -133,6 +133,10 @@ def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0) -> Callable:
   return loss
 
 
+# whose gradient is 0 for a sequence without an advantage
+FLAT_WITHOUT_ADVANTAGE = (reinforce, clip, sequence_clip, gspo, cispo)
+
+
 # --- what may be added to any of them ----------------------------------------
 
 

@@ -6,9 +6,10 @@
 3. Passes: `epochs` times `mini_batches` optimizer steps, each on whole prompts
    in an order drawn anew each epoch; one pass takes them as they come.
 4. In a pass, a weight for every token (the aggregation); then micro-batches by
-   `scan`: evaluate, the loss of one sequence under `vmap`, the weighted sum,
+   a loop: evaluate, the loss of one sequence under `vmap`, the weighted sum,
    its gradient added in float32. Weights are of the whole mini-batch, so the
-   number of micro-batches changes nothing.
+   number of micro-batches changes nothing, and those of which no group has an
+   advantage are left out where the loss is flat without one.
 5. optax; then what moves between updates: the KL's coefficient, the reference,
    the mask policy; and the metrics.
 """
@@ -172,6 +173,17 @@ def value_metrics(value, target, mask) -> dict:
   return {'explained_variance': known, 'value': masked.mean(value, mask)}
 
 
+def worth_first(advantage: jax.Array, parts: int, num_prompts: int):
+  """(an order int [C] of the prompts, how many parts to look at): what has an
+  advantage fills the first parts that `split_groups` makes of it. One part at
+  least, so that there are metrics."""
+  worth = jnp.any(advantage.reshape(num_prompts, -1) != 0, axis=1)
+  order = jnp.argsort(~worth, stable=True).reshape(parts, -1)
+  count = jnp.sum(jnp.any(worth[order], axis=1))
+  # prompts are dealt out to the parts in turn
+  return order.T.reshape(-1), jnp.maximum(count, 1)
+
+
 # metrics of the policy that sampled: an update's first pass has them
 AT_FIRST = ('entropy', 'kl', 'sampler_logp_gap')
 
@@ -228,6 +240,7 @@ def make_update(
       stats = stats._replace(value=values(critic, own, rollout)[:, :-1])
     loss, metrics = total_loss(algorithm, stats, trajectory, *weights, beta)
     sums = {k: masked.total(v, rollout.mask) for k, v in metrics.items()}
+    sums |= {'loss': loss, 'tokens': rollout.mask.sum().astype(jnp.float32)}
     gap = masked.fill(jnp.abs(stats.logp - rollout.logp), rollout.mask)
     return loss, (sums, gap.max())
 
@@ -235,25 +248,33 @@ def make_update(
     """-> metrics of a mini-batch, its gradient."""
     mask = trajectory.rollout.mask
     weights = algorithm.aggregate(mask), losses.token_mean(mask)
-    grad = jax.value_and_grad(micro_loss, has_aux=True)
+    grad = jax.grad(micro_loss, has_aux=True)
     if micro_batches == 1:
-      (loss, (sums, gap)), grads = grad(
-        trained, fixed, trajectory, weights, beta, rule
-      )
+      grads, (sums, gap) = grad(trained, fixed, trajectory, weights, beta, rule)
     else:
       C = trajectory.rollout.prompts.length.shape[0]
-      parts = split_groups((trajectory, weights), micro_batches, C)
+      count, batch = micro_batches, (trajectory, weights)
+      if algorithm.flat_without_advantage:
+        order, count = worth_first(trajectory.advantage, micro_batches, C)
+        batch = take_groups(batch, order, C)
+      parts = split_groups(batch, micro_batches, C)
 
-      def step(total, part):
-        outs, grads = grad(trained, fixed, *part, beta, rule)
-        added = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads)
-        return added, outs
+      def look(i):
+        part = jax.tree.map(lambda x: x[i], parts)
+        return grad(trained, fixed, *part, beta, rule)
 
-      zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-      grads, (loss, (sums, gap)) = jax.lax.scan(step, zeros, parts)
-      loss, gap = loss.sum(), gap.max()
-      sums = jax.tree.map(jnp.sum, sums)
-    tokens = masked.count(mask)
+      def add(i, total):
+        (grads, (sums, gap)), (grads_i, (sums_i, gap_i)) = total, look(i)
+        grads, sums = jax.tree.map(
+          lambda a, g: a + g.astype(a.dtype), (grads, sums), (grads_i, sums_i)
+        )
+        return grads, (sums, jnp.maximum(gap, gap_i))
+
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(look, 0)
+      )
+      grads, (sums, gap) = jax.lax.fori_loop(0, count, add, zeros)
+    loss, tokens = sums.pop('loss'), jnp.maximum(sums.pop('tokens'), 1)
     means = {name: value / tokens for name, value in sums.items()}
     metrics = {
       **means,

@@ -7,7 +7,7 @@ import optax
 import pytest
 from conftest import changed, random_prompts, scored
 
-from jaxrl_tok import advantages, algorithms, losses
+from jaxrl_tok import advantages, algorithms, losses, masked
 from jaxrl_tok.groups import merge_rows, split_groups, split_rows
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.types import Prompts
@@ -58,6 +58,51 @@ def test_micro_batches_change_nothing(tiny, reward, run):
   assert_same(again, grads)
   assert_same(others, metrics)
   np.testing.assert_array_equal(same, advantage)
+
+
+def test_groups_without_an_advantage_are_left_out(tiny, reward, run):
+  """The same gradient, and only as many micro-batches as need be."""
+  algorithm, seen = algorithms.grpo(), []
+
+  def encode(params, prompts):
+    jax.debug.callback(lambda: seen.append(len(prompts.length)))
+    return tiny.policy.encode(params, prompts)
+
+  policy = tiny.policy._replace(encode=encode)
+  update = jax.jit(make_update(policy, algorithm, RECORD, 4))
+  last = masked.last_chosen(tiny.rollout.mask)
+  for alike in ([], [0, 2], [0, 1, 3], [0, 1, 2, 3]):
+    rows = np.asarray(reward).sum(1).reshape(4, 3)
+    rows[alike] = 0.5
+    given = np.where(last, rows.reshape(-1, 1), 0).astype(np.float32)
+    state = init_state(algorithm, RECORD, tiny.params, jax.random.key(0))
+    state, metrics, _ = update(state, tiny.rollout, given, tiny.rule)
+    jax.effects_barrier()
+    want, others, _ = run(tiny.rollout, given, algorithm)
+    assert_same(state.opt_state, want)
+    assert seen == [1] * max(4 - len(alike), 1)
+    for name in ('reward', 'surrogate', 'grad_norm', 'frac_reward_zero_std'):
+      np.testing.assert_allclose(metrics[name], others[name], atol=1e-6)
+    assert metrics['entropy'] > 0
+    seen.clear()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'flat'),
+  [
+    ({}, True),
+    ({'entropy_coef': 0.01}, False),
+    ({'kl': 'reverse', 'beta': 0.1}, False),
+    ({'credit': advantages.gae}, False),
+    ({'epochs': 2, 'max_update_kl': 0.1}, False),
+    ({'loss': lambda: None}, False),
+  ],
+)
+def test_when_groups_may_be_left_out(changes, flat):
+  given = {'baseline': advantages.group_mean(), 'loss': losses.clip, **changes}
+  if 'credit' in given:
+    del given['baseline']
+  assert algorithms.reinforce(**given).flat_without_advantage == flat
 
 
 def test_micro_batches_change_nothing_with_a_reference(tiny, reward, run):
