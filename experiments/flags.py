@@ -86,12 +86,18 @@ class ModelFlags:
   """Multiplies that score."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
-  remat: bool = False
-  """Recompute each block in the backward pass: less memory, more time."""
+  remat: Literal['none', 'dots', 'full'] = 'none'
+  """What the backward pass computes again, in each block: nothing; all but
+  the products with matrices of weights; all. Less memory, more time."""
   mesh: str = 'data=-1,fsdp=1,tensor=1'
   """Devices along each axis; -1: all that are left."""
-  micro_batch: int = 0
-  """Completions in one pass of the gradient; 0: all at once."""
+  micro_batch: int | Literal['auto'] = 'auto'
+  """Completions in one pass of the gradient; 0: all at once; auto: as many as
+  the accelerator's memory or the CPU's last cache holds."""
+  update_lengths: int = 2
+  """Lengths that the update is compiled for, the longest completion allowed and
+  each half the one before (down to 32 tokens): it pays for the shortest that
+  holds a step's completions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +274,7 @@ def _ranges() -> dict[str, tuple]:
       'num_prompts num_generations max_prompt_length max_completion_length '
       'max_steps eval_prompts keep num_problems d_model num_layers num_heads '
       'num_kv_heads d_ff warm_start_max_steps warm_start_batch_size '
-      'warm_start_check_every epochs mini_batches',
+      'warm_start_check_every epochs mini_batches update_lengths',
     ),
     (
       lambda x: x > 0,
@@ -305,7 +311,7 @@ def check_numbers(flags) -> None:
     if isinstance(value, float) and not math.isfinite(value):
       raise FlagError(f'--{name} {value} must be a finite number')
     fine, said = ranges.get(name, (lambda x: True, ''))
-    if value is not None and not fine(value):
+    if isinstance(value, int | float) and not fine(value):
       raise FlagError(f'--{name} {value} must be {said}')
 
 
@@ -372,7 +378,7 @@ def check_batches(model: ModelFlags, sampling: SamplingFlags, parts: int):
   C, G, micro = (
     sampling.num_prompts,
     sampling.num_generations,
-    model.micro_batch,
+    0 if model.micro_batch == 'auto' else model.micro_batch,
   )
   if C % parts:
     fit = -(-C // parts) * parts

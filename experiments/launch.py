@@ -105,6 +105,7 @@ def check_devices(flags, mesh, mini_batches: int) -> None:
     )
   C, G = flags.sampling.num_prompts, flags.sampling.num_generations
   micro = flags.model.micro_batch
+  micro = 0 if micro == 'auto' else micro
   prompts = micro // G or C // mini_batches
   if prompts % ways:
     name, unit = ('--micro_batch', G) if micro else ('--num_prompts', 1)
@@ -246,12 +247,20 @@ def begin(
   return context, state, progress
 
 
+def micro_batches(flags, algorithm) -> int | None:
+  """Passes of a mini-batch's gradient; None: as the device's memory has it."""
+  s, wanted = flags.sampling, flags.model.micro_batch
+  if wanted == 'auto':
+    return None
+  rows = s.num_prompts * s.num_generations // algorithm.mini_batches
+  return rows // (wanted or rows)
+
+
 def compile_parts(
   context: Context, algorithm, optimizer, config: step_parts.LoopConfig, state
 ) -> step_parts.Parts:
   """The step's functions; says that it compiles and for how long."""
   experiment, s = context.experiment, context.experiment.flags.sampling
-  rows = s.num_prompts * s.num_generations // algorithm.mini_batches
   sampler = SamplerConfig(
     s.num_generations,
     s.max_completion_length,
@@ -271,7 +280,8 @@ def compile_parts(
       context.rule,
       context.data,
       context.held_out.tokens.shape[1],
-      rows // (experiment.flags.model.micro_batch or rows),
+      micro_batches(experiment.flags, algorithm),
+      experiment.flags.model.update_lengths,
       device_score=scoring,
       critic=context.critic,
     )

@@ -10,14 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_tok import memory
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.evaluation import make_drift
 from jaxrl_tok.mask_policy import masked_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.sharding import ROWS
+from jaxrl_tok.sharding import ROWS, row_shards
 from jaxrl_tok.steps import Table, make_steps
 from jaxrl_tok.types import Algorithm, Policy, Prompts, SamplingRule, TrainState
-from jaxrl_tok.update import make_update
+from jaxrl_tok.update import make_update, shortened
+
+SHORTEST = 32  # tokens; less is computed faster than compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +49,23 @@ class Parts(NamedTuple):
   decode: Callable  # lists of ids -> texts
   # step by step
   sample: Callable | None = None  # (weights, key, Prompts, rule) -> Rollout
-  update: Callable | None = None  # see make_update
+  # {T: see make_update}; of a rollout that is over by column T
+  updates: dict | None = None
   greedy_prompts: Callable | None = None  # greedy, of training prompts
   # (Rollout, {column: [C, ...]}) -> (reward [B, T], {name: mean})
   device_score: Callable | None = None
   # or many in a call: (state, Table, index [n, C], rule)
   steps: Callable | None = None  # -> (state, metrics [n], steps.Last)
   drift: Callable | None = None  # (reference weights, rollout, rule) -> KL
+
+
+def lengths_of(T: int, count: int) -> list[int]:
+  """Lengths that an update is compiled for: T, and at most `count` - 1 more,
+  each half the one before and none below SHORTEST tokens."""
+  lengths = [T]
+  while len(lengths) < count and lengths[-1] >= 2 * SHORTEST:
+    lengths.append(-(-lengths[-1] // 2))
+  return sorted(lengths)
 
 
 def compile_parts(
@@ -65,7 +78,8 @@ def compile_parts(
   rule: SamplingRule,
   data: PromptSet,
   held_out_length: int,
-  micro_batches: int = 1,
+  micro_batches: int | None = 1,
+  update_lengths: int = 1,
   logits_chunk: int | None = None,
   device_score: tuple | None = None,
   critic: Policy | None = None,
@@ -74,6 +88,8 @@ def compile_parts(
 
   Args:
     held_out_length: P of the held-out prompts.
+    micro_batches: passes of a mini-batch's gradient; None: see memory.py.
+    update_lengths: see lengths_of.
     device_score: (device_rewards.make_scorer's function, its params).
     critic: where it is no head on the policy.
 
@@ -106,16 +122,30 @@ def compile_parts(
   sampled = jax.eval_shape(sample, state.weights, state.key, prompts, rule)
   rollout = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), sampled)
   reward = array(*rollout.logp.shape, dtype=np.float32)
-  update = make_update(
-    policy, algorithm, optimizer, micro_batches, logits_chunk, critic
+  T, ways, device = (
+    rollout.tokens.shape[1],
+    row_shards(mesh),
+    mesh.devices.flat[0],
   )
+  divisions = [micro_batches]
+  if micro_batches is None:
+    each = memory.bytes_a_prompt(policy, state.weights, rollout, rule, ways)
+    most = memory.budget(device)
+    divisions = memory.divisions(C // algorithm.mini_batches, each, most, ways)
+
+  def updating(parts, length=T):
+    update = make_update(
+      policy, algorithm, optimizer, parts, logits_chunk, critic
+    )
+    return update if length == T else shortened(update, length)
+
   # the state comes out placed as it went in: no compilation at step 2
   placed = jax.tree.map(lambda x: x.sharding, state)
   score, score_params = device_score or (None, None)
   look = state.weights, state.key
-  jobs = {
-    'greedy': (jax.jit(greedy, out_shardings=rows), (*look, held_out, rule))
-  }
+  greedy_job = jax.jit(greedy, out_shardings=rows)
+  # {name: (functions, the first of which fits is wanted, arguments)}
+  jobs = {'greedy': ([greedy_job], (*look, held_out, rule))}
   if config.steps_per_call:
     best = greedy if algorithm.greedy else None
     n = len(data.examples)
@@ -125,44 +155,58 @@ def compile_parts(
     )
     index = array(config.steps_per_call, C, sharding=whole)
     jobs['steps'] = (
-      jax.jit(
-        make_steps(sample, score, update, best),
-        donate_argnums=0,
-        out_shardings=(placed, whole, rows),
-      ),
+      [
+        jax.jit(
+          make_steps(sample, score, updating(n), best),
+          donate_argnums=0,
+          out_shardings=(placed, whole, rows),
+        )
+        for n in divisions
+      ],
       (state, score_params, table, index, rule),
     )
   else:
-    jobs['sample'] = (
-      jax.jit(sample, out_shardings=rows),
-      (*look, prompts, rule),
-    )
+    sample_job = jax.jit(sample, out_shardings=rows)
+    jobs['sample'] = [sample_job], (*look, prompts, rule)
     greedy_reward = None
     if algorithm.greedy:
       greedy_reward = array(C, dtype=np.float32)
-      jobs['greedy_prompts'] = jobs['greedy'][0], (*look, prompts, rule)
-    jobs['update'] = (
-      jax.jit(update, donate_argnums=0, out_shardings=(placed, whole, rows)),
-      (state, rollout, reward, rule, greedy_reward),
-    )
+      jobs['greedy_prompts'] = [greedy_job], (*look, prompts, rule)
+    for length in lengths_of(T, update_lengths):
+      jobs['update', length] = (
+        [
+          jax.jit(
+            updating(n, length),
+            donate_argnums=0,
+            out_shardings=(placed, whole, rows),
+          )
+          for n in divisions
+        ],
+        (state, rollout, reward, rule, greedy_reward),
+      )
     if score is not None:
       columns = {k: like(v, C) for k, v in data.columns.items()}
-      jobs['device_score'] = (
-        jax.jit(score, out_shardings=(rows, whole)),
-        (score_params, rollout, columns),
-      )
+      score_job = jax.jit(score, out_shardings=(rows, whole))
+      jobs['device_score'] = [score_job], (score_params, rollout, columns)
   # at every step where the algorithm has a KL of its own
   if config.log_kl and algorithm.kl is None:
     drift = jax.jit(make_drift(policy, logits_chunk), out_shardings=whole)
-    jobs['drift'] = drift, (state.reference_weights, rollout, rule)
+    jobs['drift'] = [drift], (state.reference_weights, rollout, rule)
 
   def build(job):
-    function, args = job
+    functions, args = job
     with jax.set_mesh(mesh):  # it is of the thread
-      return function.lower(*args).compile()
+      for function in functions:
+        compiled = function.lower(*args).compile()
+        if memory.fits(compiled, device):
+          break
+    return compiled
 
   with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
     built = dict(zip(jobs, pool.map(build, jobs.values())))
+  names = [name for name in built if name[0] == 'update']
+  if names:
+    built['updates'] = {length: built.pop((_, length)) for _, length in names}
   if 'device_score' in built:
     compiled = built['device_score']
     built['device_score'] = functools.partial(compiled, score_params)

@@ -243,7 +243,9 @@ def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
     key = fold_in(state.key, step)
     batch, spent, found = collect(collector, state, key, progress.position)
     greedy_reward = batch.greedy_reward
-    state, metrics, advantage = parts.update(
+    longest = batch.mask.any(axis=0).sum()
+    update = parts.updates[min(n for n in parts.updates if n >= longest)]
+    state, metrics, advantage = update(
       state,
       batch.rollout,
       put_rows(mesh, batch.scores.reward),

@@ -447,3 +447,26 @@ def make_update(
     return state, more
 
   return update
+
+
+def shortened(update: Callable, length: int) -> Callable:
+  """The same update of a rollout whose rows are all over by column `length`,
+  at the price of so many columns; what it returns is of all T."""
+
+  def cut(x):
+    return x[:, :length]
+
+  def run(state, rollout: Rollout, reward, rule, greedy_reward=None):
+    short = rollout._replace(
+      tokens=cut(rollout.tokens),
+      mask=cut(rollout.mask),
+      logp=cut(rollout.logp),
+      kept=None if rollout.kept is None else cut(rollout.kept),
+    )
+    state, metrics, advantage = update(
+      state, short, cut(reward), rule, greedy_reward
+    )
+    rest = ((0, 0), (0, reward.shape[1] - length))
+    return state, metrics, jnp.pad(advantage, rest)
+
+  return run

@@ -72,12 +72,12 @@ def test_dashes_and_underscores_both_work(name):
 
 def test_flags_change_only_what_they_name():
   assert parse() == arithmetic.DEFAULTS
-  flags = parse('--top_k', '7', '--no-cache', '--remat', '--seed', '3')
+  flags = parse('--top_k', '7', '--no-cache', '--remat', 'dots', '--seed', '3')
   changed = flag_layer.flat(flags).items() - flag_layer.flat(parse()).items()
   assert changed == {
     ('top_k', 7),
     ('cache', False),
-    ('remat', True),
+    ('remat', 'dots'),
     ('seed', 3),
   }
 
@@ -220,11 +220,10 @@ def test_micro_batch_takes_whole_groups(capsys, C, G, micro, cure):
 
 
 def test_every_micro_batch_that_fits_is_taken():
+  batch = ('--num_prompts', '6', '--num_generations', '4')
+  assert parse(*batch).model.micro_batch == 'auto'
   for micro in (0, 4, 8, 12, 24):
-    found = parse(
-      *('--num_prompts', '6', '--num_generations', '4'),
-      *('--micro_batch', str(micro)),
-    )
+    found = parse(*batch, '--micro_batch', str(micro))
     assert found.model.micro_batch == micro
 
 

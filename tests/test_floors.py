@@ -33,6 +33,7 @@ FLOORS = {
   'evaluation': 3,
   'collect': 3,
   'steps': 3,
+  'memory': 3,
   'parts': 4,
   'train': 5,
 }

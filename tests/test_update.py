@@ -16,6 +16,7 @@ from jaxrl_tok.update import (
   length_metrics,
   make_update,
   reward_metrics,
+  shortened,
 )
 
 # hands out the gradient as the optimizer's state
@@ -85,6 +86,26 @@ def test_groups_without_an_advantage_are_left_out(tiny, reward, run):
       np.testing.assert_allclose(metrics[name], others[name], atol=1e-6)
     assert metrics['entropy'] > 0
     seen.clear()
+
+
+@pytest.mark.parametrize('algorithm', [REINFORCE, algorithms.grpo()])
+def test_a_shorter_update_is_the_same(tiny, reward, run, algorithm):
+  """Rows that are all over by column 5: some end there, none is cut."""
+  mask, end = np.asarray(tiny.rollout.mask).copy(), tiny.rule.end_tokens[0]
+  tokens, last = np.asarray(tiny.rollout.tokens).copy(), 5
+  tokens[mask[:, last - 1], last - 1] = end
+  mask[:, last:] = False
+  rollout = tiny.rollout._replace(
+    tokens=np.where(mask, tokens, 0), mask=mask, logp=tiny.rollout.logp * mask
+  )
+  given = np.asarray(reward) * mask
+  want, metrics, advantage = run(rollout, given, algorithm)
+  update = shortened(make_update(tiny.policy, algorithm, RECORD), last)
+  state = init_state(algorithm, RECORD, tiny.params, jax.random.key(0))
+  state, others, same = jax.jit(update)(state, rollout, given, tiny.rule)
+  assert_same(state.opt_state, want)
+  assert_same(others, metrics)
+  np.testing.assert_allclose(same, advantage, atol=1e-6)
 
 
 @pytest.mark.parametrize(

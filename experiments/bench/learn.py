@@ -10,7 +10,7 @@ import optax
 from experiments.bench import sizes
 from experiments.bench.decode import random_prompts
 from experiments.bench.timing import Row, Work, in_turn, once, with_peers
-from jaxrl_tok import algorithms, distribution
+from jaxrl_tok import algorithms, distribution, memory
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
@@ -30,7 +30,6 @@ class Step:
     policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
     algorithm, optimizer = algorithms.grpo(), optax.adamw(1e-5)
     sampler = make_sampler(policy, SamplerConfig(G, T))
-    update = make_update(policy, algorithm, optimizer)
     prompts = random_prompts(work.size, C, work.prompt_length)
     self.rule = distribution.make_rule(work.size.vocab_size, [])
     params = jax.jit(policy.init)(jax.random.key(0))
@@ -44,6 +43,9 @@ class Step:
     given = self.state.weights, self.state.key, prompts, self.rule
     self.sample = jax.jit(sample).lower(*given).compile()
     rollout = jax.eval_shape(sample, *given)
+    each = memory.bytes_a_prompt(policy, (params, None), rollout, self.rule)
+    parts, *_ = memory.divisions(C, each, memory.budget(jax.devices()[0]))
+    update = make_update(policy, algorithm, optimizer, parts)
     reward = jax.ShapeDtypeStruct((C * G, T), jnp.float32)
     given = self.state, rollout, reward, self.rule
     self.update = jax.jit(update, donate_argnums=0).lower(*given).compile()

@@ -28,6 +28,11 @@ from jaxrl_tok.models import attention, experts, rope
 from jaxrl_tok.sharding import constrain, constrain_rows
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
+# what a block keeps for the backward pass; it computes the rest again
+REMAT = {
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
 ACTIVATIONS = {
   'silu': nn.silu,
   'gelu': functools.partial(nn.gelu, approximate=False),
@@ -280,11 +285,12 @@ class Table(nn.Module):
 class Transformer(nn.Module):
   config: TransformerConfig
   dtype: jnp.dtype
-  remat: bool
+  remat: str
 
   def setup(self):
-    c = self.config
-    block = nn.remat(Block) if self.remat else Block
+    c, block = self.config, Block
+    if self.remat != 'none':
+      block = nn.remat(Block, policy=REMAT[self.remat])
     self.embed = Table(c.vocab_size, c)
     if c.learned_positions:
       self.positions = Table(c.max_length, c)
@@ -364,14 +370,14 @@ class Transformer(nn.Module):
 
 
 def make_policy(
-  config: TransformerConfig, dtype=jnp.float32, remat: bool = False
+  config: TransformerConfig, dtype=jnp.float32, remat: str = 'none'
 ) -> Policy:
   """The decoder as a Policy: pure functions of (params, arrays).
 
   Args:
     config: sizes.
     dtype: compute dtype; parameters keep their own.
-    remat: recompute each block in the backward pass (memory for time).
+    remat: 'none', or what of REMAT each block keeps (memory for time).
   """
   module = Transformer(config, jnp.dtype(dtype), remat)
 

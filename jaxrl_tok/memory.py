@@ -1,0 +1,108 @@
+"""How many completions a pass of the gradient looks at, by the device's memory.
+
+On a CPU, a pass whose arrays stay in the last cache is faster; on an
+accelerator, fewer passes are, as long as they fit.
+"""
+
+from pathlib import Path
+
+import jax
+
+from jaxrl_tok.policy import evaluate
+from jaxrl_tok.types import Policy, Rollout, SamplingRule
+
+USUAL_CACHE = 16 * 2**20  # bytes, where the system does not say
+KEPT_FREE = 0.1  # of an accelerator's memory, for what XLA does not count
+
+
+def num_bytes(tree) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_a_prompt(
+  policy: Policy,
+  weights: tuple,
+  rollout: Rollout,
+  rule: SamplingRule,
+  ways: int = 1,
+) -> int:
+  """What the forward pass of one prompt's completions leaves for the backward
+  one. Nothing is computed: arrays may be ShapeDtypeStructs.
+
+  Args:
+    weights: what Policy.join takes, the first of them trained.
+    ways: devices that share a batch, whose prompts are then a multiple of it.
+  """
+  params, fixed = weights
+  G = rollout.tokens.shape[0] // rollout.prompts.length.shape[0]
+
+  def kept(num_prompts):
+    def rows(x, count):
+      return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+
+    prompts = jax.tree.map(lambda x: rows(x, num_prompts), rollout.prompts)
+    part = jax.tree.map(lambda x: rows(x, num_prompts * G), rollout)
+    part = part._replace(prompts=prompts)
+
+    def backward(params, fixed, part, rule):
+      def logp(params):
+        return evaluate(policy, policy.join(params, fixed), part, rule).logp
+
+      return jax.vjp(logp, params)[1]
+
+    return num_bytes(jax.eval_shape(backward, params, fixed, part, rule))
+
+  # the difference is without what does not depend on the rows
+  return (kept(2 * ways) - kept(ways)) // ways
+
+
+def last_cache() -> int:
+  """Bytes of the CPU's last cache."""
+  found = Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size')
+  sizes = [path.read_text().strip() for path in found]
+  units = {'K': 2**10, 'M': 2**20}
+  known = [int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units]
+  return max(known, default=USUAL_CACHE)
+
+
+def budget(device) -> int | None:
+  """Bytes for a pass's arrays on one device; None: it does not say."""
+  if device.platform == 'cpu':
+    return last_cache()
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' not in stats:
+    return None
+  free = stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  return int((1 - KEPT_FREE) * free)
+
+
+def divisions(
+  num_prompts: int, each: int, most: int | None, ways: int = 1
+) -> list[int]:
+  """Into how many parts the prompts may divide, the fewest first: parts that
+  `ways` devices can share, and whose bytes (`each` a prompt) are at most `most`
+  on a device; where no part is, the smallest alone."""
+  found = [
+    n
+    for n in range(1, num_prompts + 1)
+    if num_prompts % n == 0 and num_prompts // n % ways == 0
+  ]
+  fitting = [
+    n for n in found if most is None or num_prompts // n // ways * each <= most
+  ]
+  return fitting or found[-1:]
+
+
+def fits(compiled, device) -> bool:
+  """Whether a compiled program's arrays fit into an accelerator's memory."""
+  limit = (device.memory_stats() or {}).get('bytes_limit')
+  if device.platform == 'cpu' or limit is None:
+    return True
+  need = compiled.memory_analysis()
+  total = (
+    need.argument_size_in_bytes
+    + need.output_size_in_bytes
+    + need.temp_size_in_bytes
+    - need.alias_size_in_bytes
+  )
+  return total <= (1 - KEPT_FREE) * limit
