@@ -1,11 +1,13 @@
 """From an experiment to a finished run: what all experiments share.
 
 1. `prepare`  devices, mesh, model, prompts: every check, no compilation.
-2. `begin`    state and progress: resumed, warm-started, loaded or random.
-3. compile, look at held-out prompts, train, look again.
+2. `begin`    state and progress: resumed, warm-started, loaded or random; the
+   step's functions are compiled meanwhile.
+3. look at held-out prompts, train, look again.
 4. `finish`   export, report, a table of samples.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -256,11 +258,13 @@ def micro_batches(flags, algorithm) -> int | None:
   return rows // (wanted or rows)
 
 
-def compile_parts(
-  context: Context, algorithm, optimizer, config: step_parts.LoopConfig, state
-) -> step_parts.Parts:
-  """The step's functions; says that it compiles and for how long."""
-  experiment, s = context.experiment, context.experiment.flags.sampling
+def compiled_parts(
+  context: Context, algorithm, optimizer, state, device_score
+) -> dict:
+  """The step's functions on the device; `state` may be of ShapeDtypeStructs,
+  so that they are compiled while the weights are made."""
+  flags = context.experiment.flags
+  s = flags.sampling
   sampler = SamplerConfig(
     s.num_generations,
     s.max_completion_length,
@@ -268,30 +272,22 @@ def compile_parts(
     truncate=s.truncates,
     halvings=s.halvings,
   )
-  scoring = models.device_score(context)
-  with context.logger.doing('compiling the sampler, update and evaluation'):
-    compiled = step_parts.compile_parts(
+  with jax.set_mesh(context.mesh):  # it is of the thread
+    return step_parts.compile_parts(
       context.policy,
       algorithm,
       optimizer,
       sampler,
-      config,
+      loop_config(context, algorithm),
       state,
       context.rule,
       context.data,
       context.held_out.tokens.shape[1],
-      micro_batches(experiment.flags, algorithm),
-      experiment.flags.model.update_lengths,
-      device_score=scoring,
+      micro_batches(flags, algorithm),
+      flags.model.update_lengths,
+      device_score=device_score,
       critic=context.critic,
     )
-  host, _ = models.split_rewards(context)
-  return step_parts.Parts(
-    **compiled,
-    score=context.scorer(*host),
-    judge=context.scorer(experiment.judge_functions),
-    decode=context.decode,
-  )
 
 
 def loop_config(context: Context, algorithm) -> step_parts.LoopConfig:
@@ -346,11 +342,25 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
   def make_state(params, frozen):
     return new_state(context, algorithm, optimizer, params, frozen)
 
-  context, state, progress = begin(
-    context, algorithm, run_dir, checkpoints, make_state
+  host, _ = models.split_rewards(context)
+  device_score = models.device_score(context)
+  like = make_state(*models.structs(context))
+  with concurrent.futures.ThreadPoolExecutor(1) as aside:
+    compiling = aside.submit(
+      compiled_parts, context, algorithm, optimizer, like, device_score
+    )
+    context, state, progress = begin(
+      context, algorithm, run_dir, checkpoints, make_state
+    )
+    logger = context.logger
+    with logger.doing('compiling the sampler, update and evaluation'):
+      compiled = compiling.result()
+  parts = step_parts.Parts(
+    **compiled,
+    score=context.scorer(*host),
+    judge=context.scorer(context.experiment.judge_functions),
+    decode=context.decode,
   )
-  config, logger = loop_config(context, algorithm), context.logger
-  parts = compile_parts(context, algorithm, optimizer, config, state)
   if progress.step == 0:
     found, _ = look(context, parts, state, 0, 'before')
     first = found['eval/reward']
@@ -362,7 +372,7 @@ def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
       state,
       progress,
       parts,
-      config,
+      loop_config(context, algorithm),
       context.data,
       context.held_out,
       context.rule,

@@ -27,6 +27,9 @@ from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.types import Prompts, Rollout
 
+# for a program that runs once, for milliseconds
+QUICKLY = {'xla_backend_optimization_level': 0}
+
 
 def cache_dir(context, flags) -> Path:
   """Where the warm start of these settings is kept."""
@@ -121,7 +124,11 @@ def learn(context, flags):
     return params, optimizer.init(params)
 
   (params, opt_state), _ = sharding.born_sharded(
-    init, context.mesh, policy.partition_rules, jax.random.key(seed)
+    init,
+    context.mesh,
+    policy.partition_rules,
+    jax.random.key(seed),
+    compiler_options=QUICKLY,
   )
   step = jax.jit(make_step(context, optimizer), donate_argnums=(0, 1))
   greedy = SamplerConfig(

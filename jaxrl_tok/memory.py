@@ -4,6 +4,7 @@ On a CPU, a pass whose arrays stay in the last cache is faster; on an
 accelerator, fewer passes are, as long as they fit.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -65,15 +66,29 @@ def last_cache() -> int:
   return max(known, default=USUAL_CACHE)
 
 
-def budget(device) -> int | None:
-  """Bytes for a pass's arrays on one device; None: it does not say."""
+def bytes_on_a_device(tree) -> int:
+  """Of arrays, or ShapeDtypeStructs, that lie on a mesh."""
+
+  def one(x):
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(map(one, jax.tree.leaves(tree)))
+
+
+def limit(device) -> int | None:
+  """Bytes that arrays may take of an accelerator; None: it does not say."""
+  stats = device.memory_stats() or {}
+  known = 'bytes_limit' in stats and device.platform != 'cpu'
+  return int((1 - KEPT_FREE) * stats['bytes_limit']) if known else None
+
+
+def budget(device, state=()) -> int | None:
+  """Bytes for a pass's arrays beside the state, on one device; None: it does
+  not say."""
   if device.platform == 'cpu':
     return last_cache()
-  stats = device.memory_stats() or {}
-  if 'bytes_limit' not in stats:
-    return None
-  free = stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-  return int((1 - KEPT_FREE) * free)
+  most = limit(device)
+  return None if most is None else max(most - bytes_on_a_device(state), 0)
 
 
 def divisions(
@@ -95,8 +110,8 @@ def divisions(
 
 def fits(compiled, device) -> bool:
   """Whether a compiled program's arrays fit into an accelerator's memory."""
-  limit = (device.memory_stats() or {}).get('bytes_limit')
-  if device.platform == 'cpu' or limit is None:
+  most = limit(device)
+  if most is None:
     return True
   need = compiled.memory_analysis()
   total = (
@@ -105,4 +120,4 @@ def fits(compiled, device) -> bool:
     + need.temp_size_in_bytes
     - need.alias_size_in_bytes
   )
-  return total <= (1 - KEPT_FREE) * limit
+  return total <= most

@@ -93,6 +93,8 @@ def compile_parts(
     device_score: (device_rewards.make_scorer's function, its params).
     critic: where it is no head on the policy.
 
+    state: or ShapeDtypeStructs of it, with their shardings.
+
   Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
   """
   mesh = jax.sharding.get_mesh()
@@ -130,7 +132,7 @@ def compile_parts(
   divisions = [micro_batches]
   if micro_batches is None:
     each = memory.bytes_a_prompt(policy, state.weights, rollout, rule, ways)
-    most = memory.budget(device)
+    most = memory.budget(device, state)
     divisions = memory.divisions(C // algorithm.mini_batches, each, most, ways)
 
   def updating(parts, length=T):

@@ -106,14 +106,19 @@ def tree_shardings(mesh, tree, rules):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def born_sharded(make, mesh, rules, *args):
+def born_sharded(make, mesh, rules, *args, compiler_options=None):
   """Runs `make(*args)` so that every leaf is created on its own devices.
+
+  compiler_options: of jax.jit.
 
   Returns (tree, shardings).
   """
   shapes = jax.eval_shape(make, *args)
   shardings = tree_shardings(mesh, shapes, rules)
-  return jax.jit(make, out_shardings=shardings)(*args), shardings
+  make = jax.jit(
+    make, out_shardings=shardings, compiler_options=compiler_options
+  )
+  return make(*args), shardings
 
 
 def put_rows(mesh, tree):

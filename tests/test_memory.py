@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import CONFIG, changed
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import distribution, memory
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.parts import lengths_of
+from jaxrl_tok.sharding import make_mesh
 from jaxrl_tok.types import Prompts, Rollout
 
 GIB = 2**30
@@ -68,9 +70,13 @@ def device(platform, **stats):
 
 
 def test_what_a_pass_may_take():
-  free = device('gpu', bytes_limit=10 * GIB, bytes_in_use=4 * GIB)
-  assert memory.budget(free) == int(0.9 * 6 * GIB)
-  assert memory.budget(device('tpu')) is None
+  gpu = device('gpu', bytes_limit=10 * GIB)
+  whole = NamedSharding(make_mesh('data=1', jax.devices()[:1]), PartitionSpec())
+  state = jax.ShapeDtypeStruct((GIB,), jnp.float32, sharding=whole)
+  assert memory.budget(gpu) == 9 * GIB
+  assert memory.budget(gpu, [state]) == 5 * GIB
+  assert memory.budget(gpu, [state] * 3) == 0
+  assert memory.budget(device('tpu'), [state]) is None
   assert memory.budget(device('cpu')) == memory.last_cache()
   assert memory.last_cache() >= 2**18
 
