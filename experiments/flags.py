@@ -89,6 +89,8 @@ class ModelFlags:
   remat: Literal['none', 'dots', 'full'] = 'none'
   """What the backward pass computes again, in each block: nothing; all but
   the products with matrices of weights; all. Less memory, more time."""
+  attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
+  """Of many tokens at once; auto: cudnn on GPU, splash on TPU, else xla."""
   mesh: str = 'data=-1,fsdp=1,tensor=1'
   """Devices along each axis; -1: all that are left."""
   micro_batch: int | Literal['auto'] = 'auto'

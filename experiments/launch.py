@@ -36,7 +36,7 @@ from jaxrl_tok import (
 )
 from jaxrl_tok import parts as step_parts
 from jaxrl_tok.logger import Logger, duration
-from jaxrl_tok.models import hf, lora
+from jaxrl_tok.models import hf, kernels, lora
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.models.weights import fingerprint
 from jaxrl_tok.sampler import SamplerConfig
@@ -133,6 +133,7 @@ def prepare(experiment: Experiment, algorithm) -> Context:
       )
     mesh = sharding.make_mesh(flags.model.mesh)
     check_devices(flags, mesh, algorithm.mini_batches)
+    attention = kernels.choose(flags.model.attention)
     model = models.make_model(flags, experiment.tokenizer)
     V = model.config.vocab_size
     train_set, held_out = (
@@ -167,7 +168,7 @@ def prepare(experiment: Experiment, algorithm) -> Context:
   judging = dataclasses.replace(model.config, value_head=True)
   shared = learned and flags.algorithm.critic == 'shared'
   policy, critic = (
-    make_policy(config, jnp.dtype(dtype), flags.model.remat)
+    make_policy(config, jnp.dtype(dtype), flags.model.remat, attention)
     for config in (judging if shared else model.config, judging)
   )
   if adapter is not None:

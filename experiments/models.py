@@ -186,7 +186,8 @@ def device_score(context) -> tuple | None:
   if model is not None:
     with context.logger.doing(f'reading {model.origin}'):
       params = hf.read_params(model, context.mesh)
-    policy = make_policy(model.config, context.policy.dtype)
+    kernel = context.experiment.flags.model.attention
+    policy = make_policy(model.config, context.policy.dtype, attention=kernel)
     scorer = device_rewards.reward_model(policy)
   share = context.experiment.flags.model.reward_model_weight
   score = device_rewards.make_scorer(functions, weights, scorer, share)

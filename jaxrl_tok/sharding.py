@@ -162,6 +162,20 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fitted)
 
 
+def on_each_device(function, spec, *args):
+  """function(*args) by every device of its own part of them, for what the
+  partitioner cannot split; args and result lie as spec says, axes that do not
+  divide a dimension dropped. Without a mesh it is the plain call."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(*args)
+  specs = tuple(_fit(PartitionSpec(*spec), x.shape, mesh) for x in args)
+  split = jax.shard_map(
+    function, in_specs=specs, out_specs=specs[0], check_vma=False
+  )
+  return split(*args)
+
+
 def gathered_for_rollout(params, rules):
   """Undoes the fsdp split of params inside jit, once, before a token loop.
 

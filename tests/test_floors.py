@@ -43,6 +43,7 @@ MODEL_FLOORS = {
   'attention': 0,
   'rope': 0,
   'experts': 0,
+  'kernels': 0,
   'hub': 0,
   'transformer': 1,
   'layout': 2,

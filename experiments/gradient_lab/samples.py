@@ -57,7 +57,8 @@ def make_lab(context) -> Lab:
   flags, model = context.experiment.flags, context.model
   s = flags.sampling
   config = dataclasses.replace(model.config, value_head=True)
-  policy = make_policy(config, context.policy.dtype)
+  # jacrev maps over cotangents alone, which cuDNN's gradient does not take
+  policy = make_policy(config, context.policy.dtype, attention='xla')
   sampler = SamplerConfig(
     s.num_generations,
     s.max_completion_length,

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.models import attention, experts, rope
+from jaxrl_tok.models import attention, experts, kernels, rope
 from jaxrl_tok.sharding import constrain, constrain_rows
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
@@ -161,6 +161,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
   config: TransformerConfig
   layer: Layer
+  kernel: str  # of kernels.choose
 
   @nn.compact
   def __call__(self, x, angles, prefix, prefix_length, cache, at):
@@ -189,9 +190,15 @@ class Attention(nn.Module):
       k = rope.rotate(k, cos, sin)
     scale = H**-0.5 if c.attention_scale is None else c.attention_scale
     how = {'cap': c.attention_cap, 'window': self.layer.window}
-    kv = (k.swapaxes(2, 3), v)
+    kv, attend = (k.swapaxes(2, 3), v), None
+    if cache is None:  # with one it is few tokens, and the prompt's keys count
+      P = 0 if prefix is None else prefix[1].shape[2]
+      attend = kernels.fitting(self.kernel, q, c.attention_cap, P)
     if prefix is None:
-      mixed = attention.causal_attention(q, *kv, scale, **how)
+      attend = attend or attention.causal_attention
+      mixed = attend(q, *kv, scale, **how)
+    elif attend:
+      mixed = kernels.by_row(attend, q, prefix, prefix_length, kv, scale, **how)
     else:
       if cache is not None:  # write first, then attend to the updated buffer
         kv = tuple(
@@ -239,6 +246,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
   config: TransformerConfig
   layer: Layer
+  kernel: str
 
   @nn.compact
   def __call__(self, x, angles, prefix, prefix_length, cache, at):
@@ -250,7 +258,7 @@ class Block(nn.Module):
     def after(name, y):
       return Norm(c, name=f'{name}_post_norm')(y) if c.post_norm else y
 
-    mixed, kv = Attention(c, self.layer, name='attention')(
+    mixed, kv = Attention(c, self.layer, self.kernel, name='attention')(
       before('attention', x), angles, prefix, prefix_length, cache, at
     )
     mixed = after('attention', mixed)
@@ -286,6 +294,7 @@ class Transformer(nn.Module):
   config: TransformerConfig
   dtype: jnp.dtype
   remat: str
+  kernel: str
 
   def setup(self):
     c, block = self.config, Block
@@ -295,7 +304,8 @@ class Transformer(nn.Module):
     if c.learned_positions:
       self.positions = Table(c.max_length, c)
     self.layers = [
-      block(c, layer, name=f'layer_{i}') for i, layer in enumerate(c.layers)
+      block(c, layer, self.kernel, name=f'layer_{i}')
+      for i, layer in enumerate(c.layers)
     ]
     self.norm = Norm(c)
     if c.lm_head and not c.tie_embeddings:
@@ -370,7 +380,10 @@ class Transformer(nn.Module):
 
 
 def make_policy(
-  config: TransformerConfig, dtype=jnp.float32, remat: str = 'none'
+  config: TransformerConfig,
+  dtype=jnp.float32,
+  remat: str = 'none',
+  attention: str = 'auto',
 ) -> Policy:
   """The decoder as a Policy: pure functions of (params, arrays).
 
@@ -378,8 +391,13 @@ def make_policy(
     config: sizes.
     dtype: compute dtype; parameters keep their own.
     remat: 'none', or what of REMAT each block keeps (memory for time).
+    attention: what looks at many tokens at once: xla, cudnn, splash, or auto,
+      the backend's own where it fits (kernels.py).
+
+  Raises ValueError for a kernel that the backend does not have.
   """
-  module = Transformer(config, jnp.dtype(dtype), remat)
+  kernel = kernels.choose(attention)
+  module = Transformer(config, jnp.dtype(dtype), remat, kernel)
 
   def method(name):
     function = getattr(Transformer, name)
