@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -204,7 +205,9 @@ def compile_parts(
           break
     return compiled
 
-  with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+  # a compilation uses about two cores by itself
+  threads = max(1, (os.cpu_count() or 2) // 2)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     built = dict(zip(jobs, pool.map(build, jobs.values())))
   names = [name for name in built if name[0] == 'update']
   if names:

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN, PAD
 
 from jaxrl_tok import device_rewards, distribution
-from jaxrl_tok.models import families, hf
+from jaxrl_tok.models import families, hf, rope
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.types import Prompts, Rollout
@@ -101,3 +101,16 @@ def test_scores_are_torchs(name):
   want = np.zeros((2, S - P), np.float32)
   want[0, 0], want[1, -1] = expected['scores'][0, P], expected['scores'][1, -1]
   np.testing.assert_allclose(reward, want, atol=TOLERANCE, rtol=0)
+
+
+def test_angles_are_the_same_from_a_table_or_not():
+  """A long context holds no table in the program; the angles are the same."""
+  turned = rope.make_rope({'rope_theta': 1e4}, 8)._replace(magnitude=1.5)
+  positions = np.array([[0, 3], [700, 999]], np.int32)
+  look = jax.jit(rope.rope_angles, static_argnums=(1, 2))
+  tables = look(positions, turned, 1000)
+  computed = look(positions, turned, rope.LARGEST_TABLE)
+  assert rope.LARGEST_TABLE > 1000 * 4
+  for a, b in zip(tables, computed):
+    assert a.shape == (2, 2, 4)
+    np.testing.assert_allclose(a, b, atol=1e-4)

@@ -51,7 +51,7 @@ def machine() -> dict:
   return {
     'device': device.device_kind,
     'backend': jax.default_backend(),
-    'cores': len(os.sched_getaffinity(0)),
+    'cores': os.cpu_count(),
     'platform': platform.platform(),
     'python': platform.python_version(),
     'versions': {

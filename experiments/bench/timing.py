@@ -142,7 +142,7 @@ def with_peers(work: Work, bench: str, C: int, G: int, own: dict):
           'completion_length': work.completion_length,
           'dtype': dtype,
           'learning_rate': 1e-5,
-          'threads': len(os.sched_getaffinity(0)),
+          'threads': os.cpu_count(),
         }
         one = named[f'{peer} {dtype}'] = Peer(peer, python, job)
         work.show(f'{peer} {dtype} warms up')

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST_TABLE = 2**18  # numbers: 1 MiB, 4096 positions of a head of 128
+
 
 class Rope(NamedTuple):
   """Frequencies, in radians a position, of the head's first pairs.
@@ -109,10 +111,13 @@ def make_rope(parameters: dict, head_dim: int) -> Rope:
 def rope_angles(positions: jax.Array, rope: Rope, length: int):
   """(cos, sin), each float32 [..., R/2], of int positions [...] < length.
 
-  Read from a table that the program holds: computed there, XLA would compute
-  them again for every head of every layer.
+  Read from a table that the program holds, if it is a small one: computed
+  there, XLA on CPU would compute them again for every head of every layer.
   """
   speed = np.asarray(rope.frequencies, np.float32)
+  if length * len(speed) > LARGEST_TABLE:
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), speed)
+    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
   angles = np.arange(length, dtype=np.float32)[:, None] * speed
   tables = np.cos(angles), np.sin(angles)
   return tuple(

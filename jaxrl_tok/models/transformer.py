@@ -209,7 +209,9 @@ class Attention(nn.Module):
         q, prefix, prefix_length, kv, at, scale, **how
       )
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
-    x = jnp.einsum('bkmth,kmhd->btd', mixed, out.astype(x.dtype))
+    # one axis to sum over: of three, XLA would transpose the matrix each step
+    mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
+    x = mixed @ out.astype(x.dtype).reshape(-1, c.d_model)
     return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
 
 
