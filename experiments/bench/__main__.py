@@ -4,7 +4,8 @@
   python -m experiments.bench step --peer trl --peer_python ~/trl/bin/python
   python -m experiments.bench all
 
-  decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones)
+  decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones,
+           and 128)
   group    the same of prompts that 8 or 16 completions share
   ragged   completions that end at different times
   logp     log-probs and their gradient, in chunks or whole: seconds, memory
@@ -52,7 +53,8 @@ class Flags:
   peer_python: tuple[str, ...] = ()
   """Interpreters that have them: one for all, or one each."""
   profile: str | None = None
-  """Directory for a trace of our own part (jax.profiler)."""
+  """Directory for a trace (jax.profiler) of one more round, which is not
+  counted."""
   output_dir: str | None = None
   """Of bench.json and roofline.svg; default runs/bench-TIME."""
 

@@ -1,6 +1,5 @@
 """Runs the benchmarks, and tells what came."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -43,6 +42,7 @@ def work_of(flags, bench: str, name: str, show) -> Work:
     flags.rounds,
     {peer: path for peer, path in peers.items() if bench in PEERS[peer]},
     show,
+    flags.profile,
   )
 
 
@@ -77,7 +77,7 @@ def table(rows: list[Row]) -> rich.table.Table:
       key,
       row.who,
       f'{row.median:.3g}',
-      f'{row.tokens / row.median:,.0f}',
+      f'{row.tokens / row.median:,.0f}' if row.tokens else '',
       f'{row.median / first[key].median:.2f}x',
       said(row.notes),
     )
@@ -87,6 +87,8 @@ def table(rows: list[Row]) -> rich.table.Table:
 UNITS = {  # note: how it is said
   'ms_a_step': lambda x: f'{x:.2f} ms/step',
   'share_of_ceiling': lambda x: f'{x:.0%} of ceiling',
+  'matmul': lambda x: f'products {x / 1e9:.0f} GFLOP/s',
+  'skinny': lambda x: f'its own shapes {x / 1e9:.0f}',
   'temporary_bytes': lambda x: f'{x / 1e6:,.0f} MB',
   'rollout': lambda x: f'rollout {x:.2g}',
   'update': lambda x: f'update {x:.2g}',
@@ -111,27 +113,31 @@ def run(flags) -> list[Row]:
     console.print(f'  {text}', highlight=False)
 
   benches = BENCHES if flags.what == 'all' else [flags.what]
-  traced = contextlib.nullcontext()
-  if flags.profile:
-    traced = jax.profiler.trace(flags.profile)
-  found = []
-  with traced:
-    for bench in benches:
-      for name in flags.size if bench != 'startup' else flags.size[:1]:
-        console.print(f'{bench} {name} ...', highlight=False)
-        try:
-          found += BENCHES[bench](work_of(flags, bench, name, show))
-        except (ValueError, OSError) as e:
-          flag_layer.fail(e)
-        told = {
-          'machine': machine(),
-          'flags': flag_layer.flat(flags),
-          'rows': [row._asdict() | {'median': row.median} for row in found],
-        }
-        (run_dir / 'bench.json').write_text(json.dumps(told, indent=2) + '\n')
-  console.print(table(found))
+  found, fault = [], None
+  jobs = [
+    (bench, name)
+    for bench in benches
+    for name in (flags.size if bench != 'startup' else flags.size[:1])
+  ]
+  for bench, name in jobs:
+    console.print(f'{bench} {name} ...', highlight=False)
+    try:
+      found += BENCHES[bench](work_of(flags, bench, name, show))
+    except (ValueError, OSError) as e:
+      fault = e
+      break
+    told = {
+      'machine': machine(),
+      'flags': flag_layer.flat(flags),
+      'rows': [row._asdict() | {'median': row.median} for row in found],
+    }
+    (run_dir / 'bench.json').write_text(json.dumps(told, indent=2) + '\n')
+  if found:
+    console.print(table(found))
   decoded = [row for row in found if 'flops_a_step' in row.notes]
   if decoded:
     (run_dir / 'roofline.svg').write_text(pictures.roofline(decoded) + '\n')
   console.print(f'results: {run_dir}{os.sep}', highlight=False)
+  if fault:
+    flag_layer.fail(fault)
   return found

@@ -124,7 +124,7 @@ def logp(work: Work) -> list[Row]:
   for V in LOGP_VOCABULARIES:
     size = work.size._replace(num_layers=1, vocab_size=V)
     contenders, memory = chunked_and_whole(work._replace(size=size))
-    for who, times in in_turn(contenders, work.rounds, work.show).items():
+    for who, times in in_turn(contenders, work).items():
       notes = {'vocabulary': V, 'temporary_bytes': memory[who]}
       tokens, name = LOGP_ROWS * LOGP_LENGTH, f'{work.name} V={V}'
       found.append(Row('logp', name, who, times, tokens, notes))

@@ -43,11 +43,10 @@ def first_step(home: str) -> float:
 def startup(work: Work) -> list[Row]:
   """With empty caches, where the warm start is made, too; then with what that
   left: its programs and the warm start."""
-  tokens = 128 * 8 * 4  # the default's
   found = {'cold': [], 'warm': []}
   for i in range(work.rounds):
     with tempfile.TemporaryDirectory() as home:
       for who, times in found.items():
         times.append(first_step(home))
         work.show(f'round {i + 1} of {work.rounds}: {who} {times[-1]:.1f} s')
-  return [Row('startup', '-', who, t, tokens, {}) for who, t in found.items()]
+  return [Row('startup', '-', who, t, 0, {}) for who, t in found.items()]

@@ -33,7 +33,7 @@ class Row(NamedTuple):
   size: str
   who: str
   seconds: list[float]  # of the rounds
-  tokens: int  # made in a round
+  tokens: int  # made in a round; 0: that is not the point
   notes: dict  # numbers beside
 
   @property
@@ -53,6 +53,7 @@ class Work(NamedTuple):
   rounds: int
   peers: dict  # {name: interpreter}
   show: Callable  # says a line
+  profile: str | None = None  # directory for traces
 
 
 def once(function: Callable) -> float:
@@ -62,17 +63,21 @@ def once(function: Callable) -> float:
   return time.perf_counter() - began
 
 
-def in_turn(contenders: dict[str, Callable], rounds: int, show) -> dict:
+def in_turn(contenders: dict[str, Callable], work: Work) -> dict:
   """{name: [seconds]}: each contender() does one round and says its seconds.
-  The first rounds warm up."""
+  The first rounds warm up; a profile is of one more that does not count."""
   for contender in contenders.values():
     contender()
+  if work.profile:
+    with jax.profiler.trace(work.profile):
+      for contender in contenders.values():
+        contender()
   found = {name: [] for name in contenders}
-  for i in range(rounds):
+  for i in range(work.rounds):
     for name, contender in contenders.items():
       found[name].append(contender())
     said = ', '.join(f'{name} {s[-1]:.3g} s' for name, s in found.items())
-    show(f'round {i + 1} of {rounds}: {said}')
+    work.show(f'round {i + 1} of {work.rounds}: {said}')
   return found
 
 
@@ -147,7 +152,7 @@ def with_peers(work: Work, bench: str, C: int, G: int, own: dict):
         one = named[f'{peer} {dtype}'] = Peer(peer, python, job)
         work.show(f'{peer} {dtype} warms up')
         one.ready()  # one at a time: they share the machine
-    seconds = in_turn(own | named, work.rounds, work.show)
+    seconds = in_turn(own | named, work)
     return seconds, {who: peer.versions for who, peer in named.items()}
   finally:
     for peer in named.values():
