@@ -91,6 +91,9 @@ class ModelFlags:
   the products with matrices of weights; all. Less memory, more time."""
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   """Of many tokens at once; auto: cudnn on GPU, splash on TPU, else xla."""
+  cpu_devices: int = 1
+  """Devices that a CPU is split into, each with its own rows and a copy of the
+  weights: two on two cores sample faster, and learn no faster."""
   mesh: str = 'data=-1,fsdp=1,tensor=1'
   """Devices along each axis; -1: all that are left."""
   micro_batch: int | Literal['auto'] = 'auto'
@@ -276,7 +279,8 @@ def _ranges() -> dict[str, tuple]:
       'num_prompts num_generations max_prompt_length max_completion_length '
       'max_steps eval_prompts keep num_problems d_model num_layers num_heads '
       'num_kv_heads d_ff warm_start_max_steps warm_start_batch_size '
-      'warm_start_check_every epochs mini_batches update_lengths',
+      'warm_start_check_every epochs mini_batches update_lengths '
+      'cpu_devices',
     ),
     (
       lambda x: x > 0,

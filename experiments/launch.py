@@ -418,6 +418,7 @@ def run(experiment: Experiment) -> dict:
   """The whole run; returns its summary, {label: text}."""
   begun = time.monotonic()
   f = experiment.flags
+  sharding.split_cpu(f.model.cpu_devices)
   try:
     algorithm = build.make_algorithm(f)
   except ValueError as e:

@@ -82,11 +82,11 @@ def limit(device) -> int | None:
   return int((1 - KEPT_FREE) * stats['bytes_limit']) if known else None
 
 
-def budget(device, state=()) -> int | None:
+def budget(device, state=(), ways: int = 1) -> int | None:
   """Bytes for a pass's arrays beside the state, on one device; None: it does
-  not say."""
+  not say. The devices of a CPU share its cache."""
   if device.platform == 'cpu':
-    return last_cache()
+    return last_cache() // ways
   most = limit(device)
   return None if most is None else max(most - bytes_on_a_device(state), 0)
 

@@ -133,7 +133,7 @@ def compile_parts(
   divisions = [micro_batches]
   if micro_batches is None:
     each = memory.bytes_a_prompt(policy, state.weights, rollout, rule, ways)
-    most = memory.budget(device, state)
+    most = memory.budget(device, state, ways)
     divisions = memory.divisions(C // algorithm.mini_batches, each, most, ways)
 
   def updating(parts, length=T):

@@ -142,3 +142,19 @@ def test_mesh_axes_are_auto_and_minus_one_takes_the_rest():
   assert dict(mesh.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
   assert sharding.row_shards(mesh) == 4
+
+
+@pytest.mark.parametrize(
+  ('devices', 'told', 'asked'),
+  [
+    (1, '', []),
+    (2, '', [('jax_num_cpu_devices', 2)]),
+    (2, '--xla_force_host_platform_device_count=8', []),
+  ],
+)
+def test_a_cpu_is_split_unless_xla_was_told(monkeypatch, devices, told, asked):
+  seen = []
+  monkeypatch.setenv('XLA_FLAGS', told)
+  monkeypatch.setattr(jax.config, 'update', lambda *args: seen.append(args))
+  sharding.split_cpu(devices)
+  assert seen == asked

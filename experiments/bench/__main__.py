@@ -46,6 +46,9 @@ class Flags:
   """New tokens (T)."""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """Ours; peers are tried in each of theirs."""
+  cpu_devices: int = 1
+  """Devices that a CPU is split into, which share the prompts of decode and
+  group."""
   rounds: int = 5
   """Of each contender; the median counts."""
   peer: tuple[Literal['hf', 'trl', 'tunix'], ...] = ()
@@ -59,8 +62,17 @@ class Flags:
   """Of bench.json and roofline.svg; default runs/bench-TIME."""
 
 
+COUNTS = (
+  'rows',
+  'rounds',
+  'cpu_devices',
+  'completion_length',
+  'prompt_length',
+)
+
+
 def check(flags: Flags) -> None:
-  for name in ('rows', 'rounds', 'completion_length', 'prompt_length'):
+  for name in COUNTS:
     value = getattr(flags, name)
     if value is not None and value < 1:
       flag_layer.fail(f'--{name} {value} must be at least 1')
@@ -90,7 +102,9 @@ def main(argv=None) -> list:
   check(flags)
 
   from experiments.bench import experiment
+  from jaxrl_tok import sharding
 
+  sharding.split_cpu(flags.cpu_devices)
   return experiment.run(flags)
 
 

@@ -6,10 +6,11 @@ ragged: what moving the rows that still run saves, where others ended.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.bench import ceilings, sizes
 from experiments.bench.timing import Row, Work, in_turn, once, with_peers
-from jaxrl_tok import distribution
+from jaxrl_tok import distribution, sharding
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.types import Policy, Prefix, Prompts
@@ -20,17 +21,29 @@ def random_prompts(size: sizes.Size, C: int, P: int) -> Prompts:
   return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full((C,), P, jnp.int32))
 
 
+def row_mesh(C: int) -> jax.sharding.Mesh:
+  """As many devices as can share C prompts."""
+  devices = jax.devices()
+  n = max(n for n in range(1, len(devices) + 1) if C % n == 0)
+  return sharding.make_mesh(f'data={n}', devices[:n])
+
+
 def sampling(work: Work, C: int, G: int):
   """(compiled sampler, its arguments); nothing ends a completion."""
   policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
-  params = jax.jit(policy.init)(jax.random.key(0))
   prompts = random_prompts(work.size, C, work.prompt_length)
   rule = distribution.make_rule(work.size.vocab_size, [])
-  args = params, jax.random.key(1), prompts, rule
-  sample = jax.jit(
-    make_sampler(policy, SamplerConfig(G, work.completion_length))
-  )
-  return sample.lower(*args).compile(), args
+  config, mesh = SamplerConfig(G, work.completion_length), row_mesh(C)
+  by_row = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
+  with jax.set_mesh(mesh):
+    params = jax.jit(policy.init)(jax.random.key(0))
+    whole = params, jax.random.key(1), rule
+    params, key, rule = jax.device_put(
+      whole, NamedSharding(mesh, PartitionSpec())
+    )
+    args = params, key, jax.device_put(prompts, by_row), rule
+    sample = jax.jit(make_sampler(policy, config), out_shardings=by_row)
+    return sample.lower(*args).compile(), args
 
 
 def contender(work: Work, C: int, G: int):
