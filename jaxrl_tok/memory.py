@@ -121,3 +121,19 @@ def fits(compiled, device) -> bool:
     - need.alias_size_in_bytes
   )
   return total <= most
+
+
+def first_that_fits(functions: list, args: tuple, device):
+  """The first of jitted functions whose program fits, compiled; the last one
+  where none does. Some compilers refuse what does not fit."""
+  *larger, last = functions
+  for function in larger:
+    try:
+      compiled = function.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      continue
+    if fits(compiled, device):
+      return compiled
+  return last.lower(*args).compile()

@@ -88,13 +88,12 @@ def compile_parts(
   """Compiles what Parts wants of the device, side by side.
 
   Args:
+    state: or ShapeDtypeStructs of it, with their shardings.
     held_out_length: P of the held-out prompts.
     micro_batches: passes of a mini-batch's gradient; None: see memory.py.
     update_lengths: see lengths_of.
     device_score: (device_rewards.make_scorer's function, its params).
     critic: where it is no head on the policy.
-
-    state: or ShapeDtypeStructs of it, with their shardings.
 
   Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
   """
@@ -197,21 +196,16 @@ def compile_parts(
     jobs['drift'] = [drift], (state.reference_weights, rollout, rule)
 
   def build(job):
-    functions, args = job
     with jax.set_mesh(mesh):  # it is of the thread
-      for function in functions:
-        compiled = function.lower(*args).compile()
-        if memory.fits(compiled, device):
-          break
-    return compiled
+      return memory.first_that_fits(*job, device)
 
   # a compilation uses about two cores by itself
   threads = max(1, (os.cpu_count() or 2) // 2)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     built = dict(zip(jobs, pool.map(build, jobs.values())))
-  names = [name for name in built if name[0] == 'update']
-  if names:
-    built['updates'] = {length: built.pop((_, length)) for _, length in names}
+  if not config.steps_per_call:
+    lengths = lengths_of(T, update_lengths)
+    built['updates'] = {n: built.pop(('update', n)) for n in lengths}
   if 'device_score' in built:
     compiled = built['device_score']
     built['device_score'] = functools.partial(compiled, score_params)

@@ -97,6 +97,34 @@ def test_what_fits_an_accelerator():
   assert memory.fits(program(7 * GIB), device('cpu', bytes_limit=GIB))
 
 
+def test_the_first_program_that_fits_is_taken():
+  """One that the compiler refuses for its size is passed over."""
+  gpu, compiled = device('gpu', bytes_limit=10), []
+
+  def function(need, fault=None):
+    def compile():
+      compiled.append(need)
+      if fault:
+        raise jax.errors.JaxRuntimeError(fault)
+      names = 'argument', 'output', 'alias', 'temp'
+      sizes = {f'{name}_size_in_bytes': 0 for name in names}
+      sizes['temp_size_in_bytes'] = need
+      found = types.SimpleNamespace(**sizes)
+      return types.SimpleNamespace(need=need, memory_analysis=lambda: found)
+
+    return types.SimpleNamespace(
+      lower=lambda: types.SimpleNamespace(compile=compile)
+    )
+
+  full = function(40, 'RESOURCE_EXHAUSTED: out of memory')
+  some = [full, function(20), function(8), function(4)]
+  assert memory.first_that_fits(some, (), gpu).need == 8
+  assert compiled == [40, 20, 8]
+  assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
+  with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
+    memory.first_that_fits([function(1, 'another fault'), *some], (), gpu)
+
+
 @pytest.mark.parametrize(
   ('T', 'count', 'lengths'),
   [
