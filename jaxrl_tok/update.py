@@ -8,8 +8,8 @@
 4. In a pass, a weight for every token (the aggregation); then micro-batches by
    a loop: evaluate, the loss of one sequence under `vmap`, the weighted sum,
    its gradient added in float32. Weights are of the whole mini-batch, so the
-   number of micro-batches changes nothing, and those of which no group has an
-   advantage are left out where the loss is flat without one.
+   number of micro-batches changes nothing; where the loss is flat without an
+   advantage, those that have none are looked at without a gradient.
 5. optax; then what moves between updates: the KL's coefficient, the reference,
    the mask policy; and the metrics.
 """
@@ -174,14 +174,13 @@ def value_metrics(value, target, mask) -> dict:
 
 
 def worth_first(advantage: jax.Array, parts: int, num_prompts: int):
-  """(an order int [C] of the prompts, how many parts to look at): what has an
-  advantage fills the first parts that `split_groups` makes of it. One part at
-  least, so that there are metrics."""
+  """(an order int [C] of the prompts, how many parts have a gradient): what
+  has an advantage fills the first parts that `split_groups` makes of it."""
   worth = jnp.any(advantage.reshape(num_prompts, -1) != 0, axis=1)
   order = jnp.argsort(~worth, stable=True).reshape(parts, -1)
   count = jnp.sum(jnp.any(worth[order], axis=1))
   # prompts are dealt out to the parts in turn
-  return order.T.reshape(-1), jnp.maximum(count, 1)
+  return order.T.reshape(-1), count
 
 
 # metrics of the policy that sampled: an update's first pass has them
@@ -259,21 +258,30 @@ def make_update(
         batch = take_groups(batch, order, C)
       parts = split_groups(batch, micro_batches, C)
 
-      def look(i):
+      def of_part(function, i):
         part = jax.tree.map(lambda x: x[i], parts)
-        return grad(trained, fixed, *part, beta, rule)
+        return function(trained, fixed, *part, beta, rule)
+
+      def add_metrics(total, new):
+        (sums, gap), (sums_i, gap_i) = total, new
+        return jax.tree.map(jnp.add, sums, sums_i), jnp.maximum(gap, gap_i)
 
       def add(i, total):
-        (grads, (sums, gap)), (grads_i, (sums_i, gap_i)) = total, look(i)
-        grads, sums = jax.tree.map(
-          lambda a, g: a + g.astype(a.dtype), (grads, sums), (grads_i, sums_i)
-        )
-        return grads, (sums, jnp.maximum(gap, gap_i))
+        (grads, metrics), (grads_i, metrics_i) = total, of_part(grad, i)
+        grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, grads_i)
+        return grads, add_metrics(metrics, metrics_i)
+
+      def look(i, metrics):
+        return add_metrics(metrics, of_part(micro_loss, i)[1])
 
       zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(look, 0)
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(lambda: of_part(grad, 0)),
       )
-      grads, (sums, gap) = jax.lax.fori_loop(0, count, add, zeros)
+      grads, metrics = jax.lax.fori_loop(0, count, add, zeros)
+      if algorithm.flat_without_advantage:
+        metrics = jax.lax.fori_loop(count, micro_batches, look, metrics)
+      sums, gap = metrics
     loss, tokens = sums.pop('loss'), jnp.maximum(sums.pop('tokens'), 1)
     means = {name: value / tokens for name, value in sums.items()}
     metrics = {
