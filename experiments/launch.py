@@ -418,8 +418,8 @@ def run(experiment: Experiment) -> dict:
   """The whole run; returns its summary, {label: text}."""
   begun = time.monotonic()
   f = experiment.flags
-  sharding.split_cpu(f.model.cpu_devices)
   try:
+    sharding.split_cpu(f.model.cpu_devices)
     algorithm = build.make_algorithm(f)
   except ValueError as e:
     flag_layer.fail(e)

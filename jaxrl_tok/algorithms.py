@@ -211,8 +211,6 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
       and not learned
       and not c['entropy_coef']
       and kl is None
-      # it is measured over all tokens
-      and c['max_update_kl'] is None
     ),
     greedy=baseline is not None and baseline.greedy,
     min_group=2 if c.get('scale') is not None else needed,

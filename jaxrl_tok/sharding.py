@@ -23,10 +23,22 @@ ROWS = ('data', 'fsdp')  # the mesh axes that split a batch
 def split_cpu(devices: int) -> None:
   """Makes so many devices of a CPU, before jax looks at it. Of a small model's
   operations, each core does its own rows' faster than all cores do all rows'
-  one after the other. XLA_FLAGS that say how many go first."""
+  one after the other. XLA_FLAGS that say how many go first.
+
+  Raises ValueError where jax has looked already.
+  """
   flag = 'xla_force_host_platform_device_count'
-  if devices > 1 and flag not in os.environ.get('XLA_FLAGS', ''):
+  if devices == 1 or flag in os.environ.get('XLA_FLAGS', ''):
+    return
+  if devices == jax.config.jax_num_cpu_devices:
+    return
+  try:
     jax.config.update('jax_num_cpu_devices', devices)
+  except RuntimeError:
+    raise ValueError(
+      f'--cpu_devices {devices} comes after jax has counted its devices; '
+      'start a new process'
+    ) from None
 
 
 def parse_mesh(spec: str) -> dict[str, int]:

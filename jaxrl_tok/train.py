@@ -204,6 +204,12 @@ def _after_evaluation(progress: Progress, reward: float) -> Progress:
   )
 
 
+def update_for(updates: dict, mask: np.ndarray) -> Callable:
+  """The update of the fewest columns that hold every completion."""
+  longest = mask.any(axis=0).sum()
+  return updates[min(T for T in updates if longest <= T)]
+
+
 class Looked(NamedTuple):
   """A step's batch, for the samples that show its credit."""
 
@@ -243,8 +249,7 @@ def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
     key = fold_in(state.key, step)
     batch, spent, found = collect(collector, state, key, progress.position)
     greedy_reward = batch.greedy_reward
-    longest = batch.mask.any(axis=0).sum()
-    update = parts.updates[min(n for n in parts.updates if n >= longest)]
+    update = update_for(parts.updates, batch.mask)
     state, metrics, advantage = update(
       state,
       batch.rollout,

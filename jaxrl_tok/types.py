@@ -151,8 +151,8 @@ class Algorithm(NamedTuple):
   reference_every: int  # steps between copies into the reference; 0: never
   mask_every: int  # the same of NLPO's mask policy; 0: there is none
   resample_rounds: int  # rollouts at most, until all groups have variance
-  # the loss is constant for a group whose advantages are all 0: leaving the
-  # group out changes no gradient
+  # the loss is constant for a group whose advantages are all 0: its gradient
+  # need not be taken
   flat_without_advantage: bool
   greedy: bool  # whether a greedy completion of each prompt is wanted
   min_group: int  # samples a prompt that it needs

@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import CONFIG, changed
 from jax.sharding import NamedSharding, PartitionSpec
@@ -12,6 +13,7 @@ from jaxrl_tok import distribution, memory
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.parts import lengths_of
 from jaxrl_tok.sharding import make_mesh
+from jaxrl_tok.train import update_for
 from jaxrl_tok.types import Prompts, Rollout
 
 GIB = 2**30
@@ -123,6 +125,12 @@ def test_the_first_program_that_fits_is_taken():
   assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
   with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
     memory.first_that_fits([function(1, 'another fault'), *some], (), gpu)
+
+
+@pytest.mark.parametrize(('longest', 'T'), [(1, 4), (4, 4), (5, 8), (16, 16)])
+def test_an_update_holds_the_longest_completion(longest, T):
+  mask = np.arange(16) < np.array([[1], [longest], [1]])
+  assert update_for({8: 8, 4: 4, 16: 16}, mask) == T
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_length_chunk_and_stages_change_nothing(tiny, T, chunk, stages):
 
 def test_moving_live_rows_together_changes_nothing(tiny, samplers):
   """Rows of all groups end anywhere; some of them run to T."""
-  config = changed(tiny.config, halvings=2, truncate=True, chunk=1, stages=2)
+  config = changed(tiny.config, halvings=3, truncate=True, chunk=1, stages=2)
   sample = jax.jit(make_sampler(tiny.policy, config))
   rule = distribution.make_rule(11, [END, OTHER_END, 3], top_k=9)
   moved = 0

@@ -104,7 +104,10 @@ def main(argv=None) -> list:
   from experiments.bench import experiment
   from jaxrl_tok import sharding
 
-  sharding.split_cpu(flags.cpu_devices)
+  try:
+    sharding.split_cpu(flags.cpu_devices)
+  except ValueError as e:
+    flag_layer.fail(e)
   return experiment.run(flags)
 
 

@@ -64,6 +64,11 @@ def decode(work: Work) -> list[Row]:
   P, size = work.prompt_length, work.size
   flops, moved = ceilings.decode_step(size, B, 1, P, T, width)
   most = ceilings.measure(size, B, work.dtype, int(moved))
+  work.show(
+    f'this machine: products {most.matmul / 1e9:.0f} GFLOP/s, of these shapes '
+    f'{most.skinny / 1e9:.0f}; copies {most.copy / 1e9:.0f} GB/s; an operation '
+    f'{1e6 * most.operation:.1f} us'
+  )
   prompts = (
     2 * B * P * (sizes.num_weights(size) - size.d_model * size.vocab_size)
   )

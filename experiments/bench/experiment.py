@@ -87,8 +87,6 @@ def table(rows: list[Row]) -> rich.table.Table:
 UNITS = {  # note: how it is said
   'ms_a_step': lambda x: f'{x:.2f} ms/step',
   'share_of_ceiling': lambda x: f'{x:.0%} of ceiling',
-  'matmul': lambda x: f'products {x / 1e9:.0f} GFLOP/s',
-  'skinny': lambda x: f'its own shapes {x / 1e9:.0f}',
   'temporary_bytes': lambda x: f'{x / 1e6:,.0f} MB',
   'rollout': lambda x: f'rollout {x:.2g}',
   'update': lambda x: f'update {x:.2g}',
