@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Literal
 
-from experiments import flags as flag_layer
+from jaxrl_tok.run import settings as flag_layer
 
 OPERATORS = '+-'
 
@@ -143,7 +143,8 @@ def check(task: TaskFlags) -> None:
 
 def reward_functions() -> dict:
   """{--reward: (on the host, on the device)}."""
-  from jaxrl_tok import device_rewards, rewards
+  from jaxrl_tok import rewards
+  from jaxrl_tok.step import device_rewards
 
   return {
     'exact': (rewards.exact_match, device_rewards.exact_tokens),
@@ -157,8 +158,8 @@ def main(argv=None) -> dict:
   )
   check(flags.task)
 
-  from experiments import launch, warm_start
   from jaxrl_tok import data, rewards
+  from jaxrl_tok.run import launch, warm_start
 
   try:
     flags, train, held_out, words = load(flags)

@@ -19,7 +19,7 @@ import dataclasses
 import difflib
 import json
 
-from experiments import flags as flag_layer
+from jaxrl_tok.run import settings as flag_layer
 
 # what the default decoder can learn in minutes; other tasks: their defaults
 SMALL = {'chain_sum': 'min_terms=2,max_terms=3,min_digits=1,max_digits=1'}
@@ -196,8 +196,8 @@ def main(argv=None) -> dict:
   except ValueError as e:
     flag_layer.fail(e)
 
-  from experiments import launch, warm_start
   from jaxrl_tok import data
+  from jaxrl_tok.run import launch, warm_start
 
   reward = make_reward(dataset)
   return launch.run(

@@ -107,7 +107,7 @@ def truncate(logits: jax.Array, rule: SamplingRule):
 
 
 def most_likely(
-  logits: jax.Array, kept: jax.Array, tokens: jax.Array
+  logits: jax.Array, num_kept: jax.Array, tokens: jax.Array
 ) -> jax.Array:
   """bool [..., V]: the `kept` most likely tokens, `tokens` always among them.
 
@@ -115,7 +115,7 @@ def most_likely(
   the number stays, only nearly equal mass moves. kept, tokens int32 [...].
   """
   keys = _ordered(jax.lax.stop_gradient(logits))
-  last = _largest(keys, kept)[..., None]
+  last = _largest(keys, num_kept)[..., None]
   sampled = jnp.take_along_axis(keys, tokens[..., None], axis=-1)
   # saved for the backward pass, which need not look for it again
   border = checkpoint_name(jnp.where(sampled < last, last + 1, last), BORDER)

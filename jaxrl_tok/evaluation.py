@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxrl_tok import losses, masked
+from jaxrl_tok import masked
+from jaxrl_tok.credit import losses
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sharding import put_rows
@@ -66,17 +67,19 @@ def held_out_reward(
   return metrics, rows
 
 
-def make_drift(policy: Policy, logits_chunk: int | None = None) -> Callable:
-  """Returns drift(TrainState.reference_weights, rollout, rule) -> mean k3 in
+def make_reference_kl(
+  policy: Policy, logits_chunk: int | None = None
+) -> Callable:
+  """Returns reference_kl(TrainState.reference_weights, rollout, rule) -> mean k3 in
   nats a token: how far the policy that sampled is from the reference."""
 
-  def drift(weights, rollout: Rollout, rule: SamplingRule):
-    reference = policy.join(*weights)
+  def reference_kl(weights, rollout: Rollout, rule: SamplingRule):
+    reference = policy.merge_params(*weights)
     ref = evaluate(policy, reference, rollout, rule, logits_chunk)
     d = masked.fill(rollout.logp - ref.logp, rollout.mask)
     return masked.mean(losses.k3(d), rollout.mask)
 
-  return drift
+  return reference_kl
 
 
 def credit_rows(

@@ -84,11 +84,11 @@ def evaluate(
     logp = distribution.log_prob(logits, tokens_Bxt)
     return logp, distribution.entropy(logits)
 
-  kept = rollout.kept
-  if kept is not None:  # 0 off-mask; any legal number will do there
-    kept = jnp.maximum(kept, 1)
+  num_kept = rollout.num_kept
+  if num_kept is not None:  # 0 off-mask; any legal number will do there
+    num_kept = jnp.maximum(num_kept, 1)
   if chunk == T:
-    logp, entropy = stats(hidden, rollout.tokens, kept)
+    logp, entropy = stats(hidden, rollout.tokens, num_kept)
   else:
 
     def split(x, value=0):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
@@ -100,7 +100,7 @@ def evaluate(
     parts = (
       split(hidden),
       split(rollout.tokens),
-      None if kept is None else split(kept, 1),
+      None if num_kept is None else split(num_kept, 1),
     )
     _, (logp, entropy) = jax.lax.scan(
       lambda carry, part: (carry, stats(*part)), (), parts

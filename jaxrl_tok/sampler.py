@@ -37,7 +37,7 @@ class SamplerConfig:
   chunk: tokens between two looks at how many rows still live.
   stages: lengths that the cache has on its way to T, equally far apart; each
     is a program of its own. None: one for every STAGE tokens, four at most.
-  halvings: how often the live rows may move into half as many; each is a
+  compact_levels: how often the live rows may move into half as many; each is a
     program of its own, so it pays for long completions of varied length.
   """
 
@@ -48,7 +48,7 @@ class SamplerConfig:
   greedy: bool = False
   chunk: int = 8
   stages: int | None = None
-  halvings: int = 0
+  compact_levels: int = 0
 
 
 STAGE = 32  # tokens; a cache that much shorter is not worth a program
@@ -65,7 +65,7 @@ def stage_ends(config: SamplerConfig) -> list[int]:
   return sorted(ends - {0})
 
 
-def grown(cache, shapes):
+def grow_cache(cache, shapes):
   """The cache, each array filled up with zeros to its shape."""
   return jax.tree.map(
     lambda x, new: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, new.shape)]),
@@ -83,7 +83,7 @@ def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
   return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, times)
 
 
-def taken(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
+def gather_rows(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
   """The same of some of the rows, each with a prompt of its own.
 
   rows: (Prefix, keys [B]); carry: (chunks done, (cache, token, done) of [B,
@@ -97,7 +97,7 @@ def taken(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
   return (prefix, keys[live]), (index, steps, tables)
 
 
-def put_back(carry: tuple, inner: tuple, live: jax.Array) -> tuple:
+def scatter_rows(carry: tuple, inner: tuple, live: jax.Array) -> tuple:
   """The carry, with what its rows `live` have become."""
   (_, steps, tables), (index, inner_steps, inner_tables) = carry, inner
   steps = jax.tree.map(lambda x, y: x.at[live].set(y), steps, inner_steps)
@@ -112,32 +112,32 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   ends = stage_ends(dataclasses.replace(config, chunk=chunk))
   columns = ends[-1] * chunk if ends else 0
 
-  def pick(params, hidden, uniform, rule: SamplingRule):
+  def sample_token(params, hidden, uniform, rule: SamplingRule):
     """hidden [B, D], uniform [B] -> token, log-prob, kept, each [B]."""
     logits = policy.logits(params, hidden)
     logits = distribution.shape_logits(logits, rule)
-    kept = jnp.zeros(logits.shape[:1], jnp.int32)
+    num_kept = jnp.zeros(logits.shape[:1], jnp.int32)
     # the most likely token survives every truncation but another policy's
     ranked = policy.ranking is not None
     if ranked or (config.truncate and not config.greedy):
       order = policy.ranking(params, hidden) if ranked else logits
       order = distribution.shape_logits(order, rule) if ranked else order
-      keep, kept = distribution.truncate(order, rule)
+      keep, num_kept = distribution.truncate(order, rule)
       logits = jnp.where(keep, logits, distribution.NEVER)
     if config.greedy:
       token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
       return token, jnp.zeros(token.shape), jnp.ones_like(token)
     token = distribution.draw(logits, uniform)
-    return token, distribution.log_prob(logits, token), kept
+    return token, distribution.log_prob(logits, token), num_kept
 
-  def record(picked, done, rule):
+  def record(sampled, done, rule):
     """Masks a picked token by `done` -> (column of the rollout, done)."""
-    token, logp, kept = picked
+    token, logp, num_kept = sampled
     column = (
       jnp.where(done, config.pad_token, token),
       ~done,
       jnp.where(done, 0.0, logp),
-      jnp.where(done, 0, kept),
+      jnp.where(done, 0, num_kept),
     )
     ended = jnp.any(token[:, None] == rule.end_tokens[None], axis=-1)
     return column, done | ended
@@ -153,8 +153,8 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       hidden, cache = policy.extend(
         params, prefix, token[:, None], cache, t - 1
       )
-      picked = pick(params, hidden[:, 0], uniform_B, rule)
-      column, done = record(picked, done, rule)
+      sampled = sample_token(params, hidden[:, 0], uniform_B, rule)
+      column, done = record(sampled, done, rule)
       return (cache, column[0], done), column
 
     def run_chunk(rows, carry):
@@ -172,9 +172,9 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       )
       return index + 1, steps, tables
 
-    def run_to(end, rows, carry, halvings):
+    def run_to(end, rows, carry, compact_levels):
       """The carry after `end` chunks, or when no row lives."""
-      narrow = rows[1].shape[0] // 2 if halvings else 0
+      narrow = rows[1].shape[0] // 2 if compact_levels else 0
 
       def goes_on(carry):
         index, (_, _, done), _ = carry
@@ -188,16 +188,16 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       def move(carry):
         _, (_, _, done), _ = carry
         live = jnp.argsort(done, stable=True)[:narrow]
-        inner = run_to(end, *taken(rows, carry, live), halvings - 1)
-        return put_back(carry, inner, live)
+        inner = run_to(end, *gather_rows(rows, carry, live), compact_levels - 1)
+        return scatter_rows(carry, inner, live)
 
       return jax.lax.cond(carry[0] < end, move, lambda carry: carry, carry)
 
     prefix = policy.encode(params, prompts)
     hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
     (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
-    picked = pick(params, hidden, uniform_B, rule)
-    first, done = record(picked, jnp.zeros((B,), bool), rule)
+    sampled = sample_token(params, hidden, uniform_B, rule)
+    first, done = record(sampled, jnp.zeros((B,), bool), rule)
     fills = (config.pad_token, False, 0.0, 0)
     tables = tuple(
       jnp.full((columns, B), value, x.dtype) for value, x in zip(fills, first)
@@ -205,15 +205,15 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     cache, index, token = policy.init_cache(B, 0), jnp.int32(0), first[0]
     for end in ends:
       shapes = jax.eval_shape(lambda end=end: policy.init_cache(B, end * chunk))
-      cache = jax.tree.map(constrain_rows, grown(cache, shapes))
+      cache = jax.tree.map(constrain_rows, grow_cache(cache, shapes))
       carry = index, (cache, token, done), tables
-      carry = run_to(end, (prefix, row_keys), carry, config.halvings)
+      carry = run_to(end, (prefix, row_keys), carry, config.compact_levels)
       index, (cache, token, done), tables = carry
-    tokens, mask, logp, kept = (
+    tokens, mask, logp, num_kept = (
       constrain_rows(jnp.concatenate([a[None], b])[:T].T)
       for a, b in zip(first, tables)
     )
     counted = config.truncate or config.greedy
-    return Rollout(prompts, tokens, mask, logp, kept if counted else None)
+    return Rollout(prompts, tokens, mask, logp, num_kept if counted else None)
 
   return sample

@@ -109,8 +109,8 @@ def _fit(spec: PartitionSpec, shape, mesh) -> PartitionSpec:
   axes = []
   for dim, axis in zip(shape, spec):
     names = axis if isinstance(axis, tuple) else (axis,)
-    ways = int(np.prod([mesh.shape[n] for n in names if n is not None]))
-    axes.append(axis if dim % ways == 0 else None)
+    num_shards = int(np.prod([mesh.shape[n] for n in names if n is not None]))
+    axes.append(axis if dim % num_shards == 0 else None)
   return PartitionSpec(*axes)
 
 

@@ -26,13 +26,13 @@ import jax
 import numpy as np
 
 from jaxrl_tok import rewards
-from jaxrl_tok.collect import Collector, collect
 from jaxrl_tok.data import PromptSet, record_indices
 from jaxrl_tok.evaluation import credit_rows, held_out_reward
-from jaxrl_tok.logger import Logger
-from jaxrl_tok.parts import LoopConfig, Parts
+from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.sharding import put_replicated, put_rows
-from jaxrl_tok.steps import Table
+from jaxrl_tok.step.collectors import Collector, collect
+from jaxrl_tok.step.device_steps import Table
+from jaxrl_tok.step.programs import LoopConfig, Parts
 from jaxrl_tok.types import Rollout, SamplingRule, TrainState
 
 
@@ -104,7 +104,7 @@ def warnings_of(metrics: dict) -> dict[str, str]:
     found['missing'] = (
       f'{metrics["resample/missing"]} groups had equal rewards after '
       f'{metrics["resample/rounds"]} rounds and are kept without an advantage; '
-      'use easier or harder prompts, or more --resample_rounds'
+      'use easier or harder prompts, or more --dynamic_sampling_rounds'
     )
   if metrics['completions/clipped_ratio'] == 1:
     found['clipped'] = (
@@ -240,7 +240,7 @@ def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
     config.num_prompts,
     parts.device_score,
     parts.greedy_prompts,
-    config.resample_rounds,
+    config.dynamic_sampling_rounds,
     phase,
   )
 
@@ -261,9 +261,9 @@ def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
     progress = _after_step(progress, spent.prompts, tokens)
     rate = {'learning_rate': float(learning_rate(step))}
     found |= batch.scores.metrics | rate
-    if parts.drift is not None and evaluates(progress.step, config):
+    if parts.reference_kl is not None and evaluates(progress.step, config):
       weights = state.reference_weights
-      metrics['kl'] = parts.drift(weights, batch.rollout, rule)
+      metrics['kl'] = parts.reference_kl(weights, batch.rollout, rule)
     log.hold(progress, spent.generated, metrics, found)
     look = Looked(batch.examples, batch.rollout, batch.scores, advantage)
     return state, progress, look
@@ -286,9 +286,11 @@ def device_steps(parts, config, data, rule, log, learning_rate) -> Callable:
       state, metrics, last = parts.steps(state, table, placed, rule)
     metrics = jax.device_get(metrics)
     B, made = last.reward.shape[0], []
-    drift = None
-    if parts.drift is not None and evaluates(progress.step + n, config):
-      drift = parts.drift(state.reference_weights, last.rollout, rule)
+    reference_kl = None
+    if parts.reference_kl is not None and evaluates(progress.step + n, config):
+      reference_kl = parts.reference_kl(
+        state.reference_weights, last.rollout, rule
+      )
     for i in range(n):
       row = {k: v[i] for k, v in metrics.items()}
       row['learning_rate'] = float(learning_rate(progress.step))
@@ -296,8 +298,8 @@ def device_steps(parts, config, data, rule, log, learning_rate) -> Callable:
       read = int(data.length[index[i]].sum()) * (B // C)
       progress = _after_step(progress, C, generated + read)
       made.append((progress, generated, row))
-    if drift is not None:
-      row['kl'] = drift
+    if reference_kl is not None:
+      row['kl'] = reference_kl
     log.many(made)
     examples = [data.examples[i] for i in index[-1]]
     tokens, mask, reward = jax.device_get(

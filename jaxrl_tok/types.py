@@ -60,7 +60,7 @@ class Rollout(NamedTuple):
   tokens: jax.Array  # int32   [B, T]  pad after the end token
   mask: jax.Array  # bool    [B, T]  True where the policy chose the token
   logp: jax.Array  # float32 [B, T]  as sampled from; 0 off-mask
-  kept: jax.Array | None  # int32 [B, T]  tokens that the rule kept, or None
+  num_kept: jax.Array | None  # int32 [B, T]  tokens that the rule kept, or None
 
 
 class TokenStats(NamedTuple):
@@ -108,7 +108,7 @@ class Policy(NamedTuple):
   init_cache: Callable
   partition_rules: tuple  # ((path regex, PartitionSpec), ...)
   # (what is trained, what is fixed) -> the params of the functions above
-  join: Callable
+  merge_params: Callable
   vocab_size: int
   dtype: Any  # compute dtype; the sampler casts params to it once a rollout
   # (params, hidden) -> logits [..., V] by whose order tokens are truncated;
@@ -148,9 +148,11 @@ class Algorithm(NamedTuple):
   max_update_kl: float | None  # an update stops before this KL(old || new)
   recompute_logp: bool  # l_old by a pass of its own, not the sampler's
   critic_warmup_steps: int  # steps in which only the critic learns
-  reference_every: int  # steps between copies into the reference; 0: never
-  mask_every: int  # the same of NLPO's mask policy; 0: there is none
-  resample_rounds: int  # rollouts at most, until all groups have variance
+  ref_sync_steps: int  # steps between copies into the reference; 0: never
+  mask_sync_steps: int  # the same of NLPO's mask policy; 0: there is none
+  dynamic_sampling_rounds: (
+    int  # rollouts at most, until all groups have variance
+  )
   # the loss is constant for a group whose advantages are all 0: its gradient
   # need not be taken
   flat_without_advantage: bool
@@ -185,14 +187,14 @@ class TrainState:
 
   @property
   def fixed(self):
-    """What Policy.join makes parameters of, beside those trained."""
+    """What Policy.merge_params makes parameters of, beside those trained."""
     if self.mask_policy is None:
       return self.frozen
     return self.frozen, self.mask_policy
 
   @property
   def weights(self) -> tuple:
-    """What Policy.join makes the current policy's parameters of."""
+    """What Policy.merge_params makes the current policy's parameters of."""
     return self.params, self.fixed
 
   @property

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments import arithmetic, build
-from experiments import flags as flag_layer
-from jaxrl_tok import advantages, algorithms, losses
+from experiments import arithmetic
+from jaxrl_tok.credit import advantages, algorithms, losses
+from jaxrl_tok.run import build
+from jaxrl_tok.run import settings as flag_layer
 
 ALIASES = build.ALGORITHMS
 
@@ -61,7 +62,7 @@ def test_the_presets_are_those_of_their_papers():
     assert words(name, 'value_clip', 'dual_clip', 'epochs', 'aggregate') == (
       *(0.2, None, 4, 'token_mean'),
     )
-  assert words('nlpo', 'mask_every') == (2,)
+  assert words('nlpo', 'mask_sync_steps') == (2,)
   assert words('grpo', *parts, *clip) == (
     *(returns, group, 'group_std', 'clip', 'seq_mean_token_mean', 0.2, 0.2),
   )
@@ -71,7 +72,7 @@ def test_the_presets_are_those_of_their_papers():
   assert words('dapo', *parts, *clip) == (
     *(returns, group, 'group_std', 'clip', 'token_mean', 0.2, 0.28),
   )
-  assert words('dapo', 'resample_rounds', 'overlong_buffer') == (10, 2)
+  assert words('dapo', 'dynamic_sampling_rounds', 'overlong_buffer') == (10, 2)
   assert words('gspo', *parts, *clip) == (
     *(returns, group, 'group_std', 'gspo', 'seq_mean_token_mean', 3e-4, 4e-4),
   )
@@ -148,7 +149,7 @@ def test_one_sample_a_prompt_has_an_average_for_a_baseline():
     ('--kl reverse', 'has no effect; pass both'),
     ('--beta 0.1', 'has no effect; pass both'),
     ('--kl_target 0.1', 'pass --kl and --beta'),
-    ('--reference_every 5', 'without a KL'),
+    ('--ref_sync_steps 5', 'without a KL'),
     ('--max_update_kl 0.1', 'pass --epochs'),
     ('--importance_cap 2 --epochs 2', 'pass --recompute_logp'),
     ('--algorithm rloo --importance_cap 2', 'one ratio a sequence'),
@@ -175,8 +176,8 @@ def test_what_cannot_be_is_one_line(argv, said):
     ('--mini_batches 2 --micro_batch 1024', 'of a mini-batch'),
     ('--steps_per_call 7', 'pass --max_steps 602'),
     (
-      '--algorithm dapo --resample_rounds 3 --steps_per_call 50',
-      'pass --resample_rounds 0',
+      '--algorithm dapo --dynamic_sampling_rounds 3 --steps_per_call 50',
+      'pass --dynamic_sampling_rounds 0',
     ),
   ],
 )

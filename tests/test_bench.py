@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench import __main__ as bench
-from experiments.bench import (
+from experiments.studies.bench import __main__ as bench
+from experiments.studies.bench import (
   ceilings,
   decode,
   experiment,

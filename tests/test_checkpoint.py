@@ -7,9 +7,10 @@ import optax
 import pytest
 from conftest import CONFIG, changed
 
-from jaxrl_tok import advantages, algorithms, checkpoint, sharding
+from jaxrl_tok import checkpoint, sharding
+from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.update import init_state
+from jaxrl_tok.step.update import init_state
 
 ALGORITHM = algorithms.reinforce(advantages.ema(), kl='reverse', beta=0.1)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_tok import collect, data, rewards, sharding
+from jaxrl_tok import data, rewards, sharding
+from jaxrl_tok.step import collectors as collect
 from jaxrl_tok.types import Rollout
 
 C, G, T = 4, 3, 2

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from experiments import compare
+from experiments.studies import compare
 
 
 def leave_run(out, row, seed, looks: dict) -> None:

@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 
-from experiments import arithmetic, build, compat
-from experiments import flags as flag_layer
-from jaxrl_tok import algorithms
+from experiments import arithmetic
+from jaxrl_tok.credit import algorithms
+from jaxrl_tok.run import build, compat
+from jaxrl_tok.run import settings as flag_layer
 
 ENTRIES = [(s, a) for s, table in compat.DEFAULTS.items() for a in table]
 # a flag whose setting has another name

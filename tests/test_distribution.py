@@ -17,11 +17,11 @@ def definition(logits, top_k, top_p, min_p):
   order = np.argsort(-logits, kind='stable')[: top_k or len(logits)]
   probs = np.exp(logits[order] - logits.max())
   probs /= probs.sum()
-  kept = []
+  num_kept = []
   for i, token in enumerate(order):
     if probs[:i].sum() < top_p and probs[i] >= min_p * probs[0]:
-      kept.append(token)
-  return set(kept)
+      num_kept.append(token)
+  return set(num_kept)
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def definition(logits, top_k, top_p, min_p):
 def test_truncation_is_its_definition(top_k, top_p, min_p):
   logits = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32) * 2
   rule = distribution.make_rule(12, [0], 1.0, top_k, top_p, min_p)
-  keep, kept = distribution.truncate(jnp.asarray(logits), rule)
-  for row, shown, number in zip(logits, np.asarray(keep), np.asarray(kept)):
+  keep, num_kept = distribution.truncate(jnp.asarray(logits), rule)
+  for row, shown, number in zip(logits, np.asarray(keep), np.asarray(num_kept)):
     want = definition(row.astype(np.float64), top_k, top_p, min_p)
     assert set(np.flatnonzero(shown)) == want
     assert number == len(want)
@@ -41,9 +41,9 @@ def test_truncation_is_its_definition(top_k, top_p, min_p):
 def test_evaluating_keeps_what_sampling_kept():
   logits = np.random.default_rng(1).normal(size=(40, 12)).astype(np.float32)
   rule = distribution.make_rule(12, [0], top_p=0.7)
-  keep, kept = distribution.truncate(jnp.asarray(logits), rule)
+  keep, num_kept = distribution.truncate(jnp.asarray(logits), rule)
   token = jnp.argmax(logits, axis=-1)
-  again = distribution.most_likely(jnp.asarray(logits), kept, token)
+  again = distribution.most_likely(jnp.asarray(logits), num_kept, token)
   np.testing.assert_array_equal(keep, again)
 
 
@@ -56,10 +56,10 @@ def test_a_sampled_token_just_outside_replaces_the_border():
 def test_equal_logits_at_the_border_agree():
   logits = jnp.zeros((1, 5))
   rule = distribution.make_rule(5, [0], top_k=2)
-  keep, kept = distribution.truncate(logits, rule)
-  assert int(kept[0]) == 5
+  keep, num_kept = distribution.truncate(logits, rule)
+  assert int(num_kept[0]) == 5
   for token in range(5):
-    again = distribution.most_likely(logits, kept, jnp.array([token]))
+    again = distribution.most_likely(logits, num_kept, jnp.array([token]))
     np.testing.assert_array_equal(again, keep)
 
 

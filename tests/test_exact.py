@@ -15,11 +15,12 @@ import optax
 import pytest
 from conftest import CONFIG, changed, look, scored, sharpened
 
-from jaxrl_tok import advantages, algorithms, distribution, losses, masked
+from jaxrl_tok import distribution, masked
+from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import completion_hidden, evaluate
+from jaxrl_tok.step.update import init_state, make_update
 from jaxrl_tok.types import Prompts, Rollout
-from jaxrl_tok.update import init_state, make_update
 
 END, T = 2, 3
 POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))

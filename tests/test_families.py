@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, PAD
 
-from jaxrl_tok import device_rewards, distribution
-from jaxrl_tok.models import families, hf, rope
+from jaxrl_tok import distribution
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import families
+from jaxrl_tok.models import rope
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step import device_rewards
 from jaxrl_tok.types import Prompts, Rollout
 
 LORAS = sorted(p.name for p in GOLDEN.glob('*_lora'))
@@ -34,14 +37,14 @@ def opened(name: str):
 
 
 def test_every_family_has_a_fixture():
-  kinds = {opened(name)[0].described['model_type'] for name in DECODERS}
+  kinds = {opened(name)[0].hf_config['model_type'] for name in DECODERS}
   assert kinds == set(families.FAMILIES)
 
 
 def ends_of(tokens, length):
   """Prompts [n, P]: one sequence, cut at each of the lengths."""
-  kept = np.arange(tokens.shape[0])[None] < length[:, None]
-  return Prompts(jnp.where(kept, tokens[None], PAD), length)
+  num_kept = np.arange(tokens.shape[0])[None] < length[:, None]
+  return Prompts(jnp.where(num_kept, tokens[None], PAD), length)
 
 
 def every_way(policy, sample, params, tokens, rule):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import FOUR, GOLDEN, ONE
 
-from experiments import models
-from jaxrl_tok.models import families, hf
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import families
+from jaxrl_tok.run import models
 
 
 def leaves(directory):

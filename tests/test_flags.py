@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import arithmetic
-from experiments import flags as flag_layer
+from jaxrl_tok.run import settings as flag_layer
 
 MODULE = 'experiments.arithmetic'
 

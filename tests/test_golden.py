@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_tok import advantages, algorithms, losses
+from jaxrl_tok.credit import advantages, algorithms, losses
+from jaxrl_tok.step.update import penalised, total_loss
 from jaxrl_tok.types import Prompts, Rollout, Scored, TokenStats, Trajectory
-from jaxrl_tok.update import penalised, total_loss
 
 GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
 CASES = [json.loads(case) for case in GOLDEN['cases']]

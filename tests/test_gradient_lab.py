@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import flags as flag_layer
-from experiments import warm_start
-from experiments.gradient_lab import __main__ as lab
-from experiments.gradient_lab import measures, methods, samples
-from jaxrl_tok import device_rewards
+from experiments.studies.gradient_lab import __main__ as lab
+from experiments.studies.gradient_lab import measures, methods, samples
+from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.run import warm_start
+from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.update import init_state, make_update
 from jaxrl_tok.types import Scored
-from jaxrl_tok.update import init_state, make_update
 
 # hands out the gradient as the optimizer's state
 RECORD = optax.GradientTransformation(

@@ -19,7 +19,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from jaxrl_tok import checkpoint, data, sharding
-from jaxrl_tok.models import families, hf, lora, weights
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import families, lora, weights
 from jaxrl_tok.models.transformer import PARTITION_RULES, make_policy
 from jaxrl_tok.types import TrainState
 
@@ -50,11 +51,11 @@ DESCRIBED = {
 }
 
 
-def model_of(described, ends=(257,), pad=256):
+def model_of(hf_config, ends=(257,), pad=256):
   tokenizer = data.byte_tokenizer()
   tokenizer.chat_template = '{{ messages[0].content }}'
-  config = families.read_config(described)
-  return hf.Model(config, described, tokenizer, ends, pad, 'random weights')
+  config = families.read_config(hf_config)
+  return hf.Model(config, hf_config, tokenizer, ends, pad, 'random weights')
 
 
 @functools.cache
@@ -150,10 +151,10 @@ def test_what_torch_saved_is_saved_as_it_came(tmp_path, name):
   assert model.config.lm_head != model.config.value_head
   hf.save(out, model, hf.read_params(model))
   assert_same(tensors_of(out), tensors_of(source))
-  kept = {p.name for p in source.glob('*.json') if 'index' not in p.name}
-  assert kept == {p.name for p in out.glob('*.json')}
+  num_kept = {p.name for p in source.glob('*.json') if 'index' not in p.name}
+  assert num_kept == {p.name for p in out.glob('*.json')}
   assert read_json(out / 'config.json') == read_json(source / 'config.json')
-  for file in kept - {'config.json'}:
+  for file in num_kept - {'config.json'}:
     assert (out / file).read_bytes() == (source / file).read_bytes()
 
 
@@ -298,7 +299,7 @@ def write_run(run_dir, model, trained, /, **flags):
   plain |= {'data': 'own.jsonl', 'algorithm': 'reinforce', 'adapter': None}
   plain['value_head'] = False
   (run_dir / 'config.yaml').write_text(yaml.safe_dump(plain | flags))
-  with hf.appearing(run_dir / 'model') as part:
+  with hf.atomic_directory(run_dir / 'model') as part:
     hf.write_description(part, model)
   with checkpoint.open_checkpoints(run_dir, 2) as manager:
     for step, params in trained.items():

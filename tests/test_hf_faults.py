@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_tok.models import families, hf
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import families
 
 GOLDEN = Path(__file__).parent / 'golden/families'
 
@@ -24,8 +25,8 @@ def broken(tmp_path):
     out = shutil.copytree(GOLDEN / name, tmp_path / name)
     path = out / 'config.json'
     found = json.loads(path.read_text()) | changes
-    kept = {k: v for k, v in found.items() if k not in drop}
-    path.write_text(json.dumps(kept))
+    num_kept = {k: v for k, v in found.items() if k not in drop}
+    path.write_text(json.dumps(num_kept))
     return out
 
   return copy
@@ -225,10 +226,10 @@ def test_a_repeated_tied_head_and_rotary_buffers_are_passed_over(broken):
     ('llama_linear', 'model-00002-of-00003.safetensors'),
   ],
 )
-def test_a_truncated_file_is_named(broken, name, file, kept):
+def test_a_truncated_file_is_named(broken, name, file, num_kept):
   path = broken(name) / file
   whole = path.read_bytes()
-  path.write_bytes(whole[: min(kept, len(whole) - 1)])
+  path.write_bytes(whole[: min(num_kept, len(whole) - 1)])
   assert_fault(path.parent, f'{file} is damaged', 'fetch it again')
 
 

@@ -29,7 +29,8 @@ from test_hf import (
   tensors_of,
 )
 
-from jaxrl_tok.models import families, hf
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import families
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.types import Prompts
 
@@ -135,7 +136,7 @@ def test_config_json_is_the_qwen2_config_that_was_described(saved):
 
   model, _, out = saved
   ids = {'eos_token_id': 257, 'pad_token_id': 256}
-  wanted = model.described | ids | {'dtype': 'float32'}
+  wanted = model.hf_config | ids | {'dtype': 'float32'}
   assert read_json(out / 'config.json') == wanted
   found = AutoConfig.from_pretrained(out, local_files_only=True)
   assert type(found) is Qwen2Config
@@ -189,8 +190,8 @@ def test_where_end_and_pad_are_looked_for(tmp_path):
     return loaded.end_tokens, loaded.pad_token
 
   def edit(file, **changes):
-    kept = {k: v for k, v in (read_json(at / file) | changes).items() if v}
-    (at / file).write_text(json.dumps(kept))
+    num_kept = {k: v for k, v in (read_json(at / file) | changes).items() if v}
+    (at / file).write_text(json.dumps(num_kept))
 
   generation.write_text('{"eos_token_id": [1, 2], "pad_token_id": 3}')
   edit('config.json', eos_token_id=4, pad_token_id=5)
@@ -233,12 +234,12 @@ LOCAL = {'rope_local_base_freq': 20.0}
 def test_older_names_of_the_rotary_numbers_are_read(
   name, theta, scaling, others
 ):
-  described = read_json(GOLDEN / name / 'config.json')
-  wanted = families.read_config(described)
-  described.pop('rope_parameters')
-  assert families.read_config(described) != wanted
+  hf_config = read_json(GOLDEN / name / 'config.json')
+  wanted = families.read_config(hf_config)
+  hf_config.pop('rope_parameters')
+  assert families.read_config(hf_config) != wanted
   old = {'rope_theta': theta, 'rope_scaling': scaling} if theta else {}
-  assert families.read_config(described | old | others) == wanted
+  assert families.read_config(hf_config | old | others) == wanted
 
 
 # --- Qwen2 in NumPy float64, from its definition
@@ -364,6 +365,6 @@ def test_a_tied_head_that_came_repeated_is_written_again(tmp_path):
   [{'sliding_window': 4}, {'layer_types': ['sliding_attention'] * 2}],
 )
 def test_another_familys_settings_mean_nothing(foreign):
-  described = hf.open_model(GOLDEN / 'llama').described
+  hf_config = hf.open_model(GOLDEN / 'llama').hf_config
   read = families.read_config
-  assert read(described | foreign) == read(described)
+  assert read(hf_config | foreign) == read(hf_config)

@@ -14,7 +14,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from jaxrl_tok.models import hf, hub
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import fetch as hub
 
 GOLDEN = Path(__file__).parent / 'golden/families'
 COMMIT = 'a' * 40

@@ -8,8 +8,8 @@ import types
 import pytest
 import rich.console
 
-from jaxrl_tok import logger as module
-from jaxrl_tok.logger import Logger, duration, trim_jsonl
+from jaxrl_tok.report import logger as module
+from jaxrl_tok.report.logger import Logger, duration, trim_jsonl
 
 AWKWARD = '[red]x[/red] [/] é\u2028\x85"\n\\ \U0001f600'
 
@@ -183,7 +183,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 
 def test_other_processes_write_and_say_nothing(tmp_path, capfd):
-  log = Logger(tmp_path / 'run', 'tensorboard', resume_step=3, speak=False)
+  log = Logger(tmp_path / 'run', 'tensorboard', resume_step=3, is_main=False)
   log.metrics('train', 1, {'reward': 1})
   log.samples([{'step': 1}])
   log.say('x')

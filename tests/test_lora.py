@@ -12,13 +12,15 @@ from conftest import FOUR, GOLDEN, ONE, random_prompts
 from safetensors.numpy import load_file
 from test_families import LORAS, TOLERANCE
 
-from experiments import build
-from jaxrl_tok import advantages, algorithms, distribution, sharding
-from jaxrl_tok.models import hf, lora
+from jaxrl_tok import distribution, sharding
+from jaxrl_tok.credit import advantages, algorithms
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.hub import lora
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.run import build
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.update import make_update
 from jaxrl_tok.types import Prompts
-from jaxrl_tok.update import make_update
 
 
 def adapted(name: str):
@@ -55,12 +57,14 @@ def sums(base: dict, adapter, scale: float, transposed: bool) -> dict:
 def test_logits_are_pefts(name):
   model, base, config, adapters = adapted(name)
   policy = make_policy(model.config)
-  join = lora.make_join(model.config, model.family, config.scale)
+  merge_params = lora.make_merge_params(
+    model.config, model.family, config.scale
+  )
   with np.load(GOLDEN / name / 'expected.npz') as file:
     tokens, want = file['tokens'], file['logits']
 
   def run(adapters, base):
-    params = join(adapters, base)
+    params = merge_params(adapters, base)
     prompts = Prompts(tokens[:, :1], np.ones(2, np.int32))
     prefix = policy.encode(params, prompts)
     hidden, _ = policy.extend(params, prefix, tokens[:, 1:], None, 0)
@@ -73,8 +77,12 @@ def test_logits_are_pefts(name):
 @pytest.mark.parametrize('name', LORAS)
 def test_the_join_is_the_sum_in_the_file(name, tmp_path):
   model, base, config, adapters = adapted(name)
-  join = lora.make_join(model.config, model.family, config.scale)
-  out = hf.save(tmp_path / 'joined', model, jax.jit(join)(adapters, base))
+  merge_params = lora.make_merge_params(
+    model.config, model.family, config.scale
+  )
+  out = hf.save(
+    tmp_path / 'joined', model, jax.jit(merge_params)(adapters, base)
+  )
   before = load_file(model.directory / 'model.safetensors')
   want = sums(before, GOLDEN / name, config.scale, model.family.transposed)
   got = load_file(out / 'model.safetensors')
@@ -104,8 +112,10 @@ def test_new_adapters_change_nothing():
   modules = lora.targeted(model.config, model.family, (lora.EVERYTHING,))
   assert len(modules) == 7 * model.config.num_layers
   adapters = lora.init(modules, config.rank, jax.random.key(0))
-  join = lora.make_join(model.config, model.family, config.scale)
-  assert same_bits(jax.jit(join)(adapters, base), base)
+  merge_params = lora.make_merge_params(
+    model.config, model.family, config.scale
+  )
+  assert same_bits(jax.jit(merge_params)(adapters, base), base)
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
@@ -113,8 +123,10 @@ def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute, tmp_path):
   model, _, config, adapters = adapted('qwen2_lora')
   base = hf.read_params(model, dtype='bfloat16')
   small = jax.tree.map(lambda x: x * 0.01, adapters)  # B A: 1e-4 of it
-  join = lora.make_join(model.config, model.family, config.scale, compute)
-  joined = jax.jit(join)(small, base)
+  merge_params = lora.make_merge_params(
+    model.config, model.family, config.scale, compute
+  )
+  joined = jax.jit(merge_params)(small, base)
   module = 'model.layers.0.self_attn.o_proj'
   delta = config.scale * small[module]['b'] @ small[module]['a']
   shape = joined['layer_0']['attention']['out'].shape
@@ -128,15 +140,17 @@ def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute, tmp_path):
   assert joined['layer_0']['attention']['out'].dtype == compute
   assert joined['embed']['embedding'].dtype == 'bfloat16'  # untouched
   out = hf.save(tmp_path / 'joined', model, joined)
-  described = json.loads((out / 'config.json').read_text())
-  assert described['dtype'] == compute  # the widest: nothing is cast away
+  hf_config = json.loads((out / 'config.json').read_text())
+  assert hf_config['dtype'] == compute  # the widest: nothing is cast away
 
 
 def test_only_adapters_learn():
   model, base, config, adapters = adapted('qwen2_lora')
   kept = jax.tree.map(np.array, base)
   policy = make_policy(model.config)._replace(
-    join=lora.make_join(model.config, model.family, config.scale)
+    merge_params=lora.make_merge_params(
+      model.config, model.family, config.scale
+    )
   )
   algorithm = algorithms.reinforce(
     advantages.leave_one_out(), kl='reverse', beta=0.1
@@ -160,7 +174,7 @@ def test_only_adapters_learn():
   prompts = random_prompts()
   sample = make_sampler(policy, SamplerConfig(2, 4))
   rollout = jax.jit(sample)(
-    policy.join(*state.weights), state.key, prompts, rule
+    policy.merge_params(*state.weights), state.key, prompts, rule
   )
   update = jax.jit(make_update(policy, algorithm, optimizer))
   reward = np.random.default_rng(0).normal(size=rollout.mask.shape)

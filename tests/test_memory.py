@@ -9,10 +9,11 @@ import pytest
 from conftest import CONFIG, changed
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok import distribution, memory
+from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.parts import lengths_of
 from jaxrl_tok.sharding import make_mesh
+from jaxrl_tok.step import memory
+from jaxrl_tok.step.programs import lengths_of
 from jaxrl_tok.train import update_for
 from jaxrl_tok.types import Prompts, Rollout
 
@@ -61,8 +62,8 @@ def test_remat_keeps_less():
     (8, 9, 4, [2]),
   ],
 )
-def test_parts_that_fit(prompts, most, ways, parts):
-  assert memory.divisions(prompts, 10, most, ways) == parts
+def test_parts_that_fit(prompts, most, num_shards, parts):
+  assert memory.divisions(prompts, 10, most, num_shards) == parts
 
 
 def device(platform, **stats):

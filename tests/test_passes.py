@@ -15,13 +15,15 @@ from conftest import (
   sharpened,
 )
 
-from experiments import arithmetic, build
-from jaxrl_tok import advantages, algorithms, checkpoint, distribution, masked
-from jaxrl_tok.mask_policy import masked_policy
+from experiments import arithmetic
+from jaxrl_tok import checkpoint, distribution, masked
+from jaxrl_tok.credit import advantages, algorithms
+from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate, values
+from jaxrl_tok.run import build
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.update import init_state, make_update, value_metrics
+from jaxrl_tok.step.update import init_state, make_update, value_metrics
 
 C, G, T = 8, 2, 5
 PLAIN = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
@@ -78,7 +80,7 @@ def separate(params):
     beta=0.2,
     kl_target=0.01,
     kl_horizon=100.0,
-    reference_every=2,
+    ref_sync_steps=2,
     max_update_kl=0.02,
   )
   optimizer = optimizer_of(algorithm)
@@ -180,7 +182,7 @@ def test_values_before_and_after_every_token(params, batch):
       tokens=jnp.pad(rollout.tokens, ((0, 0), (0, 1))),
       mask=jnp.pad(rollout.mask, ((0, 0), (0, 1)), constant_values=True),
       logp=jnp.pad(rollout.logp, ((0, 0), (0, 1))),
-      kept=None,
+      num_kept=None,
     )
     stats = evaluate(CRITIC, own, longer, RULE)
     return stats.value, values(CRITIC, own, rollout)
@@ -230,11 +232,11 @@ def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
   @jax.jit
   def run(params, slow):
     prompts, key = random_prompts(C), jax.random.key(3)
-    joined = policy.join(params, (None, slow))
+    joined = policy.merge_params(params, (None, slow))
     rollout = sample(joined, key, prompts, RULE)
     stats = evaluate(policy, joined, rollout, RULE)
     # of each drawn token, its rank in the slow copy's own distribution
-    everything = rollout._replace(kept=None)
+    everything = rollout._replace(num_kept=None)
     alone = evaluate(PLAIN, slow, everything, RULE)
     return rollout, stats, alone, plain(params, key, prompts, RULE)
 
@@ -246,11 +248,11 @@ def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
   mask = np.asarray(rollout.mask)
   np.testing.assert_allclose(stats.logp, rollout.logp, atol=1e-5)
   # a set of mass 0.8 has no token below what is left over, 0.2
-  kept = np.asarray(rollout.kept)
-  likely = np.exp(np.asarray(alone.logp))[mask & (kept > 1)]
+  num_kept = np.asarray(rollout.num_kept)
+  likely = np.exp(np.asarray(alone.logp))[mask & (num_kept > 1)]
   assert len(likely)
-  assert kept[mask].min() >= 1
-  one = np.exp(np.asarray(alone.logp))[mask & (kept == 1)]
+  assert num_kept[mask].min() >= 1
+  one = np.exp(np.asarray(alone.logp))[mask & (num_kept == 1)]
   assert (one >= 0.8 - 1e-5).all()
 
 

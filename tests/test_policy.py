@@ -12,8 +12,8 @@ from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import completion_hidden, evaluate
 from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.step.update import init_state, make_update
 from jaxrl_tok.types import Prompts, Rollout
-from jaxrl_tok.update import init_state, make_update
 
 
 def plain_hidden(policy, params, rollout):
@@ -162,7 +162,7 @@ def wide(tiny):
 def test_no_float_array_of_the_whole_vocabulary(tiny, wide):
   import optax
 
-  from jaxrl_tok import advantages, algorithms
+  from jaxrl_tok.credit import advantages, algorithms
 
   policy, params, sampler, prompts, rule, (C, G, P, T, V) = wide
   sample = jax.jit(make_sampler(policy, sampler))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_train import TINY, cache  # noqa: F401
 
-from experiments import models, population
+from experiments.studies import population
+from jaxrl_tok.run import models
 
 SHARED = (
   'digits d_model num_layers num_heads num_kv_heads d_ff num_prompts '

@@ -19,11 +19,12 @@ from conftest import (
   sharpened,
 )
 
-from jaxrl_tok import algorithms, distribution, sharding
-from jaxrl_tok.mask_policy import masked_policy
+from jaxrl_tok import distribution, sharding
+from jaxrl_tok.credit import algorithms
+from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.update import init_state, make_update
+from jaxrl_tok.step.update import init_state, make_update
 
 C, G, T = 16, 2, 5
 ALL = [
@@ -60,20 +61,22 @@ def sampled(masked: bool):
   policy = masked_policy(POLICY) if masked else POLICY
   config = SamplerConfig(G, T, PAD, truncate=True)
   sample = make_sampler(policy, config)
-  return jax.jit(lambda weights, *args: sample(policy.join(*weights), *args))
+  return jax.jit(
+    lambda weights, *args: sample(policy.merge_params(*weights), *args)
+  )
 
 
 def make_case(preset, params):
   """(policy, algorithm, state, what an update is given)."""
   algorithm = preset(max_length=T)
-  policy = masked_policy(POLICY) if algorithm.mask_every else POLICY
+  policy = masked_policy(POLICY) if algorithm.mask_sync_steps else POLICY
   state = init_state(algorithm, OPTIMIZER, params, jax.random.key(0))
   moved = jax.tree.map(lambda x: x * 1.05, params)
   if state.reference is not None:
     state = state.replace(reference=moved)
   if state.mask_policy is not None:
     state = state.replace(mask_policy=moved)
-  rollout = sampled(bool(algorithm.mask_every))(
+  rollout = sampled(bool(algorithm.mask_sync_steps))(
     state.weights, jax.random.key(3), random_prompts(C), RULE
   )
   noise = np.random.default_rng(0).normal(size=(C * G, T))

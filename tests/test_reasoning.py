@@ -7,10 +7,10 @@ import shutil
 import pytest
 from conftest import GOLDEN
 
-from experiments import flags as flag_layer
 from experiments import reasoning
 from jaxrl_tok import data
-from jaxrl_tok.models import hf
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.run import settings as flag_layer
 
 pytest.importorskip('reasoning_gym', reason='an extra; [test] installs it')
 

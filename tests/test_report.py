@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from jaxrl_tok import charts, report
+from jaxrl_tok.report import charts
+from jaxrl_tok.report import page as report
 
 HOSTILE = (
   '<script>alert(1)</script>',

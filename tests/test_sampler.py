@@ -56,9 +56,9 @@ def test_log_probs_are_those_of_evaluate(tiny, samplers, name):
   if 'forbidden' in RULES[name]:
     assert not FORBIDDEN[np.asarray(rollout.tokens)[mask]].any()
   if cut:
-    kept = np.asarray(rollout.kept)
-    assert (kept[mask] >= 1).all()
-    assert (kept[mask] < 11).any()
+    num_kept = np.asarray(rollout.num_kept)
+    assert (num_kept[mask] >= 1).all()
+    assert (num_kept[mask] < 11).any()
 
 
 def test_one_compilation_serves_every_rule(tiny, samplers):
@@ -77,7 +77,9 @@ def test_greedy_is_the_most_likely_token_and_certain(tiny):
   rollout = sample(tiny.params, jax.random.key(0), tiny.prompts, tiny.rule)
   other = sample(tiny.params, jax.random.key(1), tiny.prompts, tiny.rule)
   np.testing.assert_array_equal(rollout.tokens, other.tokens)
-  full = look(tiny.policy, tiny.params, rollout._replace(kept=None), tiny.rule)
+  full = look(
+    tiny.policy, tiny.params, rollout._replace(num_kept=None), tiny.rule
+  )
   stats = look(tiny.policy, tiny.params, rollout, tiny.rule)
   assert (np.asarray(rollout.logp) == 0).all()
   np.testing.assert_allclose(stats.logp, 0, atol=1e-6)
@@ -153,7 +155,9 @@ def test_length_chunk_and_stages_change_nothing(tiny, T, chunk, stages):
 
 def test_moving_live_rows_together_changes_nothing(tiny, samplers):
   """Rows of all groups end anywhere; some of them run to T."""
-  config = changed(tiny.config, halvings=3, truncate=True, chunk=1, stages=2)
+  config = changed(
+    tiny.config, compact_levels=3, truncate=True, chunk=1, stages=2
+  )
   sample = jax.jit(make_sampler(tiny.policy, config))
   rule = distribution.make_rule(11, [END, OTHER_END, 3], top_k=9)
   moved = 0
@@ -163,7 +167,7 @@ def test_moving_live_rows_together_changes_nothing(tiny, samplers):
     np.testing.assert_array_equal(found.tokens, want.tokens)
     np.testing.assert_array_equal(found.mask, want.mask)
     np.testing.assert_allclose(found.logp, want.logp, atol=1e-5)
-    np.testing.assert_array_equal(found.kept, want.kept)
+    np.testing.assert_array_equal(found.num_kept, want.num_kept)
     live = np.asarray(want.mask.sum(0))
     moved += (live[2:-1] <= 12 // 2).any() and live[-1] > 0
   assert moved  # into half the rows, and then went on
@@ -179,7 +183,7 @@ def test_live_rows_are_moved_only_when_half_are_done(tiny):
     return tiny.policy.extend(params, prefix, tokens, cache, at)
 
   policy = tiny.policy._replace(extend=extend)
-  config = changed(tiny.config, halvings=2, chunk=1)
+  config = changed(tiny.config, compact_levels=2, chunk=1)
   sample = jax.jit(make_sampler(policy, config))
   rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
   jax.effects_barrier()

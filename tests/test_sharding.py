@@ -8,10 +8,11 @@ import pytest
 from conftest import CONFIG, END, changed, random_prompts, sharpened
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_tok import advantages, algorithms, distribution, sharding
+from jaxrl_tok import distribution, sharding
+from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import make_sampler
-from jaxrl_tok.update import init_state, make_update
+from jaxrl_tok.step.update import init_state, make_update
 
 ALGORITHM = algorithms.reinforce(advantages.leave_one_out())
 # sizes that tensor=2 and fsdp=2 divide, an odd vocabulary that they do not
@@ -88,8 +89,8 @@ def test_devices_change_nothing(step, alone, spec, devices, parts):
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone[3])):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
   wide = placed.params['layer_0']['mlp']['gate_up']  # [16, 2, 20]
-  ways = {'data=4': 1, 'data=-1,fsdp=2': 2}.get(spec, 4)
-  assert np.prod(wide.shard_shape((16, 2, 20))) == 640 // ways
+  num_shards = {'data=4': 1, 'data=-1,fsdp=2': 2}.get(spec, 4)
+  assert np.prod(wide.shard_shape((16, 2, 20))) == 640 // num_shards
 
 
 def test_moments_lie_where_their_parameters_do():

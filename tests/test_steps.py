@@ -22,21 +22,15 @@ from conftest import (
 )
 from test_train import flags, rows
 
-from experiments import arithmetic, build, launch, models, warm_start
-from jaxrl_tok import (
-  algorithms,
-  checkpoint,
-  data,
-  device_rewards,
-  distribution,
-  parts,
-  rewards,
-  sharding,
-  train,
-)
-from jaxrl_tok.logger import Logger
+from experiments import arithmetic
+from jaxrl_tok import checkpoint, data, distribution, rewards, sharding, train
+from jaxrl_tok.credit import algorithms
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.run import build, launch, models, warm_start
 from jaxrl_tok.sampler import SamplerConfig
+from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step import programs as parts
 from jaxrl_tok.types import Prompts, Rollout
 
 # --- in one call and one after another ---------------------------------------
@@ -47,7 +41,7 @@ ALGORITHM = algorithms.remax(
   beta=0.3,
   kl_target=0.01,
   kl_horizon=24.0,
-  reference_every=3,
+  ref_sync_steps=3,
   epochs=2,
   mini_batches=2,
 )

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import arithmetic
-from jaxrl_tok import evaluation, parts, rewards, train
-from jaxrl_tok.models import hf
+from jaxrl_tok import evaluation, rewards, train
+from jaxrl_tok.hub import directory as hf
+from jaxrl_tok.step import programs as parts
 
 TINY = {
   'digits': 1,
@@ -258,7 +259,7 @@ def test_a_used_directory_is_refused_and_left_alone(whole, capsys):
   ('given', 'fact'),
   [
     ({'num_prompts': 6}, 'devices of data x fsdp cannot share'),
-    ({'halvings': 1}, 'pass --halvings 0'),
+    ({'compact_levels': 1}, 'pass --compact_levels 0'),
     ({'micro_batch': 16}, 'cannot share equally; pass --micro_batch 32'),
     ({'mesh': 'data=3'}, 'needs 3 devices and there are 8'),
     ({'max_prompt_length': 3}, 'more than max_prompt_length 3; pass'),
@@ -378,8 +379,8 @@ def _split(prompt):
 
 
 def test_drift_is_zero_for_the_policy_itself(tiny):
-  drift = jax.jit(evaluation.make_drift(tiny.policy))
-  same = drift((tiny.params, None), tiny.rollout, tiny.rule)
+  reference_kl = jax.jit(evaluation.make_reference_kl(tiny.policy))
+  same = reference_kl((tiny.params, None), tiny.rollout, tiny.rule)
   assert float(same) == pytest.approx(0, abs=1e-6)
   other = jax.tree.map(lambda x: x * 1.2, tiny.params)
-  assert float(drift((other, None), tiny.rollout, tiny.rule)) > 1e-3
+  assert float(reference_kl((other, None), tiny.rollout, tiny.rule)) > 1e-3

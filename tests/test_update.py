@@ -7,17 +7,18 @@ import optax
 import pytest
 from conftest import changed, random_prompts, scored
 
-from jaxrl_tok import advantages, algorithms, losses, masked
-from jaxrl_tok.groups import merge_rows, split_groups, split_rows
+from jaxrl_tok import masked
+from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.policy import evaluate
-from jaxrl_tok.types import Prompts
-from jaxrl_tok.update import (
+from jaxrl_tok.step.groups import merge_rows, split_groups, split_rows
+from jaxrl_tok.step.update import (
   init_state,
   length_metrics,
   make_update,
   reward_metrics,
   shortened,
 )
+from jaxrl_tok.types import Prompts
 
 # hands out the gradient as the optimizer's state
 RECORD = optax.GradientTransformation(

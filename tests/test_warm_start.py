@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from test_train import flags
 
-from experiments import arithmetic, build, cache, launch
-from experiments import warm_start as module
+from experiments import arithmetic
+from jaxrl_tok.run import build, cache, launch
+from jaxrl_tok.run import warm_start as module
 
 
 @pytest.fixture

@@ -107,13 +107,13 @@ class Experts(nn.Module):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or B % row_shards(mesh):
       return mixture(*args)
-    ways = mesh.shape['tensor']
-    split = E % ways == 0
+    num_shards = mesh.shape['tensor']
+    split = E % num_shards == 0
 
     def on_device(*args):
       if not split:
         return mixture(*args)
-      first = jax.lax.axis_index('tensor') * (E // ways)
+      first = jax.lax.axis_index('tensor') * (E // num_shards)
       return jax.lax.psum(mixture(*args, first=first), 'tensor')
 
     rows = PartitionSpec(ROWS)

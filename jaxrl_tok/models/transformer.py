@@ -429,7 +429,7 @@ def make_policy(
     value=method('value') if config.value_head else None,
     init_cache=init_cache,
     partition_rules=PARTITION_RULES,
-    join=lambda params, frozen: params,
+    merge_params=lambda params, frozen: params,
     vocab_size=config.vocab_size,
     dtype=jnp.dtype(dtype),
   )

@@ -167,12 +167,12 @@ def make_inputs() -> dict:
   change[10, 1], change[0, 0] = -0.9, 0.26  # dapo clips at 1.28, ppo at 1.2
   change[7, 1] = 0.22
   l_old = l - change
-  drift = rng.normal(0, 0.5, (B, T))  # l_old - l_roll; log(2) is 0.69
+  reference_kl = rng.normal(0, 0.5, (B, T))  # l_old - l_roll; log(2) is 0.69
   V_old = rng.normal(0, 1, (B, T + 1))
   data = {
     'l': l,
     'l_old': l_old,
-    'l_roll': l_old - drift,
+    'l_roll': l_old - reference_kl,
     'l_ref': l - rng.normal(0, 0.5, (B, T)),
     'H': rng.uniform(0.1, 2.0, (B, T)),
     'V': V_old[:, :T] + rng.normal(0, 0.3, (B, T)),
@@ -329,9 +329,9 @@ def advantage_of(case, data):
           reward[b], V, last, columns, case['gamma'], case['lam']
         )
       else:
-        drift = data['l_old'][b] - data['l_roll'][b]
+        reference_kl = data['l_old'][b] - data['l_roll'][b]
         advantage[b], target[b] = vtrace(
-          reward[b], V, last, drift, columns, case
+          reward[b], V, last, reference_kl, columns, case
         )
   else:
     held = [
@@ -437,8 +437,8 @@ def loss_of(case, data, A, target, l, H, V, l_held) -> float:
     for t in chosen(b):
       loss = policy_loss(case, A, l, l_held, l_old, b, t)
       if case['importance_cap']:
-        drift = l_old[b, t] - data['l_roll'][b, t]
-        loss *= min(math.exp(drift), case['importance_cap'])
+        reference_kl = l_old[b, t] - data['l_roll'][b, t]
+        loss *= min(math.exp(reference_kl), case['importance_cap'])
       loss += kl_loss(case, data, l, l_held, l_old, b, t)
       loss -= case['entropy_coef'] * H[b, t]
       total += weights[b] * loss
@@ -554,10 +554,10 @@ def check_inputs(data):
     side = np.exp(sums) < bound
     assert 0 < side.sum() < len(rows), bound
     assert abs(np.exp(sums) - bound).min() > 1e-3, bound
-  drift = np.exp((data['l_old'] - data['l_roll'])[MASK])
+  reference_kl = np.exp((data['l_old'] - data['l_roll'])[MASK])
   for bound in (SEQUENCE['c_bar'], SEQUENCE['rho_bar'], 2.0):
-    assert (drift > bound).any(), bound
-    assert (drift < bound).any(), bound
+    assert (reference_kl > bound).any(), bound
+    assert (reference_kl < bound).any(), bound
   move = (data['V'] - data['V_old'][:, :T])[MASK]
   error = (data['V'] - target)[MASK]
   for sign in (1, -1):  # out of the bound, towards the target and from it
@@ -578,11 +578,11 @@ def main():
     r = [data['dense'][b, t] if MASK[b, t] else 0.0 for t in range(T)]
     last = data['V_old'][b, T] if CUT[b] else 0.0
     V, columns = data['V_old'][b], chosen(b)
-    drift = data['l_old'][b] - data['l_roll'][b]
+    reference_kl = data['l_old'][b] - data['l_roll'][b]
     togo.append(reward_to_go(r, numbers['gamma']))
     found.append(
       gae(r, V, last, columns, numbers['gamma'], numbers['lam'])
-      + vtrace(r, V, last, drift, columns, numbers)
+      + vtrace(r, V, last, reference_kl, columns, numbers)
     )
   names = ('gae_advantage', 'gae_target', 'vtrace_advantage', 'vtrace_target')
   out |= {name: np.array(x) for name, x in zip(names, zip(*found))}

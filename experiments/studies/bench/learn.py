@@ -1,0 +1,165 @@
+"""step: a whole GRPO step; logp: chunked against whole log-probs."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.studies.bench import sizes
+from experiments.studies.bench.decode import random_prompts
+from experiments.studies.bench.timing import (
+  Row,
+  Work,
+  in_turn,
+  once,
+  with_peers,
+)
+from jaxrl_tok import distribution
+from jaxrl_tok.credit import algorithms
+from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.policy import evaluate
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step import memory
+from jaxrl_tok.step.device_steps import Table, make_steps
+from jaxrl_tok.step.update import init_state, make_update
+from jaxrl_tok.types import Rollout
+
+LOGP_ROWS, LOGP_LENGTH = 8, 256
+LOGP_VOCABULARIES = 2048, 32_768, 151_936  # of a decoder of one layer
+
+
+class Step:
+  """A GRPO step of C x G completions, its reward the share of even tokens."""
+
+  def __init__(self, work: Work, C: int, G: int):
+    T = work.completion_length
+    policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
+    algorithm, optimizer = algorithms.grpo(), optax.adamw(1e-5)
+    sampler = make_sampler(policy, SamplerConfig(G, T))
+    prompts = random_prompts(work.size, C, work.prompt_length)
+    self.rule = distribution.make_rule(work.size.vocab_size, [])
+    params = jax.jit(policy.init)(jax.random.key(0))
+    self.state = init_state(algorithm, optimizer, params, jax.random.key(1))
+
+    def sample(weights, key, prompts, rule):
+      return sampler(policy.merge_params(*weights), key, prompts, rule)
+
+    self.prompts, self.fold_in = prompts, jax.jit(jax.random.fold_in)
+    self.parts = {'rollout': [], 'score': [], 'update': []}
+    given = self.state.weights, self.state.key, prompts, self.rule
+    self.sample = jax.jit(sample).lower(*given).compile()
+    rollout = jax.eval_shape(sample, *given)
+    each = memory.bytes_a_prompt(policy, (params, None), rollout, self.rule)
+    parts, *_ = memory.divisions(C, each, memory.budget(jax.devices()[0]))
+    update = make_update(policy, algorithm, optimizer, parts)
+    reward = jax.ShapeDtypeStruct((C * G, T), jnp.float32)
+    given = self.state, rollout, reward, self.rule
+    self.update = jax.jit(update, donate_argnums=0).lower(*given).compile()
+    self.many = jax.jit(
+      make_steps(sample, even_share, update), donate_argnums=0
+    )
+
+  def host(self) -> float:
+    """A step with its reward on the host."""
+    times = [time.perf_counter()]
+    key = self.fold_in(self.state.key, self.state.step)
+    rollout = self.sample(self.state.weights, key, self.prompts, self.rule)
+    tokens = jax.device_get(rollout.tokens)
+    times.append(time.perf_counter())
+    reward = np.zeros(tokens.shape, np.float32)
+    reward[:, -1] = [
+      np.mean([t % 2 == 0 for t in row]) for row in tokens.tolist()
+    ]
+    times.append(time.perf_counter())
+    self.state, metrics, _ = self.update(self.state, rollout, reward, self.rule)
+    jax.block_until_ready((self.state, metrics))
+    times.append(time.perf_counter())
+    for kept, seconds in zip(self.parts.values(), np.diff(times)):
+      kept.append(seconds)
+    return times[-1] - times[0]
+
+  def on_device(self, n: int):
+    """A contender of n steps in one program; its seconds are of one step."""
+    C = len(self.prompts.length)
+    table = Table(*self.prompts, {})
+    index = jnp.tile(jnp.arange(C), (n, 1))
+    state = jax.tree.map(jnp.copy, self.state)
+    many = self.many.lower(state, None, table, index, self.rule).compile()
+
+    def run() -> float:
+      nonlocal state
+      began = time.perf_counter()
+      state, metrics, _ = many(state, None, table, index, self.rule)
+      jax.block_until_ready((state, metrics))
+      return (time.perf_counter() - began) / n
+
+    return run
+
+
+def even_share(params, rollout: Rollout, columns):
+  """The same reward as a JAX function: (reward [B, T], metrics)."""
+  even = jnp.mean(rollout.tokens % 2 == 0, axis=1)
+  reward = jnp.zeros(rollout.mask.shape, jnp.float32).at[:, -1].set(even)
+  return reward, {}
+
+
+def step(work: Work) -> list[Row]:
+  """Rollout, score and update; groups of 8."""
+  G = 8
+  C = work.rows // G
+  one = Step(work, C, G)
+  own = {'jaxrl_tok': one.host, 'jaxrl_tok, one program': one.on_device(10)}
+  seconds, versions = with_peers(work, 'step', C, G, own)
+  tokens = work.rows * work.completion_length
+  found = []
+  for who, times in seconds.items():
+    row = Row('step', work.name, who, times, tokens, {})
+    if who == 'jaxrl_tok':
+      row.notes.update(
+        {k: float(np.median(v[1:])) for k, v in one.parts.items()}
+      )
+    elif who in versions:
+      row.notes['versions'] = versions[who]
+    found.append(row)
+  return found
+
+
+def logp(work: Work) -> list[Row]:
+  """Log-probs and their gradient, as many tokens at a time as fit or all."""
+  found = []
+  for V in LOGP_VOCABULARIES:
+    size = work.size._replace(num_layers=1, vocab_size=V)
+    contenders, memory = chunked_and_whole(work._replace(size=size))
+    for who, times in in_turn(contenders, work).items():
+      notes = {'vocabulary': V, 'temporary_bytes': memory[who]}
+      tokens, name = LOGP_ROWS * LOGP_LENGTH, f'{work.name} V={V}'
+      found.append(Row('logp', name, who, times, tokens, notes))
+  return found
+
+
+def chunked_and_whole(work: Work):
+  """({who: contender}, {who: temporary bytes})."""
+  B, T, V = LOGP_ROWS, LOGP_LENGTH, work.size.vocab_size
+  policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
+  params = jax.jit(policy.init)(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  rollout = Rollout(
+    random_prompts(work.size, B, work.prompt_length),
+    jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
+    jnp.ones((B, T), bool),
+    jnp.zeros((B, T)),
+    None,
+  )
+  rule = distribution.make_rule(V, [])
+  own, memory = {}, {}
+  for who, chunk in (('chunked', None), ('whole', T)):
+
+    def mean_logp(params, rollout, chunk=chunk):
+      return evaluate(policy, params, rollout, rule, chunk).logp.mean()
+
+    compiled = jax.jit(jax.grad(mean_logp)).lower(params, rollout).compile()
+    memory[who] = compiled.memory_analysis().temp_size_in_bytes
+    own[who] = lambda call=compiled: once(lambda: call(params, rollout))
+  return own, memory

@@ -1,0 +1,52 @@
+"""startup: from the start of the process to the first finished step."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from experiments.studies.bench.timing import Row, Work
+
+LOOK_EVERY = 0.05  # s
+
+
+def first_step(home: str) -> float:
+  """Seconds until the default experiment has logged its first step; `home`
+  holds its caches."""
+  env = os.environ | {'XDG_CACHE_HOME': home}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)  # it would not be in `home`
+  with tempfile.TemporaryDirectory() as out:
+    command = [sys.executable, '-m', 'experiments.arithmetic', '--max_steps=1']
+    log = Path(out, 'run', 'metrics.jsonl')
+    with Path(out, 'said').open('w') as said:
+      began = time.perf_counter()
+      process = subprocess.Popen(
+        [*command, f'--output_dir={out}/run'],
+        env=env,
+        stdout=said,
+        stderr=said,
+      )
+      took = None
+      while took is None and process.poll() is None:
+        time.sleep(LOOK_EVERY)
+        if log.is_file() and '"phase": "train"' in log.read_text():
+          took = time.perf_counter() - began
+      process.wait()  # what it compiled is kept by its end
+    if took is None:
+      last = Path(out, 'said').read_text().strip().splitlines()[-1:]
+      raise ValueError(f'{" ".join(command)} ended: {"".join(last)}')
+  return took
+
+
+def startup(work: Work) -> list[Row]:
+  """With empty caches, where the warm start is made, too; then with what that
+  left: its programs and the warm start."""
+  found = {'cold': [], 'warm': []}
+  for i in range(work.rounds):
+    with tempfile.TemporaryDirectory() as home:
+      for who, times in found.items():
+        times.append(first_step(home))
+        work.show(f'round {i + 1} of {work.rounds}: {who} {times[-1]:.1f} s')
+  return [Row('startup', '-', who, t, 0, {}) for who, t in found.items()]

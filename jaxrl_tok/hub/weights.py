@@ -1,0 +1,303 @@
+"""A model's weights: from its files straight to the devices, and back.
+
+Each tensor is read once, in pieces, into one of our parameters, and that is
+placed on its devices by its sharding: beyond what is placed, host memory holds
+one parameter and one piece. What is written has the names it came with.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from jaxrl_tok import sharding
+from jaxrl_tok.hub import families, layout
+from jaxrl_tok.hub import fetch as hub
+from jaxrl_tok.models.transformer import (
+  PARTITION_RULES,
+  TransformerConfig,
+  make_policy,
+)
+
+READ_BYTES = 16 * 2**20  # of a tensor, at a time
+SHARD_BYTES = 5 * 10**9  # of a file
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+VALUE_HEAD = 'v_head.weight'
+
+
+class Model(NamedTuple):
+  """A model as its directory describes it, without its weights."""
+
+  config: TransformerConfig
+  hf_config: dict  # config.json
+  tokenizer: Any
+  end_tokens: tuple
+  pad_token: int
+  origin: str  # hub id or directory; 'random weights'
+  directory: Path | None = None  # None: random weights
+  tensors: dict = {}  # noqa: RUF012  {name: Stored}; read only
+
+  @property
+  def family(self) -> layout.Family:
+    return families.family_of(self.hf_config)
+
+
+class TensorInfo(NamedTuple):
+  """A tensor in a file."""
+
+  file: Path
+  name: str  # in the file; some files leave out the family's first word
+  shape: tuple
+  dtype: str
+
+
+@contextlib.contextmanager
+def _opened(file: Path):
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(file, 'np') as opened:
+      yield opened
+  except SafetensorError as e:
+    raise ValueError(f'{file} is damaged: {e}; fetch it again') from None
+
+
+def stored_tensors(directory: Path) -> dict[str, TensorInfo]:
+  """The tensors of model.safetensors, or of the shards that an index names."""
+  single, index = directory / hub.SINGLE, directory / hub.INDEX
+  if single.is_file():
+    files = [single]
+  elif index.is_file():
+    files = sorted(directory / f for f in set(hub.weight_map(index).values()))
+  else:
+    raise FileNotFoundError(
+      f'{directory} has no {hub.SINGLE} and no {hub.INDEX}; convert the '
+      'weights to safetensors (pickles are never read)'
+    )
+  found = {}
+  for file in files:
+    if not file.is_file():
+      raise FileNotFoundError(
+        f'{index} names {file.name}, which is missing; fetch it again'
+      )
+    with _opened(file) as opened:
+      for name in opened.keys():  # noqa: SIM118  it is no dict
+        part = opened.get_slice(name)
+        dtype = part.get_dtype()
+        found[name] = TensorInfo(file, name, tuple(part.get_shape()), dtype)
+  return found
+
+
+def fingerprint(model: Model) -> str | None:
+  """Tells one set of weight files from another: names, sizes, and the first
+  and last MiB of each. None for random weights."""
+  if not model.tensors:
+    return None
+  digest, edge = hashlib.sha256(), 2**20
+  for file in sorted({stored.file for stored in model.tensors.values()}):
+    size = file.stat().st_size
+    digest.update(f'{file.name} {size}'.encode())
+    with open(file, 'rb') as opened:
+      digest.update(opened.read(edge))
+      opened.seek(max(0, size - edge))
+      digest.update(opened.read())
+  return digest.hexdigest()
+
+
+def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
+  """{the family's name: Stored} of what the decoder needs; else ValueError.
+
+  A missing value head is no fault: it begins at zero.
+  """
+  family, base = model.family, model.family.names['base']
+  if not any(name.startswith(base) for name in stored):
+    # some files hold the decoder without its head, one level up
+    heads = (family.names['head'], 'score', 'v_head')
+    stored = {
+      name if name.startswith(heads) else base + name: s
+      for name, s in stored.items()
+    }
+  found, missing, wrong = {}, [], []
+  for weight in layout.weights(model.config, family):
+    for name, shape in weight.tensors:
+      if name not in stored:
+        missing.append(name)
+      elif stored[name].shape != shape:
+        wrong.append(f'{name} is {list(stored[name].shape)}, not {list(shape)}')
+      elif stored[name].dtype not in DTYPES:
+        wrong.append(
+          f'{name} is {stored[name].dtype}, not {" or ".join(DTYPES)}'
+        )
+      else:
+        found[name] = stored[name]
+  missing = [name for name in missing if name != VALUE_HEAD]
+  if missing:
+    raise ValueError(
+      f'weights are missing: {_some(missing)}; use the files of one model'
+    )
+  if wrong:
+    raise ValueError(
+      f'weights do not fit config.json: {_some(wrong)}; use the files of one '
+      'model'
+    )
+  repeated = f'{family.names["head"]}.weight'
+  if model.config.tie_embeddings and repeated in stored:  # of some files
+    found[repeated] = stored[repeated]
+  extra = [
+    name
+    for name in stored.keys() - found.keys() - {VALUE_HEAD}
+    if not re.search(family.buffers, name)
+  ]
+  if extra:
+    raise ValueError(
+      f'weights of no use: {_some(sorted(extra))}; use the files of one model'
+    )
+  return found
+
+
+def _some(names: list) -> str:
+  rest = f' and {len(names) - 5} more' if len(names) > 5 else ''
+  return ', '.join(names[:5]) + rest
+
+
+def param_structs(model: Model, dtype: str | None = None):
+  """ShapeDtypeStructs of the decoder's parameters.
+
+  dtype: None: the file's, or float32 where it does not have them.
+  """
+  shapes = jax.eval_shape(make_policy(model.config).init, jax.random.key(0))
+  flat = flax.traverse_util.flatten_dict(shapes, sep='/')
+  for weight in layout.weights(model.config, model.family):
+    stored = [model.tensors.get(name) for name, _ in weight.tensors]
+    kinds = {DTYPES[s.dtype] if s else 'float32' for s in stored}
+    theirs = kinds.pop() if len(kinds) == 1 else 'float32'  # loses nothing
+    struct = jax.ShapeDtypeStruct(flat[weight.path].shape, dtype or theirs)
+    flat[weight.path] = struct
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _fill(part, views: tuple) -> None:
+  """Reads a tensor of a file into views of a parameter, piece by piece."""
+  row, row_size = 0, math.prod(part.get_shape()[1:])
+  for view in views:
+    rows = view[0].size // row_size  # of the file, in one of the view's
+    step = max(1, READ_BYTES // view[0].nbytes)
+    for i in range(0, len(view), step):
+      piece = view[i : i + step]
+      end = row + len(piece) * rows
+      piece[...] = part[row:end].reshape(piece.shape)
+      row = end
+
+
+def _read_weight(model: Model, weight, struct, files: dict) -> np.ndarray:
+  array = np.zeros(struct.shape, struct.dtype)
+  for (name, _), views in zip(weight.tensors, weight.views(array)):
+    stored = model.tensors.get(name)
+    if stored:  # else a value head that the file does not have: zero
+      _fill(files[stored.file].get_slice(stored.name), views)
+  return array
+
+
+def read_params(
+  model: Model, mesh=None, dtype: str | None = None, rules=PARTITION_RULES
+):
+  """Parameters of the decoder, each placed on `mesh` by `rules` as it is read.
+
+  Args:
+    mesh: None: the first device.
+    dtype: of the parameters; None: the file's.
+  """
+  structs = param_structs(model, dtype)
+  mesh = mesh or sharding.make_mesh('data=1', jax.devices()[:1])
+  places = sharding.tree_shardings(mesh, structs, rules)
+  structs, places = (
+    flax.traverse_util.flatten_dict(t, sep='/') for t in (structs, places)
+  )
+  flat = {}
+  with contextlib.ExitStack() as stack:
+    files = {
+      file: stack.enter_context(_opened(file))
+      for file in {stored.file for stored in model.tensors.values()}
+    }
+    for weight in layout.weights(model.config, model.family):
+      array = _read_weight(model, weight, structs[weight.path], files)
+      flat[weight.path] = jax.block_until_ready(
+        jax.make_array_from_callback(
+          array.shape, places[weight.path], array.__getitem__
+        )
+      )
+      del array
+      gc.collect(0)  # jax lets go of what it has copied when Python collects
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
+  """The tensor of the file whose parts the views are."""
+  out, at = np.empty(math.prod(shape), dtype), 0
+  for view in views:
+    out[at : at + view.size].reshape(view.shape)[...] = view
+    at += view.size
+  return out.reshape(shape)
+
+
+def _on_host(leaf) -> np.ndarray:
+  """Read through another jax.Array of the same buffers: what jax reads back of
+  an array it keeps as long as that."""
+  if isinstance(leaf, jax.Array):
+    leaf = jax.make_array_from_single_device_arrays(
+      leaf.shape, leaf.sharding, [s.data for s in leaf.addressable_shards]
+    )
+  return np.asarray(leaf)
+
+
+def _tensors_of(weight, array: np.ndarray, model: Model) -> dict:
+  found = {}
+  for (name, shape), views in zip(weight.tensors, weight.views(array)):
+    stored = model.tensors.get(name)  # under the name it came with
+    name = stored.name if stored else name
+    found[name] = _flattened(views, shape, array.dtype)
+  head = model.tensors.get(f'{model.family.names["head"]}.weight')
+  if weight.path == 'embed/embedding' and model.config.tie_embeddings and head:
+    found[head.name] = array  # it came with the tied head repeated
+  return found
+
+
+def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
+  """model.safetensors, or shards of about shard_bytes and their index; the
+  tensors of one shard at a time are on the host."""
+  from safetensors.numpy import save_file
+
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  shards, size = [[]], 0
+  for weight in layout.weights(model.config, model.family):
+    leaf = flat.pop(weight.path)
+    if shards[-1] and size + leaf.nbytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append((weight, leaf))
+    size += leaf.nbytes
+  if flat:
+    raise ValueError(f'no place in the file for {", ".join(sorted(flat))}')
+  index, total = {}, 0
+  for number, shard in enumerate(shards, 1):
+    file = hub.SINGLE
+    if len(shards) > 1:
+      file = f'model-{number:05}-of-{len(shards):05}.safetensors'
+    content = {}
+    for weight, leaf in shard:
+      total += leaf.nbytes
+      content |= _tensors_of(weight, _on_host(leaf), model)
+      gc.collect(0)  # of what jax read
+    save_file(content, out / file, metadata={'format': 'pt'})
+    index |= dict.fromkeys(content, file)
+  if len(shards) > 1:
+    hf_config = {'metadata': {'total_size': total}, 'weight_map': index}
+    (out / hub.INDEX).write_text(json.dumps(hf_config, indent=2) + '\n')

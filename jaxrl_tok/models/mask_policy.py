@@ -1,0 +1,61 @@
+"""NLPO's policy: tokens are drawn from the current policy, among those that a
+slow copy of it finds likely. arXiv:2210.01241.
+
+  pi(v | s) = p(v | s) / sum of p over S(s)   for v in S(s), else 0
+  S(s) = the sampling rule's set (top-p 0.9, say) under the slow copy
+
+It is a Policy of two: parameters, prefixes, hidden states and caches are pairs.
+The sampler records how many tokens each set kept, and evaluating keeps as many
+of the slow copy's most likely ones, so that log-probs are those drawn from.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_tok.types import Policy, Prefix
+
+
+def masked_policy(policy: Policy) -> Policy:
+  """The policy, and a slow copy of it that ranks its tokens.
+
+  Parameters: merge_params(params, (frozen, slow)), slow being of params' structure.
+  """
+
+  def merge(params, fixed):
+    frozen, slow = fixed
+    return policy.merge_params(params, frozen), policy.merge_params(
+      slow, frozen
+    )
+
+  def encode(params, prompts):
+    own, slow = (policy.encode(p, prompts) for p in params)
+    hidden = jnp.concatenate([own.hidden, slow.hidden], axis=-1)
+    return Prefix((own.kv, slow.kv), hidden, prompts.length)
+
+  def extend(params, prefix, tokens, cache, at):
+    sides = jnp.split(prefix.hidden, 2, axis=-1)
+    caches = (None, None) if cache is None else cache
+    out = [
+      policy.extend(p, Prefix(kv, side, prefix.length), tokens, old, at)
+      for p, kv, side, old in zip(params, prefix.kv, sides, caches)
+    ]
+    hidden = jnp.concatenate([h for h, _ in out], axis=-1)
+    return hidden, None if cache is None else tuple(new for _, new in out)
+
+  def of(function, which):
+    """The function on the one or the other's half of the hidden states."""
+    return lambda params, hidden: function(
+      params[which], jnp.split(hidden, 2, axis=-1)[which]
+    )
+
+  return policy._replace(
+    encode=encode,
+    extend=extend,
+    logits=of(policy.logits, 0),
+    value=None if policy.value is None else of(policy.value, 0),
+    init_cache=lambda *sizes: (policy.init_cache(*sizes),) * 2,
+    merge_params=merge,
+    ranking=lambda params, hidden: jax.lax.stop_gradient(
+      of(policy.logits, 1)(params, hidden)
+    ),
+  )

@@ -1,0 +1,143 @@
+"""How many completions a pass of the gradient looks at, by the device's memory.
+
+On a CPU, a pass whose arrays stay in the last cache is faster; on an
+accelerator, fewer passes are, as long as they fit.
+"""
+
+import math
+from pathlib import Path
+
+import jax
+
+from jaxrl_tok.policy import evaluate
+from jaxrl_tok.types import Policy, Rollout, SamplingRule
+
+USUAL_CACHE = 16 * 2**20  # bytes, where the system does not say
+KEPT_FREE = 0.1  # of an accelerator's memory, for what XLA does not count
+
+
+def num_bytes(tree) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_a_prompt(
+  policy: Policy,
+  weights: tuple,
+  rollout: Rollout,
+  rule: SamplingRule,
+  num_shards: int = 1,
+) -> int:
+  """What the forward pass of one prompt's completions leaves for the backward
+  one. Nothing is computed: arrays may be ShapeDtypeStructs.
+
+  Args:
+    weights: what Policy.merge_params takes, the first of them trained.
+    ways: devices that share a batch, whose prompts are then a multiple of it.
+  """
+  params, fixed = weights
+  G = rollout.tokens.shape[0] // rollout.prompts.length.shape[0]
+
+  def kept(num_prompts):
+    def rows(x, count):
+      return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+
+    prompts = jax.tree.map(lambda x: rows(x, num_prompts), rollout.prompts)
+    part = jax.tree.map(lambda x: rows(x, num_prompts * G), rollout)
+    part = part._replace(prompts=prompts)
+
+    def backward(params, fixed, part, rule):
+      def logp(params):
+        return evaluate(
+          policy, policy.merge_params(params, fixed), part, rule
+        ).logp
+
+      return jax.vjp(logp, params)[1]
+
+    return num_bytes(jax.eval_shape(backward, params, fixed, part, rule))
+
+  # the difference is without what does not depend on the rows
+  return (kept(2 * num_shards) - kept(num_shards)) // num_shards
+
+
+def last_cache() -> int:
+  """Bytes of the CPU's last cache."""
+  found = Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size')
+  sizes = [path.read_text().strip() for path in found]
+  units = {'K': 2**10, 'M': 2**20}
+  known = [int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units]
+  return max(known, default=USUAL_CACHE)
+
+
+def bytes_on_a_device(tree) -> int:
+  """Of arrays, or ShapeDtypeStructs, that lie on a mesh."""
+
+  def one(x):
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(map(one, jax.tree.leaves(tree)))
+
+
+def limit(device) -> int | None:
+  """Bytes that arrays may take of an accelerator; None: it does not say."""
+  stats = device.memory_stats() or {}
+  known = 'bytes_limit' in stats and device.platform != 'cpu'
+  return int((1 - KEPT_FREE) * stats['bytes_limit']) if known else None
+
+
+def budget(device, state=(), num_shards: int = 1) -> int | None:
+  """Bytes for a pass's arrays beside the state, on one device; None: it does
+  not say. The devices of a CPU share its cache."""
+  if device.platform == 'cpu':
+    return last_cache() // num_shards
+  most = limit(device)
+  return None if most is None else max(most - bytes_on_a_device(state), 0)
+
+
+def divisions(
+  num_prompts: int, each: int, most: int | None, num_shards: int = 1
+) -> list[int]:
+  """Into how many parts the prompts may divide, the fewest first: parts that
+  `ways` devices can share, and whose bytes (`each` a prompt) are at most `most`
+  on a device; where no part is, the smallest alone."""
+  found = [
+    n
+    for n in range(1, num_prompts + 1)
+    if num_prompts % n == 0 and num_prompts // n % num_shards == 0
+  ]
+  fitting = [
+    n
+    for n in found
+    if most is None or num_prompts // n // num_shards * each <= most
+  ]
+  return fitting or found[-1:]
+
+
+def fits(compiled, device) -> bool:
+  """Whether a compiled program's arrays fit into an accelerator's memory."""
+  most = limit(device)
+  if most is None:
+    return True
+  need = compiled.memory_analysis()
+  total = (
+    need.argument_size_in_bytes
+    + need.output_size_in_bytes
+    + need.temp_size_in_bytes
+    - need.alias_size_in_bytes
+  )
+  return total <= most
+
+
+def first_that_fits(functions: list, args: tuple, device):
+  """The first of jitted functions whose program fits, compiled; the last one
+  where none does. Some compilers refuse what does not fit."""
+  *larger, last = functions
+  for function in larger:
+    try:
+      compiled = function.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as e:
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      continue
+    if fits(compiled, device):
+      return compiled
+  return last.lower(*args).compile()
