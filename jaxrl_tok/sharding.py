@@ -1,14 +1,15 @@
-"""A mesh, and which axis of which parameter lies on it.
+"""Placement of arrays on devices: the mesh, and each array's axes on it.
 
 1. `make_mesh('data=-1,fsdp=1,tensor=1')` lays out the devices.
 2. `tree_shardings(mesh, tree, rules)` matches regexes against the path of
-   every leaf. Optimizer moments carry the path of their parameter, so one
-   rule places both.
-3. `born_sharded(make, mesh, rules)` creates a state directly where it will
-   live: no device ever holds the whole of it.
-4. `put_rows` places host arrays by prompt over `data` and `fsdp`.
+   every leaf. The path of an optimizer moment contains that of its parameter,
+   so one rule places both.
+3. `born_sharded(make, mesh, rules)` creates a state where it will live: no
+   device ever holds all of it.
+4. `put_rows` splits host arrays by prompt over `data` and `fsdp`.
 """
 
+import math
 import os
 import re
 
@@ -16,16 +17,18 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-AXES = ('data', 'fsdp', 'tensor')
+from jaxrl_tok.mesh_spec import AXES, mesh_sizes
+
 ROWS = ('data', 'fsdp')  # the mesh axes that split a batch
 
 
 def split_cpu(devices: int) -> None:
-  """Makes so many devices of a CPU, before jax looks at it. Of a small model's
-  operations, each core does its own rows' faster than all cores do all rows'
-  one after the other. XLA_FLAGS that say how many go first.
+  """Makes a CPU look like several devices to jax.
 
-  Raises ValueError where jax has looked already.
+  Small operations are faster when each core works on rows of its own than
+  when all cores share every operation. A count in XLA_FLAGS takes precedence.
+
+  Raises ValueError when jax has counted its devices already.
   """
   flag = 'xla_force_host_platform_device_count'
   if devices == 1 or flag in os.environ.get('XLA_FLAGS', ''):
@@ -41,46 +44,13 @@ def split_cpu(devices: int) -> None:
     ) from None
 
 
-def parse_mesh(spec: str) -> dict[str, int]:
-  """'data=-1,fsdp=2' -> {'data': -1, 'fsdp': 2, 'tensor': 1}.
-
-  Raises ValueError on an axis or a size that cannot be; at most one is -1.
-  """
-  sizes = {}
-  for part in spec.split(','):
-    name, _, size = (word.strip() for word in part.partition('='))
-    if name not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
-      raise ValueError(
-        f'mesh part {part!r} is not axis=size; '
-        'pass --mesh data=-1,fsdp=1,tensor=1 (one size may be -1)'
-      )
-    if name in sizes:
-      raise ValueError(f'mesh axis {name} is given twice in {spec!r}')
-    sizes[name] = int(size)
-  sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-  if list(sizes.values()).count(-1) > 1:
-    raise ValueError(f'mesh {spec!r} has two sizes of -1; give all but one')
-  return sizes
-
-
 def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
-  """A data x fsdp x tensor mesh with Auto axes over the devices.
+  """Mesh data x fsdp x tensor with Auto axes over the devices.
 
   Raises ValueError when the product of the sizes is not the device count.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = parse_mesh(spec)
-  known = int(np.prod([n for n in sizes.values() if n != -1]))
-  for name, size in sizes.items():
-    if size == -1:
-      sizes[name] = max(len(devices) // known, 1)
-  product = int(np.prod(list(sizes.values())))
-  if product != len(devices):
-    shape = ' x '.join(f'{k}={v}' for k, v in sizes.items())
-    raise ValueError(
-      f'mesh {shape} needs {product} devices and there are {len(devices)}; '
-      'pass --mesh data=-1 to use them all for data'
-    )
+  sizes = mesh_sizes(spec, len(devices))
   return jax.make_mesh(
     tuple(sizes.values()),
     AXES,
@@ -90,12 +60,19 @@ def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
-  """How many ways a batch is split."""
-  return int(np.prod([mesh.shape[a] for a in ROWS]))
+  """Number of parts that the mesh splits the rows of a batch into."""
+  return num_shards(mesh, ROWS)
+
+
+def num_shards(mesh, axes) -> int:
+  """Number of parts that an entry of a PartitionSpec splits a dimension into:
+  an axis name, several, or None."""
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def path_name(path) -> str:
-  """A leaf's path as 'params/layer_0/attention/qkv'."""
+  """Path of a leaf as text: 'params/layer_0/attention/qkv'."""
   return '/'.join(
     str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
     for k in path
@@ -103,20 +80,22 @@ def path_name(path) -> str:
 
 
 def _fit(spec: PartitionSpec, shape, mesh) -> PartitionSpec:
-  """Drops the axes that do not divide a dimension: it is then replicated."""
+  """Spec without the axes that do not divide their dimension, which is then
+  replicated."""
   if len(spec) > len(shape):  # a scalar beside the moments, say
     return PartitionSpec()
   axes = []
   for dim, axis in zip(shape, spec):
-    names = axis if isinstance(axis, tuple) else (axis,)
-    num_shards = int(np.prod([mesh.shape[n] for n in names if n is not None]))
-    axes.append(axis if dim % num_shards == 0 else None)
+    axes.append(axis if dim % num_shards(mesh, axis) == 0 else None)
   return PartitionSpec(*axes)
 
 
 def tree_shardings(mesh, tree, rules):
-  """NamedSharding of every leaf: the first rule whose regex is found in its
-  path, replicated when none is. `tree` holds arrays or ShapeDtypeStructs."""
+  """NamedSharding of every leaf, by the first rule whose regex its path
+  contains; replicated without one.
+
+  tree: arrays or ShapeDtypeStructs.
+  """
 
   def one(path, leaf):
     name = path_name(path)
@@ -129,9 +108,9 @@ def tree_shardings(mesh, tree, rules):
 
 
 def born_sharded(make, mesh, rules, *args, compiler_options=None):
-  """Runs `make(*args)` so that every leaf is created on its own devices.
+  """Runs make(*args) so that each device creates its own part of every leaf.
 
-  compiler_options: of jax.jit.
+  compiler_options: passed to jax.jit.
 
   Returns (tree, shardings).
   """
@@ -144,7 +123,7 @@ def born_sharded(make, mesh, rules, *args, compiler_options=None):
 
 
 def put_rows(mesh, tree):
-  """Host arrays [C, ...] -> global arrays split by row over data and fsdp."""
+  """Splits host arrays [C, ...] by row over data and fsdp."""
   sharding = NamedSharding(mesh, PartitionSpec(ROWS))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
@@ -153,7 +132,7 @@ def put_rows(mesh, tree):
 
 
 def put_replicated(mesh, tree):
-  """Host values -> global arrays that every device holds whole."""
+  """Copies host values to every device."""
   sharding = NamedSharding(mesh, PartitionSpec())
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
@@ -162,10 +141,10 @@ def put_replicated(mesh, tree):
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-  """Says inside jit that dimension 0 is split as a batch is.
+  """Constrains dimension 0, inside jit, to be split as the rows of a batch.
 
-  One of these per block stops the partitioner from replicating activations.
-  Without a mesh (jax.set_mesh) it does nothing.
+  One call per block stops the partitioner from replicating activations.
+  Without a mesh (jax.set_mesh) it returns x.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -175,8 +154,8 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:
-  """Says inside jit how x lies on the mesh; axes that do not divide a
-  dimension are dropped. Without a mesh it does nothing."""
+  """Constrains, inside jit, how x lies on the mesh. Axes that do not divide
+  their dimension are dropped. Without a mesh it returns x."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -185,9 +164,14 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 
 
 def on_each_device(function, spec, *args):
-  """function(*args) by every device of its own part of them, for what the
-  partitioner cannot split; args and result lie as spec says, axes that do not
-  divide a dimension dropped. Without a mesh it is the plain call."""
+  """Calls function on every device with its own part of args, for operations
+  that the partitioner cannot split.
+
+  spec: axes of every argument and of the result; those that do not divide
+    their dimension are dropped.
+
+  Without a mesh it is function(*args).
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(*args)
@@ -199,9 +183,9 @@ def on_each_device(function, spec, *args):
 
 
 def gathered_for_rollout(params, rules):
-  """Undoes the fsdp split of params inside jit, once, before a token loop.
+  """Gathers params over fsdp, inside jit, once before a token loop.
 
-  Decoding with weights split over fsdp would gather them again each token.
+  Without it decoding would gather the split weights again for every token.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
