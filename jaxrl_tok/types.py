@@ -2,8 +2,12 @@
 
 A batch goes this way, and each arrow is one function:
 
-  Prompts -sample-> Rollout -score-> reward [B, T] -advantage-> Trajectory
+  Prompts -sample-> Rollout -score-> Scored -advantage-> Trajectory
           -loss-> one number a token -aggregate-> gradient -> TrainState
+
+Data travels in records, which are pytrees; functions are arguments. The
+records of functions below (Policy, Carry, Algorithm) are values that a user
+makes and passes; nothing that flows holds one.
 
 Letters: C prompts, G samples a prompt, B = C*G rows (the G rows of one prompt
 are consecutive), P prompt length, T new tokens, V vocabulary, D model width,
@@ -16,6 +20,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 class Prompts(NamedTuple):
@@ -26,12 +31,13 @@ class Prompts(NamedTuple):
 
   tokens: jax.Array  # int32 [C, P]
   length: jax.Array  # int32 [C]     1..P
+  inputs: dict = {}  # noqa: RUF012  {name: [C, ...]} that encode also reads
 
 
 class Prefix(NamedTuple):
-  """What a policy remembers of its prompts: each is read once, not G times."""
+  """A policy's memory of its prompts: each is read once, not G times."""
 
-  kv: tuple  # per layer (k, v), [C, K, H, P] and [C, K, P, H]
+  kv: Any  # per layer (k, v), [C, K, H, P] and [C, K, P, H]
   hidden: jax.Array  # [C, D] at the last real prompt token
   length: jax.Array  # int32 [C]
 
@@ -39,7 +45,7 @@ class Prefix(NamedTuple):
 class SamplingRule(NamedTuple):
   """How a distribution over tokens is made from logits; all of it is traced.
 
-  It is part of the policy: what is sampled from is what is trained.
+  It is part of the policy: the distribution that is sampled from is trained.
   """
 
   temperature: jax.Array  # float32 []
@@ -51,42 +57,85 @@ class SamplingRule(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """What the sampler returns.
+  """Completions, as the sampler recorded them.
 
-  # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]
+  # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]  ended
   """
 
   prompts: Prompts
   tokens: jax.Array  # int32   [B, T]  pad after the end token
   mask: jax.Array  # bool    [B, T]  True where the policy chose the token
   logp: jax.Array  # float32 [B, T]  as sampled from; 0 off-mask
-  num_kept: jax.Array | None  # int32 [B, T]  tokens that the rule kept, or None
+  num_kept: jax.Array | None  # int32 [B, T]  tokens kept by the rule, or None
+  ended: jax.Array  # bool [B]  ended by itself, not cut at column T
+  version: jax.Array  # int32 [B]  updates that the sampling policy had had
+
+
+class Scored(NamedTuple):
+  """A rollout and its rewards: all that an update is given. A pytree, so it
+  can be queued, replayed, sharded, saved and inspected."""
+
+  rollout: Rollout
+  rewards: dict  # {name: float32 [B, T]}  an outcome: on the last chosen token
+  applies: dict  # {name: bool [B]}  False: the function said "not applicable"
+  weights: dict  # {name: float32 []}
+  greedy_reward: jax.Array | None = None  # float32 [C] of a greedy completion
+
+  @property
+  def valid(self) -> jax.Array:
+    """bool [B]: some reward applies to the row."""
+    return jnp.any(jnp.stack(list(self.applies.values())), axis=0)
+
+  @property
+  def reward(self) -> jax.Array:
+    """float32 [B, T]: the weighted sum of the rewards that apply."""
+    total = jnp.zeros(self.rollout.mask.shape, jnp.float32)
+    for name, reward in self.rewards.items():
+      on = self.applies[name][:, None] & self.rollout.mask
+      total += self.weights[name] * jnp.where(on, reward, 0.0)
+    return total
 
 
 class TokenStats(NamedTuple):
-  """The current policy looking at a rollout."""
+  """The current policy's view of a rollout."""
 
   logp: jax.Array  # float32 [B, T]
   entropy: jax.Array  # float32 [B, T]  nats
   value: jax.Array | None  # float32 [B, T]
 
 
-class Scored(NamedTuple):
-  """What an advantage is made of: a whole batch."""
+class AdvantageInputs(NamedTuple):
+  """A whole batch, for Algorithm.advantage."""
 
-  rollout: Rollout
-  reward: jax.Array  # float32 [B, T]
-  cut: jax.Array  # bool [B]  ran into column T without ending by itself
+  scored: Scored
+  reward: jax.Array  # float32 [B, T]  scored.reward, less the KL in the reward
+  valid: jax.Array  # bool [B]  scored.valid
   value: jax.Array | None  # float32 [B, T+1]  before token t; T: after the last
-  greedy_reward: jax.Array | None  # float32 [C]  of one greedy completion each
   log_change: jax.Array | None  # float32 [B, T]  l_old - l_roll
+
+  @property
+  def rollout(self) -> Rollout:
+    return self.scored.rollout
+
+  @property
+  def mask(self) -> jax.Array:
+    """bool [B, T]: the chosen tokens of valid rows."""
+    return self.rollout.mask & self.valid[:, None]
+
+
+class Advantage(NamedTuple):
+  """Credit for every token, 0 off-mask and in rows that are not valid."""
+
+  advantage: jax.Array  # float32 [B, T]
+  value_target: jax.Array | None = None  # float32 [B, T], where a V is learnt
+  metrics: dict = {}  # noqa: RUF012  {name: []}, for the log and the carries
 
 
 class Trajectory(NamedTuple):
-  """What a loss sees; update.py vmaps over its rows (then prompts is None)."""
+  """A loss's input; the update vmaps over its rows (then prompts is None)."""
 
-  rollout: Rollout
-  reward: jax.Array  # float32 [B, T]  an outcome sits on the last chosen token
+  rollout: Rollout  # its mask holds the chosen tokens of valid rows
+  reward: jax.Array  # float32 [B, T]
   advantage: jax.Array  # float32 [B, T]
   value_target: jax.Array | None  # float32 [B, T]
   ref_logp: jax.Array | None  # float32 [B, T]  of the reference policy
@@ -94,8 +143,19 @@ class Trajectory(NamedTuple):
   old_value: jax.Array | None  # float32 [B, T]
 
 
+def first_argument(params, frozen=None):
+  """merge_params where nothing is frozen."""
+  return params
+
+
 class Policy(NamedTuple):
-  """A model as a value: the only door to Flax."""
+  """A network as a value: pure functions, the only door to it.
+
+  A network of one's own needs the first six fields. `encode` reads prompts
+  [C, P]; `extend` reads completion tokens [B, t], B = C*G, after them: without
+  a cache all at once from column 0, with one the next t tokens from column
+  `at`, whose memory it writes and returns.
+  """
 
   init: Callable  # key -> params
   encode: Callable  # (params, Prompts) -> Prefix
@@ -103,66 +163,79 @@ class Policy(NamedTuple):
   #   -> (hidden [B, t, D], cache)
   extend: Callable
   logits: Callable  # (params, hidden [..., D]) -> float32 [..., V]
-  value: Callable | None  # (params, hidden [..., D]) -> float32 [...]
-  # (rows, length) -> per layer (k, v), [B, K, H, T] and [B, K, T, H]
+  # (rows B, length T) -> cache of B rows: leaves [B, ...], zero at first; an
+  # axis that depends on T is grown with zeros as completions get longer
   init_cache: Callable
-  partition_rules: tuple  # ((path regex, PartitionSpec), ...)
-  # (what is trained, what is fixed) -> the params of the functions above
-  merge_params: Callable
   vocab_size: int
-  dtype: Any  # compute dtype; the sampler casts params to it once a rollout
+  value: Callable | None = None  # (params, hidden [..., D]) -> float32 [...]
+  partition_rules: tuple = ()  # ((path regex, PartitionSpec), ...)
+  # (trained, frozen) -> the params of the functions above
+  merge_params: Callable = first_argument
+  # params -> the same numbers that its functions compute with, cast once a
+  # rollout; it must change no result
+  cast_params: Callable = first_argument
   # (params, hidden) -> logits [..., V] by whose order tokens are truncated;
   # None: its own
-  ranking: Callable | None = None
+  rank_logits: Callable | None = None
+  max_length: int | None = None  # prompt and completion; None: any
+
+
+class Carry(NamedTuple):
+  """A value that moves by itself between updates and lives in TrainState: an
+  EMA, the KL's coefficient, a reference that follows, a multiplier."""
+
+  init: Callable  # params -> value, a pytree of arrays
+  # (value, state after the update, metrics of the update) -> value
+  after: Callable
 
 
 class KL(NamedTuple):
-  """The pull to the reference: losses.KL_FORMS names its effects."""
+  """The pull to the reference: losses.KL_FORMS names its effects. Its
+  coefficient is the carry 'kl_coef', its policy the carry 'reference'."""
 
   form: str
-  beta: float  # its coefficient, or the first one where it adapts
-  target: float | None  # nats a token that the coefficient is steered to
-  horizon: float  # rows in which it may change by about its own size
+  beta: float  # the coefficient, or the first one where it adapts
+
+
+class Passes(NamedTuple):
+  """How an update goes through a rollout."""
+
+  epochs: int = 1  # times that it goes through all of it
+  mini_batches: int = 1  # optimizer steps in an epoch
+  max_update_kl: float | None = None  # stops before this KL(old || new)
+  # l_old: 'current' (one step a rollout: no pass of its own), 'sampler', or
+  # 'recomputed' by a pass of the policy
+  old_logp: str = 'current'
+  critic_warmup_steps: int = 0  # steps in which only the critic learns
+
+  @property
+  def count(self) -> int:
+    """Optimizer steps in an update."""
+    return self.epochs * self.mini_batches
 
 
 class Algorithm(NamedTuple):
-  """An alias, as optax.adam is: parts composed by name (algorithms.compose).
-
-  `carry` is whatever the baseline remembers between updates; it lives in
-  TrainState, so a resume is exact.
-  """
+  """Credit, loss and aggregation: mathematics only. `algorithms` has the
+  field's presets and composes others; any value of one's own will do."""
 
   name: str
-  settings: dict  # every choice that it was composed of
-  init: Callable  # () -> carry
-  # (Scored, carry)
-  #   -> (advantage [B, T], value_target [B, T] | None, carry)
+  # (AdvantageInputs, {name: carry}) -> Advantage
   advantage: Callable
   # ONE sequence: (TokenStats [T], Trajectory [T]) -> (loss [T], {name: [T]})
   loss: Callable
-  value_loss: Callable | None  # the same -> [T]; None: no critic
-  aggregate: Callable  # mask [B, T] -> weight [B, T] of each token's loss
-  kl: KL | None
-  epochs: int  # times that an update goes through a rollout
-  mini_batches: int  # optimizer steps in an epoch
-  max_update_kl: float | None  # an update stops before this KL(old || new)
-  recompute_logp: bool  # l_old by a pass of its own, not the sampler's
-  critic_warmup_steps: int  # steps in which only the critic learns
-  ref_sync_steps: int  # steps between copies into the reference; 0: never
-  mask_sync_steps: int  # the same of NLPO's mask policy; 0: there is none
-  dynamic_sampling_rounds: (
-    int  # rollouts at most, until all groups have variance
-  )
-  # the loss is constant for a group whose advantages are all 0: its gradient
-  # need not be taken
-  flat_without_advantage: bool
-  greedy: bool  # whether a greedy completion of each prompt is wanted
-  min_group: int  # samples a prompt that it needs
-
-  @property
-  def passes(self) -> int:
-    """Optimizer steps in an update."""
-    return self.epochs * self.mini_batches
+  # (mask [B, T], valid [B]) -> weight [B, T] of each token's loss
+  aggregate: Callable
+  value_loss: Callable | None = None  # ONE sequence -> [T]; None: no critic
+  kl: KL | None = None
+  carries: dict = {}  # noqa: RUF012  {name: Carry}
+  passes: Passes = Passes()  # that its paper makes; an update may make others
+  # the loss is constant for a group whose advantages are all 0, so that its
+  # gradient need not be taken
+  flat_without_advantage: bool = False
+  greedy: bool = False  # wants the reward of a greedy completion
+  min_group: int = 1  # samples a prompt that it needs
+  dynamic_sampling_rounds: int = 0  # see collectors.dynamic
+  settings: dict = {}  # noqa: RUF012  the choices that it was composed of
 
 
 @flax.struct.dataclass
@@ -170,35 +243,32 @@ class TrainState:
   """Everything that a resume needs; Orbax saves it whole."""
 
   step: jax.Array  # int32 []  updates done
-  params: Any
+  params: Any  # what the optimizer changes of the policy
   opt_state: Any
   key: jax.Array  # never advances: a step's key is fold_in(key, step)
-  algorithm: Any  # the baseline's carry
-  beta: jax.Array  # float32 []  coefficient of the KL
-  reference: Any  # parameters of the reference policy, or None
+  carries: dict  # {name: value}, see Carry
   critic: Any = None  # parameters of a critic of its own
-  mask_policy: Any = None  # the slow copy whose most likely tokens are allowed
-  frozen: Any = None  # what no update changes: the base under adapters
+  frozen: Any = None  # parameters that no update changes: the base of adapters
 
   @property
   def trained(self) -> tuple:
-    """What the optimizer changes."""
+    """(policy, critic) parameters, which the optimizer changes."""
     return self.params, self.critic
 
   @property
-  def fixed(self):
-    """What Policy.merge_params makes parameters of, beside those trained."""
-    if self.mask_policy is None:
-      return self.frozen
-    return self.frozen, self.mask_policy
-
-  @property
-  def weights(self) -> tuple:
-    """What Policy.merge_params makes the current policy's parameters of."""
+  def policy_params(self) -> tuple:
+    """Arguments of Policy.merge_params for the current policy."""
     return self.params, self.fixed
 
   @property
-  def reference_weights(self) -> tuple:
-    """The same for the reference. Adapters' reference is their base: joined
-    with None, it needs no second copy."""
-    return self.reference, self.fixed
+  def reference_params(self) -> tuple:
+    """Arguments of Policy.merge_params for the reference: a copy that is
+    carried, or the frozen base without adapters (None)."""
+    return self.carries.get('reference'), self.fixed
+
+  @property
+  def fixed(self):
+    """The second argument of Policy.merge_params."""
+    if 'mask_policy' in self.carries:
+      return self.frozen, self.carries['mask_policy']
+    return self.frozen

@@ -1,7 +1,7 @@
 """Whole prompts, and the rows of their samples: split, merged, taken.
 
 A batch's leaves are [C, ...] or [B, ...], the G rows of a prompt consecutive;
-whatever part is taken of it holds whole groups.
+any part that is taken of it holds whole groups.
 """
 
 import jax
@@ -40,7 +40,7 @@ def split_groups(tree, parts: int, num_prompts: int):
 
 
 def take_groups(tree, prompts, num_prompts: int):
-  """Of a tree of [C, ...] and [B, ...] leaves, those of the given prompts."""
+  """Rows of the given prompts, from a tree of [C, ...] and [B, ...] leaves."""
 
   def one(x):
     groups = x.reshape(num_prompts, -1, *x.shape[1:])[prompts]
