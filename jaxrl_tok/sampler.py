@@ -5,8 +5,8 @@
    state, for all B = C*G rows.
 3. A `while_loop` runs chunks while any row lives; a chunk is a `scan` of
    steps of known length, so that nothing asks the device whether to go on
-   between tokens. The cache grows between loops, as a step reads all of it;
-   where half of the rows are done, the others can move together into arrays
+   between tokens. The cache grows between loops, as a step reads all of it.
+   Once half of the rows are done, the others can move together into arrays
    of half the rows.
 4. A step: `extend` by the last token (its keys and values go into the cache
    at one column), logits, the sampling rule, one draw, its log-prob.
@@ -18,23 +18,28 @@ row's sample does not depend on the other rows, on T or on the devices.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import distribution
+from jaxrl_tok.policy import check_array, check_prompts
 from jaxrl_tok.sharding import constrain_rows, gathered_for_rollout
-from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule
+from jaxrl_tok.types import Policy, Prefix, Prompts, Rollout, SamplingRule
+
+STAGE = 32  # tokens; a cache that much shorter is not worth a program
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-  """What is compiled in; temperature, ends and the rest are traced.
+  """Choices that are compiled in; temperature, ends and the rest are traced.
 
-  truncate: whether top-k, top-p or min-p are applied (and `kept` recorded).
+  truncate: whether top-k, top-p or min-p are applied (and num_kept recorded).
   greedy: the most likely token; the distribution is then that one token, so
-    its log-prob is 0 and `kept` is 1.
-  chunk: tokens between two looks at how many rows still live.
+    its log-prob is 0 and num_kept is 1.
+  chunk: tokens between two counts of the rows that still live.
   stages: lengths that the cache has on its way to T, equally far apart; each
     is a program of its own. None: one for every STAGE tokens, four at most.
   compact_levels: how often the live rows may move into half as many; each is a
@@ -51,11 +56,40 @@ class SamplerConfig:
   compact_levels: int = 0
 
 
-STAGE = 32  # tokens; a cache that much shorter is not worth a program
+class PromptRows(NamedTuple):
+  """Rows as they were before their first token; a loop only reads them."""
+
+  prefix: Prefix  # of C prompts, each shared by keys.size / C rows
+  keys: jax.Array  # [B]
+
+
+class RowState(NamedTuple):
+  """Rows as they are after some tokens."""
+
+  cache: Any  # leaves [B, ...]
+  token: jax.Array  # int32 [B]  the last one drawn, not yet in the cache
+  done: jax.Array  # bool [B]  an end token was drawn before column T
+
+
+class Columns(NamedTuple):
+  """Fields of a Rollout, for one token [B] or for many [columns, B]."""
+
+  token: jax.Array  # int32
+  mask: jax.Array  # bool
+  logp: jax.Array  # float32
+  num_kept: jax.Array  # int32
+
+
+class SamplerCarry(NamedTuple):
+  """Values that a chunk of steps changes."""
+
+  index: jax.Array  # int32 []  chunks done
+  rows: RowState
+  tables: Columns  # [columns, B]  tokens 1 .. T - 1, and a chunk's excess
 
 
 def stage_ends(config: SamplerConfig) -> list[int]:
-  """How many chunks are done at the end of each stage; the last is all."""
+  """Number of chunks done at the end of each stage; the last is all."""
   columns = config.max_completion_length - 1  # every token but the last
   chunks = -(-columns // config.chunk)
   stages = config.stages
@@ -66,7 +100,7 @@ def stage_ends(config: SamplerConfig) -> list[int]:
 
 
 def grow_cache(cache, shapes):
-  """The cache, each array filled up with zeros to its shape."""
+  """Fills each array of the cache up with zeros to its shape."""
   return jax.tree.map(
     lambda x, new: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, new.shape)]),
     cache,
@@ -75,7 +109,7 @@ def grow_cache(cache, shapes):
 
 
 def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
-  """A number in [0, 1) for every time and row: keys [B] -> [t, B]."""
+  """Draws a number in [0, 1) for every time and row: keys [B] -> [t, B]."""
 
   def one(key, t):
     return jax.random.uniform(jax.random.fold_in(key, t))
@@ -83,137 +117,214 @@ def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
   return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, times)
 
 
-def gather_rows(rows: tuple, carry: tuple, live: jax.Array) -> tuple:
-  """The same of some of the rows, each with a prompt of its own.
-
-  rows: (Prefix, keys [B]); carry: (chunks done, (cache, token, done) of [B,
-  ...], tables of [columns, B]).
-  """
-  (prefix, keys), (index, steps, tables) = rows, carry
+def gather_rows(
+  prompt_rows: PromptRows, carry: SamplerCarry, live: jax.Array
+) -> tuple[PromptRows, SamplerCarry]:
+  """Takes the rows `live` out of both; each then has a prompt of its own."""
+  prefix, keys = prompt_rows
   G = keys.shape[0] // prefix.length.shape[0]
   prefix = jax.tree.map(lambda x: x[live // G], prefix)
-  steps = jax.tree.map(lambda x: x[live], steps)
-  tables = jax.tree.map(lambda table: table[:, live], tables)
-  return (prefix, keys[live]), (index, steps, tables)
+  rows = jax.tree.map(lambda x: x[live], carry.rows)
+  tables = jax.tree.map(lambda table: table[:, live], carry.tables)
+  return (
+    PromptRows(prefix, keys[live]),
+    SamplerCarry(carry.index, rows, tables),
+  )
 
 
-def scatter_rows(carry: tuple, inner: tuple, live: jax.Array) -> tuple:
-  """The carry, with what its rows `live` have become."""
-  (_, steps, tables), (index, inner_steps, inner_tables) = carry, inner
-  steps = jax.tree.map(lambda x, y: x.at[live].set(y), steps, inner_steps)
-  tables = jax.tree.map(lambda x, y: x.at[:, live].set(y), tables, inner_tables)
-  return index, steps, tables
+def scatter_rows(
+  carry: SamplerCarry, inner: SamplerCarry, live: jax.Array
+) -> SamplerCarry:
+  """Puts the rows that were gathered back at the places `live`."""
+  rows, tables = carry.rows, carry.tables
+  rows = jax.tree.map(lambda x, y: x.at[live].set(y), rows, inner.rows)
+  tables = jax.tree.map(lambda x, y: x.at[:, live].set(y), tables, inner.tables)
+  return SamplerCarry(inner.index, rows, tables)
+
+
+def sample_token(
+  policy: Policy, config: SamplerConfig, params, hidden, uniform, rule
+):
+  """hidden [B, D], uniform [B] -> token, log-prob, num_kept, each [B]."""
+  B = hidden.shape[0]
+  logits = policy.logits(params, hidden)
+  check_array('policy.logits', logits, float, B=B, V=policy.vocab_size)
+  logits = distribution.shape_logits(logits, rule)
+  num_kept = jnp.zeros((B,), jnp.int32)
+  # the most likely token survives every truncation but another policy's
+  ranked = policy.rank_logits is not None
+  if ranked or (config.truncate and not config.greedy):
+    order = policy.rank_logits(params, hidden) if ranked else logits
+    order = distribution.shape_logits(order, rule) if ranked else order
+    keep, num_kept = distribution.truncate(order, rule)
+    logits = jnp.where(keep, logits, distribution.NEVER)
+  if config.greedy:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return token, jnp.zeros(token.shape), jnp.ones_like(token)
+  token = distribution.draw(logits, uniform)
+  return token, distribution.log_prob(logits, token), num_kept
+
+
+def record(config: SamplerConfig, sampled, done, t, rule: SamplingRule):
+  """Masks a token drawn for column t by `done` -> (Columns [B], done)."""
+  token, logp, num_kept = sampled
+  column = Columns(
+    jnp.where(done, config.pad_token, token),
+    ~done,
+    jnp.where(done, 0.0, logp),
+    jnp.where(done, 0, num_kept),
+  )
+  is_end = jnp.any(token[:, None] == rule.end_tokens[None], axis=-1)
+  # an end drawn in a chunk's excess, beyond column T, ends nothing
+  return column, done | (is_end & (t < config.max_completion_length))
+
+
+def check_cache(new, old) -> None:
+  """Raises ValueError, in one line, where extend changes the cache's kind."""
+  try:
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+  except AssertionError:
+    shapes = (
+      jax.tree.map(lambda x: f'{jnp.result_type(x)}{list(jnp.shape(x))}', cache)
+      for cache in (new, old)
+    )
+    raise ValueError(
+      'policy.extend returned the cache {}, expected the {} that it was '
+      'given'.format(*shapes)
+    ) from None
+
+
+def make_step(policy: Policy, config: SamplerConfig, params, rule) -> Callable:
+  """Returns step(prefix, RowState, (t, uniform [B])) -> (RowState, Columns)."""
+
+  def step(prefix, rows, column):
+    t, uniform_B = column
+    B = rows.token.shape[0]
+    hidden, cache = policy.extend(
+      params, prefix, rows.token[:, None], rows.cache, t - 1
+    )
+    check_array("policy.extend's hidden state", hidden, None, B=B, t=1, D=None)
+    check_cache(cache, rows.cache)
+    sampled = sample_token(
+      policy, config, params, hidden[:, 0], uniform_B, rule
+    )
+    column, done = record(config, sampled, rows.done, t, rule)
+    return RowState(cache, column.token, done), column
+
+  return step
+
+
+def run_chunk(
+  step: Callable, chunk: int, prompt_rows: PromptRows, carry: SamplerCarry
+) -> SamplerCarry:
+  """Draws the next `chunk` tokens of every row."""
+  prefix, keys = prompt_rows
+  times = 1 + carry.index * chunk + jnp.arange(chunk)
+  rows, columns_txB = jax.lax.scan(
+    functools.partial(step, prefix), carry.rows, (times, uniforms(keys, times))
+  )
+  tables = jax.tree.map(
+    lambda table, new: jax.lax.dynamic_update_slice(
+      table, new, (carry.index * chunk, 0)
+    ),
+    carry.tables,
+    columns_txB,
+  )
+  return SamplerCarry(carry.index + 1, rows, tables)
+
+
+def run_to(
+  end: int,
+  advance: Callable,
+  prompt_rows: PromptRows,
+  carry: SamplerCarry,
+  compact_levels: int,
+) -> SamplerCarry:
+  """Runs advance(PromptRows, carry) -> carry until `end` chunks are done or no
+  row lives."""
+  narrow = prompt_rows.keys.shape[0] // 2 if compact_levels else 0
+
+  def goes_on(carry):
+    return (carry.index < end) & (jnp.sum(~carry.rows.done) > narrow)
+
+  body = functools.partial(advance, prompt_rows)
+  carry = jax.lax.while_loop(goes_on, body, carry)
+  if not narrow:
+    return carry
+
+  def move(carry):
+    live = jnp.argsort(carry.rows.done, stable=True)[:narrow]
+    gathered = gather_rows(prompt_rows, carry, live)
+    inner = run_to(end, advance, *gathered, compact_levels - 1)
+    return scatter_rows(carry, inner, live)
+
+  return jax.lax.cond(carry.index < end, move, lambda carry: carry, carry)
 
 
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
-  """Returns sample(params, key, Prompts, SamplingRule) -> Rollout, pure."""
+  """Returns sample(params, key, Prompts, SamplingRule, version=0) -> Rollout,
+  pure; `version` counts the updates that params have had.
+
+  It raises ValueError, in one line, for prompts or for a policy whose arrays
+  have another rank, size or dtype than types.py says.
+  """
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))
   ends = stage_ends(dataclasses.replace(config, chunk=chunk))
-  columns = ends[-1] * chunk if ends else 0
+  fills = Columns(config.pad_token, False, 0.0, 0)
 
-  def sample_token(params, hidden, uniform, rule: SamplingRule):
-    """hidden [B, D], uniform [B] -> token, log-prob, kept, each [B]."""
-    logits = policy.logits(params, hidden)
-    logits = distribution.shape_logits(logits, rule)
-    num_kept = jnp.zeros(logits.shape[:1], jnp.int32)
-    # the most likely token survives every truncation but another policy's
-    ranked = policy.ranking is not None
-    if ranked or (config.truncate and not config.greedy):
-      order = policy.ranking(params, hidden) if ranked else logits
-      order = distribution.shape_logits(order, rule) if ranked else order
-      keep, num_kept = distribution.truncate(order, rule)
-      logits = jnp.where(keep, logits, distribution.NEVER)
-    if config.greedy:
-      token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-      return token, jnp.zeros(token.shape), jnp.ones_like(token)
-    token = distribution.draw(logits, uniform)
-    return token, distribution.log_prob(logits, token), num_kept
-
-  def record(sampled, done, rule):
-    """Masks a picked token by `done` -> (column of the rollout, done)."""
-    token, logp, num_kept = sampled
-    column = (
-      jnp.where(done, config.pad_token, token),
-      ~done,
-      jnp.where(done, 0.0, logp),
-      jnp.where(done, 0, num_kept),
+  def start(params, prompts, row_keys, rule):
+    """Encodes the prompts and draws column 0."""
+    prefix = policy.encode(params, prompts)
+    C = prompts.tokens.shape[0]
+    check_array(
+      "policy.encode's hidden state", prefix.hidden, None, C=C, D=None
     )
-    ended = jnp.any(token[:, None] == rule.end_tokens[None], axis=-1)
-    return column, done | ended
+    hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
+    (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
+    sampled = sample_token(policy, config, params, hidden, uniform_B, rule)
+    first, done = record(config, sampled, jnp.zeros((C * G,), bool), 0, rule)
+    tables = jax.tree.map(
+      lambda value, x: jnp.full(
+        (ends[-1] * chunk if ends else 0, C * G), value, x.dtype
+      ),
+      fills,
+      first,
+    )
+    rows = RowState(policy.init_cache(C * G, 0), first.token, done)
+    return prefix, first, SamplerCarry(jnp.int32(0), rows, tables)
 
-  def sample(params, key, prompts: Prompts, rule: SamplingRule) -> Rollout:
-    params = jax.tree.map(lambda x: x.astype(policy.dtype), params)
+  def sample(
+    params, key, prompts: Prompts, rule: SamplingRule, version=0
+  ) -> Rollout:
+    check_prompts(prompts)
+    params = policy.cast_params(params)
     params = gathered_for_rollout(params, policy.partition_rules)
     B = prompts.tokens.shape[0] * G
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-
-    def step(prefix, carry, column):
-      (cache, token, done), (t, uniform_B) = carry, column
-      hidden, cache = policy.extend(
-        params, prefix, token[:, None], cache, t - 1
-      )
-      sampled = sample_token(params, hidden[:, 0], uniform_B, rule)
-      column, done = record(sampled, done, rule)
-      return (cache, column[0], done), column
-
-    def run_chunk(rows, carry):
-      (prefix, keys), (index, steps, tables) = rows, carry
-      times = 1 + index * chunk + jnp.arange(chunk)
-      steps, columns_tB = jax.lax.scan(
-        functools.partial(step, prefix), steps, (times, uniforms(keys, times))
-      )
-      tables = jax.tree.map(
-        lambda table, new: jax.lax.dynamic_update_slice(
-          table, new, (index * chunk, 0)
-        ),
-        tables,
-        columns_tB,
-      )
-      return index + 1, steps, tables
-
-    def run_to(end, rows, carry, compact_levels):
-      """The carry after `end` chunks, or when no row lives."""
-      narrow = rows[1].shape[0] // 2 if compact_levels else 0
-
-      def goes_on(carry):
-        index, (_, _, done), _ = carry
-        return (index < end) & (jnp.sum(~done) > narrow)
-
-      body = functools.partial(run_chunk, rows)
-      carry = jax.lax.while_loop(goes_on, body, carry)
-      if not narrow:
-        return carry
-
-      def move(carry):
-        _, (_, _, done), _ = carry
-        live = jnp.argsort(done, stable=True)[:narrow]
-        inner = run_to(end, *gather_rows(rows, carry, live), compact_levels - 1)
-        return scatter_rows(carry, inner, live)
-
-      return jax.lax.cond(carry[0] < end, move, lambda carry: carry, carry)
-
-    prefix = policy.encode(params, prompts)
-    hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
-    (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
-    sampled = sample_token(params, hidden, uniform_B, rule)
-    first, done = record(sampled, jnp.zeros((B,), bool), rule)
-    fills = (config.pad_token, False, 0.0, 0)
-    tables = tuple(
-      jnp.full((columns, B), value, x.dtype) for value, x in zip(fills, first)
-    )
-    cache, index, token = policy.init_cache(B, 0), jnp.int32(0), first[0]
+    prefix, first, carry = start(params, prompts, row_keys, rule)
+    step = make_step(policy, config, params, rule)
+    advance = functools.partial(run_chunk, step, chunk)
     for end in ends:
       shapes = jax.eval_shape(lambda end=end: policy.init_cache(B, end * chunk))
-      cache = jax.tree.map(constrain_rows, grow_cache(cache, shapes))
-      carry = index, (cache, token, done), tables
-      carry = run_to(end, (prefix, row_keys), carry, config.compact_levels)
-      index, (cache, token, done), tables = carry
+      cache = grow_cache(carry.rows.cache, shapes)
+      cache = jax.tree.map(constrain_rows, cache)
+      carry = carry._replace(rows=carry.rows._replace(cache=cache))
+      prompt_rows = PromptRows(prefix, row_keys)
+      carry = run_to(end, advance, prompt_rows, carry, config.compact_levels)
     tokens, mask, logp, num_kept = (
       constrain_rows(jnp.concatenate([a[None], b])[:T].T)
-      for a, b in zip(first, tables)
+      for a, b in zip(first, carry.tables)
     )
     counted = config.truncate or config.greedy
-    return Rollout(prompts, tokens, mask, logp, num_kept if counted else None)
+    return Rollout(
+      prompts,
+      tokens,
+      mask,
+      logp,
+      num_kept if counted else None,
+      ended=constrain_rows(carry.rows.done),
+      version=jnp.broadcast_to(jnp.asarray(version, jnp.int32), (B,)),
+    )
 
   return sample

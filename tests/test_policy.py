@@ -16,6 +16,15 @@ from jaxrl_tok.step.update import init_state, make_update
 from jaxrl_tok.types import Prompts, Rollout
 
 
+def made_rollout(prompts, tokens, mask) -> Rollout:
+  """Tokens that nobody sampled, as a rollout."""
+  rows = np.zeros(len(tokens))
+  logp = np.zeros(tokens.shape, np.float32)
+  return Rollout(
+    prompts, tokens, mask, logp, None, rows > 0, rows.astype(np.int32)
+  )
+
+
 def plain_hidden(policy, params, rollout):
   """[B, T, D] by reading prompt + completion as one long prompt, again for
   every token: no prefix, no cache, no sharing."""
@@ -98,7 +107,7 @@ def test_value_head_and_remat():
   prompts = random_prompts()
   tokens = np.random.default_rng(0).integers(1, 9, (8, 5)).astype(np.int32)
   mask = np.arange(5)[None] < np.arange(1, 9)[:, None]
-  rollout = Rollout(prompts, tokens, mask, jnp.zeros((8, 5)), None)
+  rollout = made_rollout(prompts, tokens, mask)
   rule = distribution.make_rule(11, [END])
   results = []
   for remat in ('none', 'dots', 'full'):
@@ -205,7 +214,7 @@ def test_encode_runs_the_prompts_not_the_rows(tiny):
     args = tiny.params, jax.random.key(0), long, tiny.rule
     cost = jax.jit(sample).lower(*args).compile().cost_analysis()
     tokens = jnp.full((4 * G, 1), PAD)
-    rollout = Rollout(long, tokens, tokens > 0, jnp.zeros((4 * G, 1)), None)
+    rollout = made_rollout(long, tokens, tokens > 0)
     looked = jax.jit(lambda p, r: evaluate(policy, p, r, tiny.rule))
     cost2 = looked.lower(tiny.params, rollout).compile().cost_analysis()
     return cost['flops'], cost2['flops']

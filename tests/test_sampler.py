@@ -1,6 +1,7 @@
 """Laws of the sampler: what is sampled is what is evaluated, row by row."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from conftest import CONFIG, END, OTHER_END, PAD, changed, look, random_prompts
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler, stage_ends
-from jaxrl_tok.types import Prompts
+from jaxrl_tok.types import Policy, Prefix, Prompts
 
 FORBIDDEN = np.arange(11) % 4 == 0
 RULES = {
@@ -97,6 +98,50 @@ def test_the_end_is_chosen_and_nothing_after_it(tiny):
     assert not row_ends[: n - 1].any()
     assert n == len(row_mask) or row_ends[n - 1]
   assert {END, OTHER_END} <= set(tokens[ends])
+
+
+def test_ended_is_recorded_at_the_last_column_too(tiny):
+  """Rows that end at column T - 1, and rows that go on to it without an end.
+
+  # T = 3, all of whose tokens were drawn:  [4 2 EOS] ended   [4 2 3] not
+  """
+  T, at_end = 3, {True: 0, False: 0}
+  config = changed(tiny.config, max_completion_length=T, chunk=8)
+  sample = jax.jit(make_sampler(tiny.policy, config))
+  for seed in range(8):
+    args = tiny.params, jax.random.key(seed), tiny.prompts, tiny.rule
+    rollout = sample(*args)
+    tokens, mask = map(np.asarray, (rollout.tokens, rollout.mask))
+    ended = np.asarray(rollout.ended)
+    want = (np.isin(tokens, [END, OTHER_END]) & mask).any(1)
+    np.testing.assert_array_equal(ended, want)
+    for row in ended[mask[:, -1]]:
+      at_end[bool(row)] += 1
+  assert min(at_end.values()) > 0
+
+
+def test_an_end_beyond_the_last_column_ends_nothing(tiny):
+  """Chunks of 8 draw tokens beyond T, which are no part of the rollout."""
+  long = changed(tiny.config, max_completion_length=9, chunk=8)
+  short = changed(tiny.config, max_completion_length=2, chunk=8)
+  longer, shorter = (
+    jax.jit(make_sampler(tiny.policy, config))(
+      tiny.params, jax.random.key(7), tiny.prompts, tiny.rule
+    )
+    for config in (long, short)
+  )
+  later = np.asarray(longer.ended) & (np.asarray(longer.mask).sum(1) > 2)
+  assert later.any()
+  assert not np.asarray(shorter.ended)[later].any()
+
+
+def test_version_is_that_of_the_parameters(tiny):
+  sample = jax.jit(make_sampler(tiny.policy, tiny.config))
+  args = tiny.params, jax.random.key(7), tiny.prompts, tiny.rule
+  rollout = sample(*args, jnp.int32(5))
+  assert rollout.version.dtype == jnp.int32
+  np.testing.assert_array_equal(rollout.version, np.full(12, 5))
+  np.testing.assert_array_equal(tiny.rollout.version, np.zeros(12))
 
 
 def test_pad_may_be_an_end_token(tiny):
@@ -224,6 +269,134 @@ def test_stages_of_the_cache(T, columns):
   assert [8 * end for end in stage_ends(SamplerConfig(1, T))] == columns
 
 
+def recurrent(vocab_size=11, width=8) -> Policy:
+  """h' = tanh(h W + embed(token)): its cache is h, whatever T is."""
+
+  def init(key):
+    embed, mix = jax.random.split(key)
+    return {
+      'embed': jax.random.normal(embed, (vocab_size, width)),
+      'mix': jax.random.normal(mix, (width, width)),
+    }
+
+  def run(params, hidden, tokens):  # [R, D], [R, t] -> [R, t, D]
+    def one(hidden, token):
+      hidden = jnp.tanh(hidden @ params['mix'] + params['embed'][token])
+      return hidden, hidden
+
+    return jnp.moveaxis(jax.lax.scan(one, hidden, tokens.T)[1], 0, 1)
+
+  def encode(params, prompts):
+    start = prompts.inputs.get('start', jnp.zeros((len(prompts.tokens), width)))
+    states = run(params, start, prompts.tokens)
+    last = (prompts.length - 1)[:, None, None]
+    hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
+    return Prefix((), hidden, prompts.length)
+
+  def extend(params, prefix, tokens, cache, at):
+    G = len(tokens) // len(prefix.hidden)
+    hidden = jnp.repeat(prefix.hidden, G, axis=0)
+    if cache is not None:
+      hidden = jnp.where(at == 0, hidden, cache)
+    states = run(params, hidden, tokens)
+    return states, None if cache is None else states[:, -1]
+
+  return Policy(
+    init=init,
+    encode=encode,
+    extend=extend,
+    logits=lambda params, hidden: hidden @ params['embed'].T,
+    init_cache=lambda rows, length: jnp.zeros((rows, width)),
+    vocab_size=vocab_size,
+  )
+
+
+@pytest.mark.parametrize('inputs', [False, True])
+def test_a_recurrent_policy_samples_what_it_evaluates(tiny, inputs):
+  policy = recurrent()
+  params = policy.init(jax.random.key(0))
+  prompts = tiny.prompts
+  if inputs:  # encode reads them; nobody rebuilds prompts without them
+    start = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    prompts = prompts._replace(inputs={'start': start})
+  for more in ({'chunk': 1, 'stages': 3}, {'chunk': 2, 'compact_levels': 2}):
+    sample = jax.jit(make_sampler(policy, changed(tiny.config, **more)))
+    rollout = sample(params, jax.random.key(1), prompts, tiny.rule)
+    stats = look(policy, params, rollout, tiny.rule)
+    np.testing.assert_allclose(rollout.logp, stats.logp, atol=1e-5)
+    assert rollout.prompts.inputs.keys() == prompts.inputs.keys()
+  assert np.asarray(rollout.ended).any()
+  if inputs:
+    plain = look(
+      policy, params, rollout._replace(prompts=tiny.prompts), tiny.rule
+    )
+    assert np.abs(np.asarray(plain.logp) - np.asarray(stats.logp)).max() > 1e-2
+
+
+# --- bad input
+
+
+def with_axis(policy):
+  return policy._replace(
+    logits=lambda *args: policy.logits(*args)[..., None, :]
+  )
+
+
+FAULTS = {
+  'logits of another rank': (
+    with_axis,
+    lambda prompts: prompts,
+    r'^policy.logits gave rank 3, float32 \[12, 1, 11\], expected \[B, V\]',
+  ),
+  'logits of another vocabulary': (
+    lambda policy: policy._replace(vocab_size=12),
+    lambda prompts: prompts,
+    r'^policy.logits gave rank 2, float32 \[12, 11\], expected \[B, V\] of '
+    'float with B=12, V=12$',
+  ),
+  'a cache of another dtype': (
+    lambda policy: policy._replace(
+      init_cache=lambda rows, length: jnp.zeros((rows, 8), jnp.bfloat16)
+    ),
+    lambda prompts: prompts,
+    r'^policy.extend returned the cache float32\[12, 8\], expected the '
+    r'bfloat16\[12, 8\] that it was given$',
+  ),
+  'a hidden state without rows': (
+    lambda policy: policy._replace(
+      extend=lambda params, prefix, tokens, cache, at: (
+        policy.extend(params, prefix, tokens, cache, at)[0][0],
+        cache,
+      )
+    ),
+    lambda prompts: prompts,
+    "^policy.extend's hidden state gave rank 2",
+  ),
+  'float tokens': (
+    lambda policy: policy,
+    lambda prompts: prompts._replace(tokens=prompts.tokens.astype(np.float32)),
+    r'^prompts.tokens gave rank 2, float32 \[4, 6\], expected \[C, P\] of int$',
+  ),
+  'one length': (
+    lambda policy: policy,
+    lambda prompts: prompts._replace(length=prompts.length[:1]),
+    r'^prompts.length gave rank 1, int32 \[1\], expected \[C\] of int with C=',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_a_fault_of_shape_is_one_line(tiny, name):
+  change, change_prompts, line = FAULTS[name]
+  policy = change(recurrent())
+  sample = jax.jit(make_sampler(policy, tiny.config))
+  params = policy.init(jax.random.key(0))
+  with pytest.raises(ValueError) as fault:  # noqa: PT011  jax adds notes
+    sample(params, jax.random.key(0), change_prompts(tiny.prompts), tiny.rule)
+  assert re.search(line, str(fault.value))
+  assert '\n' not in str(fault.value)
+
+
 def test_samples_of_a_prompt_differ(tiny):
   rows = np.asarray(tiny.rollout.tokens).reshape(4, 3, -1)
   pairs = itertools.combinations(range(3), 2)
@@ -248,6 +421,35 @@ def test_stops_when_every_row_has_ended(tiny):
   sample(tiny.params, jax.random.key(0), tiny.prompts, tiny.rule)
   jax.effects_barrier()
   assert len(steps) >= 8
+
+
+@pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_casting_once_changes_no_bit(tiny, stored, compute):
+  """Parameters off the compute dtype's grid, norms and value head included."""
+  config = changed(CONFIG, value_head=True, norm='layer', mlp_bias=True)
+  policy = make_policy(config, compute)
+  noise = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(x + 0.3 * noise.normal(size=x.shape), stored),
+    jax.jit(policy.init)(jax.random.key(0)),
+  )
+  cast = policy.cast_params(params)
+  kept = cast['norm']['scale'], cast['value_head']['embedding']
+  assert {x.dtype for x in kept} == {jnp.dtype(stored)}
+  assert cast['embed']['embedding'].dtype == compute
+  assert cast['layer_0']['mlp']['down_bias'].dtype == compute
+
+  @jax.jit
+  def run(params):
+    prefix = policy.encode(params, tiny.prompts)
+    tokens = tiny.rollout.tokens
+    hidden, _ = policy.extend(params, prefix, tokens, None, 0)
+    logits = policy.logits(params, hidden)
+    return prefix, hidden, logits, policy.value(params, hidden)
+
+  for a, b in zip(*map(jax.tree.leaves, (run(params), run(cast)))):
+    assert bytes(np.asarray(a)) == bytes(np.asarray(b))
 
 
 def test_bfloat16_samples_and_evaluates_close(tiny):

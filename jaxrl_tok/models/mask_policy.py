@@ -16,16 +16,18 @@ from jaxrl_tok.types import Policy, Prefix
 
 
 def masked_policy(policy: Policy) -> Policy:
-  """The policy, and a slow copy of it that ranks its tokens.
+  """Pairs the policy with a slow copy of it that ranks its tokens.
 
-  Parameters: merge_params(params, (frozen, slow)), slow being of params' structure.
+  Its merge_params takes (params, (frozen, slow)); slow has the structure of
+  params.
   """
 
-  def merge(params, fixed):
+  def merge_params(params, fixed):
     frozen, slow = fixed
-    return policy.merge_params(params, frozen), policy.merge_params(
-      slow, frozen
-    )
+    return tuple(policy.merge_params(p, frozen) for p in (params, slow))
+
+  def cast_params(params):
+    return tuple(map(policy.cast_params, params))
 
   def encode(params, prompts):
     own, slow = (policy.encode(p, prompts) for p in params)
@@ -33,29 +35,31 @@ def masked_policy(policy: Policy) -> Policy:
     return Prefix((own.kv, slow.kv), hidden, prompts.length)
 
   def extend(params, prefix, tokens, cache, at):
-    sides = jnp.split(prefix.hidden, 2, axis=-1)
+    halves = jnp.split(prefix.hidden, 2, axis=-1)
     caches = (None, None) if cache is None else cache
     out = [
-      policy.extend(p, Prefix(kv, side, prefix.length), tokens, old, at)
-      for p, kv, side, old in zip(params, prefix.kv, sides, caches)
+      policy.extend(p, Prefix(kv, half, prefix.length), tokens, old, at)
+      for p, kv, half, old in zip(params, prefix.kv, halves, caches)
     ]
     hidden = jnp.concatenate([h for h, _ in out], axis=-1)
     return hidden, None if cache is None else tuple(new for _, new in out)
 
-  def of(function, which):
-    """The function on the one or the other's half of the hidden states."""
+  def on_half(function, i):
+    """Calls the function with one copy's parameters and hidden states."""
     return lambda params, hidden: function(
-      params[which], jnp.split(hidden, 2, axis=-1)[which]
+      params[i], jnp.split(hidden, 2, axis=-1)[i]
     )
 
+  rank_logits = on_half(policy.logits, 1)
   return policy._replace(
     encode=encode,
     extend=extend,
-    logits=of(policy.logits, 0),
-    value=None if policy.value is None else of(policy.value, 0),
+    logits=on_half(policy.logits, 0),
+    value=None if policy.value is None else on_half(policy.value, 0),
     init_cache=lambda *sizes: (policy.init_cache(*sizes),) * 2,
-    merge_params=merge,
-    ranking=lambda params, hidden: jax.lax.stop_gradient(
-      of(policy.logits, 1)(params, hidden)
+    merge_params=merge_params,
+    cast_params=cast_params,
+    rank_logits=lambda params, hidden: jax.lax.stop_gradient(
+      rank_logits(params, hidden)
     ),
   )

@@ -17,6 +17,7 @@ so that a token costs few, large products.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxrl_tok.models import attention, experts, kernels, rope
-from jaxrl_tok.sharding import constrain, constrain_rows
+from jaxrl_tok.sharding import constrain, constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 # what a block keeps for the backward pass; it computes the rest again
@@ -99,6 +100,9 @@ class TransformerConfig:
   def num_layers(self) -> int:
     return len(self.layers)
 
+
+# leaves that the modules use in float32; all others in the compute dtype
+FLOAT32 = r'norm/(scale|bias)$|(^|/)value_head/|_lora/[ab]$'
 
 # Attention splits by key/value head and the feed-forward by F over `tensor`;
 # the other large dimension lies over `fsdp`.
@@ -381,6 +385,16 @@ class Transformer(nn.Module):
     return logits, value
 
 
+def cast_params(params, dtype):
+  """Casts the leaves that the modules would cast at every use, no others:
+  gradient and sampler compute with equal numbers."""
+
+  def one(path, x):
+    return x if re.search(FLOAT32, path_name(path)) else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def make_policy(
   config: TransformerConfig,
   dtype=jnp.float32,
@@ -429,7 +443,7 @@ def make_policy(
     value=method('value') if config.value_head else None,
     init_cache=init_cache,
     partition_rules=PARTITION_RULES,
-    merge_params=lambda params, frozen: params,
     vocab_size=config.vocab_size,
-    dtype=jnp.dtype(dtype),
+    cast_params=functools.partial(cast_params, dtype=dtype),
+    max_length=config.max_length,
   )
