@@ -1,15 +1,14 @@
-"""What a run says: JSONL and TensorBoard files, and the console.
+"""Log of a run: JSONL and TensorBoard files, and the console.
 
 metrics.jsonl has a row for each step and phase, {"step", "time", "phase",
-...}; samples.jsonl a row for each recorded completion. The console shows a
-live line with an ETA on a terminal and plain lines elsewhere. Only process 0
-writes or speaks.
+name: number}; samples.jsonl has a row for each recorded completion. Names of an
+evaluation are eval/reward, or eval/NAME/reward where there are several. Numbers
+that are not finite are null. The console shows a live line with an ETA on a
+terminal, and plain lines elsewhere. Only process 0 writes.
 """
 
 import contextlib
-import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -17,51 +16,65 @@ import rich.console
 import rich.progress
 import rich.text
 
+from jaxrl_tok.report.files import (
+  atomic_write,
+  number,
+  numbered_lines,
+  parse_row,
+  to_line,
+)
+
 PLAIN_EVERY = 5.0  # seconds between plain progress lines
 REPORTS = ('tensorboard', 'none')
 
 
 def duration(seconds: float) -> str:
-  """75.2 -> '1:15'; 3723 -> '1:02:03'."""
+  """Clock time: 75.2 -> '1:15'; 3723 -> '1:02:03'."""
   seconds = round(seconds)
   hours, minutes = seconds // 3600, seconds // 60 % 60
   head = f'{hours}:{minutes:02d}' if hours else f'{minutes}'
   return f'{head}:{seconds % 60:02d}'
 
 
-def _stays(row: dict, step: int) -> bool:
-  """Whether a resume from `step` keeps a row. A warm start counts steps of
-  its own; what was said 'after' the run is said again."""
+def is_kept(row: dict, step: int) -> bool:
+  """Whether a resume from `step` keeps a row. The steps of a warm start are
+  numbered apart; the rows 'after' a run are written again."""
   if row.get('phase') == 'warm_start':
     return True
-  return row['step'] <= step and row.get('split') != 'after'
+  return number(row['step']) <= step and row.get('split') != 'after'
 
 
-def trim_jsonl(path: Path, step: int) -> None:
-  """Drops the rows after a step, and an unfinished last line: a resumed run
-  writes them again."""
-  if not path.exists():
-    return
-  kept = []
-  # split('\n'): splitlines would also cut at U+2028 and U+0085 in a sample
-  lines = path.read_text(encoding='utf-8', errors='replace').split('\n')
-  for line in lines:
-    with contextlib.suppress(json.JSONDecodeError):
-      if _stays(json.loads(line), step):
-        kept.append(line + '\n')
-  part = path.with_suffix('.partial')
-  part.write_text(''.join(kept), encoding='utf-8')
-  os.replace(part, path)
+def trim_jsonl(path: Path, step: int) -> int:
+  """Drops the rows after a step, which a resumed run writes again.
+
+  Returns the number of lines that were no row, which are dropped as well. The
+  unfinished last line of a killed run does not count.
+  """
+  if not path.is_file():
+    return 0
+  num_skipped = 0
+
+  def kept_lines():
+    nonlocal num_skipped
+    for _, line in numbered_lines(path):
+      row = parse_row(line)
+      if row is None:
+        num_skipped += line.endswith('\n')
+      elif is_kept(row, step):
+        yield line if line.endswith('\n') else line + '\n'
+
+  atomic_write(path, kept_lines())
+  return num_skipped
 
 
 class Logger:
-  """Files under run_dir (None: console only) and the console.
+  """Writes the files of a run and talks on the console.
 
   Args:
-    run_dir: the run's directory; made if missing.
+    run_dir: directory of the run, made if missing. None: console only.
     report_to: 'tensorboard' or 'none'.
-    resume_step: rows after it are dropped from the files; None for a new run.
-    speak: False on every process but 0: nothing is written or said.
+    resume_step: rows after it are dropped from the files. None: a new run.
+    is_main: False on every process but 0, which neither writes nor prints.
   """
 
   def __init__(
@@ -84,9 +97,12 @@ class Logger:
     for name in ('metrics', 'samples'):
       path = run_dir / f'{name}.jsonl'
       if resume_step is not None:
-        trim_jsonl(path, resume_step)
+        num_skipped = trim_jsonl(path, resume_step)
+        if num_skipped:
+          self.warn(f'{path}: {num_skipped} lines that are no rows are dropped')
+      # a lone surrogate becomes \uXXXX, which is its JSON
       self._files[name] = open(  # noqa: SIM115
-        path, 'a', buffering=1, encoding='utf-8'
+        path, 'a', 1, encoding='utf-8', errors='backslashreplace'
       )
     if report_to == 'tensorboard':
       from tensorboardX import SummaryWriter
@@ -94,50 +110,53 @@ class Logger:
       self._board = SummaryWriter(str(run_dir / 'tb'))
 
   def metrics(self, phase: str, step: int, values: dict) -> None:
-    """One row; phase is 'warm_start', 'train' or 'eval'."""
-    row = {
-      'step': step,
-      'time': round(time.monotonic() - self._started, 3),
-      'phase': phase,
+    """Writes one row; phase is 'warm_start', 'train' or 'eval'."""
+    spent = round(time.monotonic() - self._started, 3)
+    values = {
+      name: None if value is None else float(value)
+      for name, value in values.items()
     }
-    values = {k: float(v) for k, v in values.items()}
-    self._write('metrics', {**row, **values})
+    row = {'step': step, 'time': spent, 'phase': phase, **values}
+    self._write('metrics', row)
     if self._board is not None:
       prefix = 'warm_start/' if phase == 'warm_start' else ''
       for name, value in values.items():
-        self._board.add_scalar(prefix + name, value, step)
+        if value is not None and math.isfinite(value):
+          self._board.add_scalar(prefix + name, value, step)
 
   def samples(self, rows: list[dict]) -> None:
-    """Recorded completions, each with its step and split."""
+    """Writes recorded completions, each with its step and split."""
     for row in rows:
       self._write('samples', row)
 
   def _write(self, name: str, row: dict) -> None:
     if name in self._files:
-      self._files[name].write(json.dumps(row, ensure_ascii=False) + '\n')
+      self._files[name].write(to_line(row))
 
-  def say(self, text: str, style: str | None = None) -> None:
-    """A line; text is data, never markup."""
+  def message(self, text: str, style: str | None = None) -> None:
+    """Prints a line. Its text is data, never markup."""
     self.console.print(text, style=style, markup=False, highlight=False)
 
   def warn(self, text: str) -> None:
-    self.say(f'warning: {text}', style='yellow')
+    """Prints a warning."""
+    self.message(f'warning: {text}', style='yellow')
 
   @contextlib.contextmanager
-  def doing(self, what: str):
-    """Says what is going on while it does, and how long it took."""
+  def doing(self, task: str):
+    """Prints a task's name when it starts and its seconds when it ends."""
     begun = time.monotonic()
     if self.console.is_terminal:
-      with self.console.status(rich.text.Text(f'{what} ...')):
+      with self.console.status(rich.text.Text(f'{task} ...')):
         yield
     else:
-      self.say(f'{what} ...')
+      self.message(f'{task} ...')
       yield
-    self.say(f'{what}: {time.monotonic() - begun:.1f} s')
+    self.message(f'{task}: {time.monotonic() - begun:.1f} s')
 
   @contextlib.contextmanager
   def bar(self, name: str, total: int, start: int = 0):
-    """Yields show(done, text): a live line, or plain ones, with an ETA."""
+    """Yields show(done, text), which draws progress with an ETA: a live line
+    on a terminal, a plain one every few seconds elsewhere."""
     begun = time.monotonic()
 
     def left(done):
@@ -152,7 +171,9 @@ class Logger:
         now = time.monotonic()
         if now - shown >= PLAIN_EVERY or done == total:
           shown = now
-          self.say(f'{name} {done}/{total}  {text}  ETA {duration(left(done))}')
+          self.message(
+            f'{name} {done}/{total}  {text}  ETA {duration(left(done))}'
+          )
 
       yield show
       return
@@ -176,6 +197,7 @@ class Logger:
       yield show
 
   def close(self) -> None:
+    """Closes the files; the console stays."""
     for file in self._files.values():
       file.close()
     if self._board is not None:
