@@ -1,164 +1,275 @@
-"""The host's half of a step: prompts in, a scored batch out.
+"""Collectors: prompts in, scored rollouts out; they wrap each other as optax's
+transformations do.
 
-1. `draw`     the next C prompts, a rollout, its rewards.
-2. `collect`  the same until every group's rewards differ (DAPO's dynamic
-   sampling): groups of equal rewards teach nothing and are drawn anew from the
-   prompts that follow, at most `rounds` times; what is missing then is filled
-   with them. With one round it is `draw`.
+  single_turn(...)             G completions of each of the next prompts
+  dynamic(collector, rounds)   until every group's rewards differ (DAPO)
+  off_policy.replayed(...)     with groups of earlier steps beside the new ones
+  off_policy.ahead(...)        sampled while the step before is scored
+
+`start` dispatches and never waits; `finish` waits for the device, scores on the
+host (the one crossing) and says where the data goes on. A cursor is a dict of
+numbers and arrays, saved with TrainState, so that a resume repeats nothing.
 """
 
-import dataclasses
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrl_tok import rewards
 from jaxrl_tok.data import PromptSet, batch_at
-from jaxrl_tok.sharding import put_rows
-from jaxrl_tok.types import Prompts, Rollout, SamplingRule, TrainState
+from jaxrl_tok.sharding import put_replicated, put_rows
+from jaxrl_tok.types import Rollout, Scored, TrainState
 
 # folded into a step's key by later rounds; below B are the sampler's rows
 ROUNDS = 2**30
 
 
-class Batch(NamedTuple):
-  """C prompts and what was sampled from them."""
-
-  examples: list
-  prompts: Prompts  # on the host
-  rollout: Rollout  # on the device
-  mask: np.ndarray  # bool [B, T], the rollout's
-  scores: rewards.Scores
-  greedy_reward: np.ndarray | None  # float32 [C]
-
-
 class TokenCounts(NamedTuple):
-  """What a batch cost."""
+  """Cost of a batch; arrays [n] where it is of n steps."""
 
-  prompts: int
-  generated: int  # completion tokens
-  read: int  # prompt tokens, a group's counted G times
-
-
-@dataclasses.dataclass(frozen=True)
-class Collector:
-  """What drawing a batch needs. Functions are those of parts.Parts."""
-
-  sample: Callable
-  score: Callable  # (tokens, mask, examples) -> rewards.Scores
-  data: PromptSet
-  rule: SamplingRule
-  seed: int
-  num_prompts: int
-  # (Rollout, {column: [C, ...]}) -> (reward [B, T], {name: mean})
-  device_score: Callable | None = None
-  greedy: Callable | None = None  # a completion of each prompt, for ReMax
-  rounds: int = 1
-  # told 'dispatched' when a rollout is on its way, 'rollout' when it is there,
-  # 'score' when it is scored
-  phase: Callable = lambda name: None
+  prompts: Any  # taken from the data
+  generated: Any  # completion tokens; None: as the update's metrics say
+  read: Any  # prompt tokens, a group's counted G times
 
 
-def scored(c: Collector, rollout: Rollout, examples, columns):
-  """(mask, Scores) of a rollout, by host and device."""
-  tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-  c.phase('rollout')
-  scores = c.score(tokens, mask, examples)
-  if c.device_score is not None:
-    reward, means = jax.device_get(c.device_score(rollout, columns))
-    scores = scores._replace(
-      reward=scores.reward + reward,
-      metrics=scores.metrics | {k: float(v) for k, v in means.items()},
+class Batch(NamedTuple):
+  """A finished batch: `scored` is all that an update is given."""
+
+  scored: Any  # Scored, or the indices that device_steps' update takes
+  examples: list  # C records
+  positions: np.ndarray  # int64 [C] of the records, in the data's order
+  metrics: dict  # numbers on the host
+  counts: TokenCounts
+  extra: dict  # {column: B values} that reward functions logged
+
+
+class Pending(NamedTuple):
+  """A dispatched batch: arrays that the device is still making."""
+
+  rollout: Rollout
+  device: tuple  # (rewards, applies) of rewards on the device
+  greedy: Rollout | None
+  greedy_device: tuple
+  positions: np.ndarray
+  version: jax.Array  # int32 []  updates before this step
+  started: tuple  # (state, key), for collectors that start again
+  cursor: dict
+
+
+class Collector(NamedTuple):
+  """A source of batches. Must run under jax.set_mesh."""
+
+  init: Callable  # () -> cursor
+  start: Callable  # (state, key, cursor) -> Pending
+  finish: Callable  # Pending -> (Batch, cursor)
+
+
+class Scorer(NamedTuple):
+  """Rewards of a task, on the host and on the device."""
+
+  # (tokens, mask, examples, step) -> rewards.HostScores; None without any
+  host: Callable | None
+  # (Rollout, {column: [C, ...]}) -> (rewards, applies); None without any
+  device: Callable | None
+  weights: dict  # {name: float}
+
+
+def total_reward(scored: Scored) -> np.ndarray:
+  """float32 [B]: weighted sum of each row's rewards that apply, on the host."""
+  rewards, applies, weights, mask = jax.device_get(
+    (scored.rewards, scored.applies, scored.weights, scored.rollout.mask)
+  )
+  total = np.zeros(len(mask), np.float32)
+  for name, reward in rewards.items():
+    rows = np.where(mask, reward, 0).sum(1, dtype=np.float32)
+    total += weights[name] * np.where(applies[name], rows, 0)
+  return total
+
+
+def score(
+  scorer: Scorer, rollout: Rollout, device: tuple, examples: list, step: int
+):
+  """(Scored, metrics, extra) of a rollout; waits for it."""
+  mesh = jax.sharding.get_mesh()
+  rewards, applies = (dict(found) for found in device)
+  metrics, extra = {}, {}
+  if scorer.host is not None:
+    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    host = scorer.host(tokens, mask, examples, step)
+    rewards |= put_rows(mesh, host.rewards)
+    applies |= put_rows(mesh, host.applies)
+    metrics, extra = dict(host.metrics), host.extra
+  weights = {name: np.float32(scorer.weights[name]) for name in rewards}
+  weights = put_replicated(mesh, weights)
+  return Scored(rollout, rewards, applies, weights), metrics, extra
+
+
+def single_turn(
+  sample: Callable,
+  scorer: Scorer,
+  data: PromptSet,
+  seed: int,
+  num_prompts: int,
+  greedy: Callable | None = None,
+) -> Collector:
+  """Completions of the next `num_prompts` prompts.
+
+  Args:
+    sample: (state, key, Prompts) -> Rollout, compiled.
+    greedy: one greedy completion of each prompt, where the algorithm wants
+      its reward.
+  """
+
+  def start(state: TrainState, key, cursor: dict) -> Pending:
+    position = int(cursor['position'])
+    _, prompts, columns = batch_at(data, seed, position, num_prompts)
+    placed, columns = put_rows(jax.sharding.get_mesh(), (prompts, columns))
+
+    def dispatch(by):
+      rollout = by(state, key, placed)
+      on_device = ({}, {})
+      if scorer.device is not None:
+        on_device = scorer.device(rollout, columns)
+      return rollout, on_device
+
+    rollout, on_device = dispatch(sample)
+    best, best_on_device = dispatch(greedy) if greedy else (None, ({}, {}))
+    return Pending(
+      rollout,
+      on_device,
+      best,
+      best_on_device,
+      np.arange(position, position + num_prompts),
+      state.step,
+      (state, key),
+      {'position': np.int64(position + num_prompts)},
     )
-  c.phase('score')
-  return mask, scores
+
+  def finish(p: Pending):
+    jax.block_until_ready(p.rollout.mask)
+    began, step = time.monotonic(), int(p.version)
+    examples = examples_at(data, seed, p.positions)
+    scored, metrics, extra = score(scorer, p.rollout, p.device, examples, step)
+    if p.greedy is not None:
+      best, _, _ = score(scorer, p.greedy, p.greedy_device, examples, step)
+      mesh = jax.sharding.get_mesh()
+      scored = scored._replace(greedy_reward=put_rows(mesh, total_reward(best)))
+    mask, length = jax.device_get((p.rollout.mask, p.rollout.prompts.length))
+    read = int(length.sum()) * (len(mask) // len(length))
+    counts = TokenCounts(len(length), int(mask.sum()), read)
+    metrics['time/score'] = time.monotonic() - began
+    batch = Batch(scored, examples, p.positions, metrics, counts, extra)
+    return batch, p.cursor
+
+  return Collector(lambda: {'position': np.int64(0)}, start, finish)
 
 
-def draw(c: Collector, state: TrainState, key, position: int) -> Batch:
-  """The batch of the prompts at a position. Must run under jax.set_mesh."""
-  examples, prompts, columns = batch_at(c.data, c.seed, position, c.num_prompts)
-  placed, columns = put_rows(jax.sharding.get_mesh(), (prompts, columns))
-  rollout = c.sample(state.weights, key, placed, c.rule)
-  best = greedy_reward = None
-  if c.greedy is not None:
-    best = c.greedy(state.weights, key, placed, c.rule)
-  c.phase('dispatched')
-  mask, scores = scored(c, rollout, examples, columns)
-  if best is not None:
-    greedy_reward = scored(c, best, examples, columns)[1].reward.sum(1)
-  return Batch(examples, prompts, rollout, mask, scores, greedy_reward)
+def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
+  """Records at positions of the data's order."""
+  return [batch_at(data, seed, int(p), 1)[0][0] for p in positions]
 
 
-def has_reward_variance(batch: Batch) -> np.ndarray:
-  """bool [C]: the group's rewards are not all equal."""
-  rows = batch.scores.reward.sum(1).reshape(len(batch.examples), -1)
-  return np.ptp(rows, axis=1) > 1e-6
+# --- groups, on the host -----------------------------------------------------
 
 
-def pick(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
-  """The batch of the groups (which batch, which of its prompts)."""
-  hosts = [jax.device_get(b.rollout) for b in batches]
-  C = len(batches[0].examples)
-
-  def take(trees):  # leaves [C, ...] or [B, ...]: by whole groups
-    def one(*leaves):
-      split = [np.asarray(x).reshape(C, -1, *x.shape[1:]) for x in leaves]
-      chosen = np.stack([split[b][c] for b, c in groups])
-      return chosen.reshape(-1, *leaves[0].shape[1:])
-
-    return jax.tree.map(one, *trees)
-
-  texts = [np.array(b.scores.completions, object) for b in batches]
-  rollout = take(hosts)
-  scores = rewards.Scores(
-    take([b.scores.reward for b in batches]),
-    batches[0].scores.metrics,  # what the policy earns: of all its prompts
-    take(texts).tolist(),
-  )
-  greedy_reward = None
-  if batches[0].greedy_reward is not None:
-    greedy_reward = take([b.greedy_reward for b in batches])
-  return Batch(
-    [batches[b].examples[c] for b, c in groups],
-    rollout.prompts,
-    put_rows(jax.sharding.get_mesh(), rollout),
-    rollout.mask,
-    scores,
-    greedy_reward,
-  )
+def has_reward_variance(scored: Scored) -> np.ndarray:
+  """bool [C]: the rewards of the group's valid rows are not all equal."""
+  C = len(scored.rollout.prompts.length)
+  rows = total_reward(scored).reshape(C, -1)
+  valid = np.asarray(jax.device_get(scored.valid)).reshape(C, -1)
+  high = np.where(valid, rows, -np.inf).max(axis=1)
+  low = np.where(valid, rows, np.inf).min(axis=1)
+  return high - low > 1e-6
 
 
-def collect(c: Collector, state: TrainState, key, position: int):
-  """-> (Batch, Spent, metrics). Must run under jax.set_mesh."""
-  batches, good, rest = [], [], []
-  while True:
-    number = len(batches)
-    here = jax.random.fold_in(key, ROUNDS + number) if number else key
-    at = position + number * c.num_prompts
-    batches.append(draw(c, state, here, at))
-    if c.rounds <= 1:
-      break
-    for group, fine in enumerate(has_reward_variance(batches[-1])):
-      (good if fine else rest).append((number, group))
-    if len(good) >= c.num_prompts or len(batches) == c.rounds:
-      break
-  lengths = [int(b.prompts.length.sum()) for b in batches]
-  G = len(batches[0].mask) // c.num_prompts
-  spent = TokenCounts(
-    c.num_prompts * len(batches),
-    sum(int(b.mask.sum()) for b in batches),
-    sum(lengths) * G,
-  )
-  batch, metrics = batches[0], {}
-  if c.rounds > 1:
-    metrics = {
-      'resample/rounds': len(batches),
-      'resample/varied': len(good) / spent.prompts,
-      'resample/missing': max(0, c.num_prompts - len(good)),
+def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
+  """Records brought to the host, their prompts padded to one length, at least
+  `length`."""
+  scored = jax.device_get(scored)
+  P = max(length, *(s.rollout.prompts.tokens.shape[1] for s in scored))
+
+  def longer(s: Scored) -> Scored:
+    prompts = s.rollout.prompts
+    more = ((0, 0), (0, P - prompts.tokens.shape[1]))
+    prompts = prompts._replace(tokens=np.pad(prompts.tokens, more))
+    return s._replace(rollout=s.rollout._replace(prompts=prompts))
+
+  return list(map(longer, scored))
+
+
+def take_scored(
+  scored: list[Scored], groups: list[tuple[int, int]], num_prompts: int
+) -> Scored:
+  """Groups (which record, which of its prompts) as one record, on the host;
+  all records have `num_prompts` prompts and the same weights."""
+
+  def one(*leaves):
+    if not np.ndim(leaves[0]):
+      return leaves[0]
+    split = [x.reshape(num_prompts, -1, *x.shape[1:]) for x in leaves]
+    chosen = np.stack([split[b][c] for b, c in groups])
+    return chosen.reshape(-1, *leaves[0].shape[1:])
+
+  return jax.tree.map(one, *scored)
+
+
+def place(scored: Scored) -> Scored:
+  """A record of the host, split over the mesh's devices by row."""
+  mesh, weights = jax.sharding.get_mesh(), scored.weights
+  placed = put_rows(mesh, scored._replace(weights={}))
+  return placed._replace(weights=put_replicated(mesh, weights))
+
+
+# --- wrappers ----------------------------------------------------------------
+
+
+def dynamic(collector: Collector, rounds: int) -> Collector:
+  """Dynamic sampling: groups of equal rewards teach nothing and are drawn anew
+  from the prompts that follow, `rounds` rollouts at most; then the batch is
+  filled with them. DAPO, arXiv:2503.14476."""
+
+  def finish(pending: Pending):
+    (state, key), batches, good, rest = pending.started, [], [], []
+    while True:
+      batch, cursor = collector.finish(pending)
+      number, C = len(batches), len(batch.examples)
+      batches.append(batch)
+      for group, fine in enumerate(has_reward_variance(batch.scored)):
+        (good if fine else rest).append((number, group))
+      if len(good) >= C or len(batches) >= rounds:
+        break
+      again = jax.random.fold_in(key, ROUNDS + number + 1)
+      pending = collector.start(state, again, cursor)
+    counts = TokenCounts(*map(sum, zip(*(b.counts for b in batches))))
+    metrics = batches[0].metrics | {
+      'dynamic_sampling/rounds': len(batches),
+      'dynamic_sampling/varied': len(good) / (len(batches) * C),
+      'dynamic_sampling/missing': max(0, C - len(good)),
+      'time/score': sum(b.metrics['time/score'] for b in batches),
     }
-    groups = (good + rest)[: c.num_prompts]
-    if len(batches) > 1:
-      batch = pick(batches, groups)
-  return batch, spent, metrics
+    chosen = select_groups(batches, (good + rest)[:C])
+    return chosen._replace(metrics=metrics, counts=counts), cursor
+
+  return collector._replace(finish=finish)
+
+
+def select_groups(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
+  """The batch of the groups (which batch, which of its prompts)."""
+  if len(batches) == 1:
+    return batches[0]
+  C = len(batches[0].examples)
+  scored = take_scored(padded_prompts([b.scored for b in batches]), groups, C)
+  G = len(scored.rollout.mask) // len(groups)
+
+  def rows(name):
+    found = [b.extra[name] for b in batches]
+    return [x for b, c in groups for x in found[b][c * G : (c + 1) * G]]
+
+  return batches[0]._replace(
+    scored=place(scored),
+    examples=[batches[b].examples[c] for b, c in groups],
+    positions=np.array([batches[b].positions[c] for b, c in groups]),
+    extra={name: rows(name) for name in batches[0].extra},
+  )

@@ -1,8 +1,8 @@
 """Whole steps in one program, where every reward is a JAX function.
 
-A step is sample -> score -> update; `n` of them are one `scan` over the rows of
-a table that lies on the device. The host does nothing in between: what it
-would log comes back stacked.
+A step is sample -> score -> update, by the functions of a step on the host;
+`n` of them are one `scan` over the rows of a table that lies on the device.
+The host does nothing in between: its log's numbers come back stacked.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxrl_tok.sharding import constrain_rows
-from jaxrl_tok.types import Prompts, Rollout, SamplingRule, TrainState
+from jaxrl_tok.data import PromptSet, record_indices
+from jaxrl_tok.sharding import constrain_rows, put_replicated
+from jaxrl_tok.step.collectors import (
+  Batch,
+  Collector,
+  TokenCounts,
+  examples_at,
+)
+from jaxrl_tok.types import Prompts, Scored, TrainState
 
 
 class Table(NamedTuple):
@@ -23,45 +31,48 @@ class Table(NamedTuple):
   columns: dict  # {name: [n, ...]}
 
 
-class Last(NamedTuple):
-  """The last step's batch, for what looks at one."""
+class StepBatch(NamedTuple):
+  """A step's batch after its update, for samples that show its credit."""
 
-  rollout: Rollout
-  reward: jax.Array  # [B, T]
-  advantage: jax.Array  # [B, T]
+  scored: Scored
+  advantage: jax.Array  # float32 [B, T]
 
 
-def make_steps(
+def make_device_steps(
   sample: Callable,
   score: Callable,
   update: Callable,
+  weights: dict,
   greedy: Callable | None = None,
 ) -> Callable:
-  """Returns steps(state, reward params, Table, index int32 [n, C], rule) ->
-  (state, metrics {name: [n]}, Last), pure.
+  """Returns steps(state, Table, index int32 [n, C], rule, reward params) ->
+  (state, metrics {name: [n]}, StepBatch of the last step), pure.
 
   Args:
-    sample: (state.weights, key, Prompts, rule) -> Rollout; greedy the same.
-    score: see device_rewards.make_scorer.
+    sample: (policy_params, key, Prompts, rule, version) -> Rollout; greedy
+      alike, where the algorithm wants it.
+    score: see device_rewards.make_device_scorer.
     update: see update.make_update.
-    greedy: one completion of each prompt, where the algorithm wants it.
+    weights: {reward: float}.
   """
 
-  def steps(state: TrainState, params, table: Table, index, rule: SamplingRule):
+  def scored_of(params, rollout, columns) -> Scored:
+    rewards, applies = score(params, rollout, columns)
+    numbers = {name: jnp.float32(weights[name]) for name in rewards}
+    return Scored(rollout, rewards, applies, numbers)
+
+  def steps(state: TrainState, table: Table, index, rule, params=None):
     def step(state, index_C):
       rows = jax.tree.map(lambda x: constrain_rows(x[index_C]), table)
       prompts = Prompts(rows.tokens, rows.length)
       key = jax.random.fold_in(state.key, state.step)
-      rollout = sample(state.weights, key, prompts, rule)
-      reward, means = score(params, rollout, rows.columns)
-      greedy_reward = None
+      given = state.policy_params, key, prompts, rule, state.step
+      scored = scored_of(params, sample(*given), rows.columns)
       if greedy is not None:
-        best = greedy(state.weights, key, prompts, rule)
-        greedy_reward = score(params, best, rows.columns)[0].sum(1)
-      state, metrics, advantage = update(
-        state, rollout, reward, rule, greedy_reward
-      )
-      return state, metrics | means, Last(rollout, reward, advantage)
+        best = scored_of(params, greedy(*given), rows.columns)
+        scored = scored._replace(greedy_reward=best.reward.sum(1))
+      state, metrics, advantage = update(state, scored, rule)
+      return state, metrics, StepBatch(scored, advantage)
 
     def scanned(carry, index_C):
       state, metrics, last = step(carry[0], index_C)
@@ -73,3 +84,40 @@ def make_steps(
     return state, metrics, last
 
   return steps
+
+
+def table_rows(
+  data: PromptSet,
+  lengths: np.ndarray,
+  seed: int,
+  num_prompts: int,
+  steps: int,
+  samples_per_prompt: int,
+) -> Collector:
+  """A collector of indices: `finish` gives the rows of a Table for `steps`
+  steps, which the update of make_device_steps samples, scores and learns from.
+
+  lengths: int [n] of the table's prompts.
+  """
+
+  def start(state: TrainState, key, cursor: dict):
+    position = int(cursor['position'])
+    count = steps * num_prompts
+    index = record_indices(data.num_records, seed, position, count)
+    index = index.reshape(steps, num_prompts).astype(np.int32)
+    placed = put_replicated(jax.sharding.get_mesh(), index)
+    positions = np.arange(position, position + count)
+    return placed, index, positions, {'position': np.int64(position + count)}
+
+  def finish(pending):
+    placed, index, positions, cursor = pending
+    counts = TokenCounts(
+      np.full(steps, num_prompts),
+      None,
+      lengths[index].sum(1) * samples_per_prompt,
+    )
+    last = positions[-num_prompts:]
+    examples = examples_at(data, seed, last)
+    return Batch(placed, examples, last, {}, counts, {}), cursor
+
+  return Collector(lambda: {'position': np.int64(0)}, start, finish)

@@ -1,0 +1,181 @@
+"""Batches that an older policy sampled: replayed groups, and sampling ahead.
+
+The algorithm must know how far the policy has moved since: V-trace, truncated
+importance weights (importance_cap), or a ratio to the sampler's log-probs
+(Passes.old_logp = 'sampler'). Rollout.version says how old a row is.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxrl_tok.sharding import put_rows
+from jaxrl_tok.step.collectors import (
+  ROUNDS,
+  Collector,
+  Pending,
+  padded_prompts,
+  place,
+)
+from jaxrl_tok.types import Scored, TrainState
+
+
+def to_leaves(tree) -> dict:
+  """{'00': array, ...}: the leaves of a record in order, as a cursor keeps
+  them."""
+  return {f'{i:02d}': x for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def from_leaves(leaves: dict, like):
+  """The record of the structure of `like` that `to_leaves` took apart."""
+  found = [leaves[name] for name in sorted(leaves)]
+  return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def is_by_group(x) -> bool:
+  """Whether a leaf of Scored has an axis of prompts or rows; weights do not."""
+  return np.ndim(x) > 0
+
+
+def write_buffer(buffer: dict | None, new: Scored, into, capacity: int) -> dict:
+  """The buffer with the groups of `new` written at places `into`, int [C]."""
+  C, written = len(new.rollout.prompts.length), {}
+  for name, x in to_leaves(new).items():
+    if not is_by_group(x):
+      written[name] = x
+      continue
+    groups = x.reshape(C, -1, *x.shape[1:])
+    old = None if buffer is None else buffer[name]
+    if old is None:
+      old = np.zeros((capacity, *groups.shape[1:]), x.dtype)
+    written[name] = old.copy()
+    written[name][into] = groups
+  return written
+
+
+def read_buffer(buffer: dict, places: np.ndarray, like: Scored) -> Scored:
+  """Groups at places int [n] of the buffer, as a record like `like`."""
+
+  def rows(name, x):
+    if not is_by_group(x):
+      return x
+    found = buffer[name][places]
+    return found.reshape(-1, *x.shape[1:])
+
+  leaves = to_leaves(like)
+  return from_leaves({n: rows(n, x) for n, x in leaves.items()}, like)
+
+
+def replayed(
+  collector: Collector,
+  capacity: int,
+  groups: int,
+  examples: Callable,
+  prompt_length: int,
+  seed: int = 0,
+) -> Collector:
+  """Every batch with `groups` groups of earlier steps after its new ones.
+
+  The buffer holds the last `capacity` groups and lives in the cursor. While it
+  is empty, the added rows are not valid, so they change nothing.
+
+  Args:
+    examples: positions int64 [n] -> their records.
+    prompt_length: P of all batches, the largest bucket of the data.
+    seed: of the groups that are drawn.
+  """
+
+  def start(state: TrainState, key, cursor: dict) -> Pending:
+    pending = collector.start(state, key, cursor['inner'])
+    return pending._replace(started=(*pending.started, cursor))
+
+  def finish(pending: Pending):
+    outer, count = pending.started[-1], int(pending.started[-1]['count'])
+    pending = pending._replace(started=pending.started[:-1])
+    batch, inner = collector.finish(pending)
+    (new,) = padded_prompts([batch.scored], prompt_length)
+    C, now = len(batch.examples), int(pending.version)
+    into = (count + np.arange(C)) % capacity
+    drawn = np.random.default_rng((seed, now)).integers(
+      0, min(max(count, 1), capacity), groups
+    )
+    if count:
+      old = read_buffer(outer['buffer'], drawn, new)
+      positions = outer['positions'][drawn]
+    else:  # rows that apply to nothing
+      some = write_buffer(None, new, into, capacity)
+      old = read_buffer(some, into[np.arange(groups) % C], new)
+      none = {k: np.zeros_like(v) for k, v in old.applies.items()}
+      old, positions = (
+        old._replace(applies=none),
+        batch.positions[np.arange(groups) % C],
+      )
+    held = outer.get('positions', np.zeros(capacity, np.int64)).copy()
+    held[into] = batch.positions
+    cursor = {
+      'inner': inner,
+      'buffer': write_buffer(outer.get('buffer'), new, into, capacity),
+      'positions': held,
+      'count': np.int64(count + C),
+    }
+    both = jax.tree.map(
+      lambda x, y: np.concatenate([x, y]) if is_by_group(x) else x, new, old
+    )
+    age = now - old.rollout.version if count else np.zeros(1)
+    batch = batch._replace(
+      scored=place(both),
+      examples=batch.examples + examples(positions),
+      positions=np.concatenate([batch.positions, positions]),
+      metrics=batch.metrics | {'replay/age': float(age.mean())},
+    )
+    return batch, cursor
+
+  def init() -> dict:
+    return {'inner': collector.init(), 'count': np.int64(0)}
+
+  return Collector(init, start, finish)
+
+
+def ahead(collector: Collector) -> Collector:
+  """Rollouts of one step before: while a batch is scored on the host and
+  learnt from, the device already samples the next one, by the policy before
+  the update.
+
+  collector: single_turn, whose pending batch holds arrays alone.
+  """
+
+  def bare(pending: Pending) -> Pending:
+    return pending._replace(started=(), cursor={})
+
+  def start(state: TrainState, key, cursor: dict) -> Pending:
+    inner, held = cursor['inner'], cursor.get('pending')
+    if held is None:  # the first step: nothing was sampled before
+      first = jax.random.fold_in(key, ROUNDS)
+      ready = collector.start(state, first, inner)
+      inner = ready.cursor
+    following = collector.start(state, key, inner)
+    if held is not None:
+      ready = place_pending(from_leaves(held, bare(following)))
+    after = {
+      'inner': following.cursor,
+      'pending': to_leaves(bare(following)),
+    }
+    return ready._replace(started=(state, key), cursor=after)
+
+  def finish(pending: Pending):
+    return collector.finish(pending)
+
+  return Collector(lambda: {'inner': collector.init()}, start, finish)
+
+
+def place_pending(pending: Pending) -> Pending:
+  """A pending batch on the devices: a resumed run has it on the host."""
+  mesh = jax.sharding.get_mesh()
+
+  def one(x):
+    here = isinstance(x, jax.Array) or not np.ndim(x)
+    return x if here else put_rows(mesh, x)
+
+  placed = jax.tree.map(one, pending)
+  return placed._replace(positions=np.asarray(pending.positions))
