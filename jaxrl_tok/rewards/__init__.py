@@ -11,6 +11,36 @@ Nothing here imports jax: reward functions may run in other processes.
 """
 
 from jaxrl_tok.rewards.arithmetic import digits, exact_match
-from jaxrl_tok.rewards.scoring import Scores, lift, make_scorer
+from jaxrl_tok.rewards.functions import (
+  ARGUMENTS,
+  RewardError,
+  accepted,
+  check_functions,
+  get_name,
+  name_rewards,
+  unwrap,
+  user_traceback,
+)
+from jaxrl_tok.rewards.scoring import (
+  HostScores,
+  TrainerState,
+  lift,
+  make_scorer,
+)
 
-__all__ = ['Scores', 'digits', 'exact_match', 'lift', 'make_scorer']
+__all__ = [
+  'ARGUMENTS',
+  'HostScores',
+  'RewardError',
+  'TrainerState',
+  'accepted',
+  'check_functions',
+  'digits',
+  'exact_match',
+  'get_name',
+  'lift',
+  'make_scorer',
+  'name_rewards',
+  'unwrap',
+  'user_traceback',
+]

@@ -1,121 +1,333 @@
-"""Runs reward functions on a rollout and lifts what they say to [B, T]."""
+"""Runs reward functions on a rollout and lifts their values to [B, T]."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+import functools
+import inspect
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_tok.rewards.functions import (
+  RewardError,
+  accepted,
+  quote,
+  raised_by_us,
+  shorten,
+)
 
-class Scores(NamedTuple):
-  """reward float32 [B, T]; metrics {'rewards/{function}/mean': float};
-  completions: the B texts that were scored."""
 
-  reward: np.ndarray
-  metrics: dict
-  completions: list
+class HostScores(NamedTuple):
+  """A rollout as reward functions saw it."""
+
+  rewards: dict  # {name: float32 [B, T]}
+  applies: dict  # {name: bool [B]}  False: the function said None
+  texts: list  # B completions
+  metrics: dict  # {name: float}
+  extra: dict  # {column: list of B}, of log_extra
 
 
-def lift(values, mask: np.ndarray, name: str = 'reward') -> np.ndarray:
+class TrainerState(NamedTuple):
+  """Progress of training, as reward functions read it."""
+
+  global_step: int = 0
+  max_steps: int = 0
+  epoch: float = 0.0
+
+
+# --- values
+
+
+def lift(
+  values, mask: np.ndarray, name: str = 'reward', texts: Sequence[str] = ()
+) -> np.ndarray:
   """A float or a per-token list for each completion -> float32 [B, T].
 
   An outcome goes on the last chosen token; a list has one entry for every
-  chosen token, in order; None is 0.
+  chosen token, in order; None is 0. `texts` are the completions, for errors.
 
   # 2.5 with mask [1 1 1 0] -> [0 0 2.5 0];  [1, 0, .5] -> [1 0 .5 0]
   """
-  B, T = mask.shape
-  if not isinstance(values, Sequence | np.ndarray) or len(values) != B:
-    size = len(values) if hasattr(values, '__len__') else type(values).__name__
-    raise ValueError(
-      f'reward function {name} returned {size} rewards for {B} completions; '
-      'it must return one for each'
-    )
+  values = _as_rows(values, len(mask), name)
   # float32 whatever the inputs: an int array would cut fractions off
-  out = np.zeros((B, T), np.float32)
+  out = np.zeros(mask.shape, np.float32)
   for b, value in enumerate(values):
     columns = np.flatnonzero(mask[b])
     if value is None or not len(columns):
       continue
-    if np.ndim(value) == 0:
-      out[b, columns[-1]] = _number(value, name, b)
+    where = f'completion {b}' + (f' ({quote(texts[b])})' if texts else '')
+    if isinstance(value, str | bytes | dict | set) or np.ndim(value) == 0:
+      out[b, columns[-1]] = _number(value, name, where)
     elif len(value) == len(columns):
-      out[b, columns] = [_number(v, name, b) for v in value]
+      out[b, columns] = [_number(v, name, where) for v in value]
     else:
       raise ValueError(
         f'reward function {name} gave {len(value)} token rewards for '
-        f'completion {b}, which has {len(columns)} tokens; give one for each'
+        f'{where}, which has {len(columns)} tokens; give one for each'
       )
   return out
 
 
-def _number(value, name: str, b: int) -> float:
+def _as_rows(values, B: int, name: str) -> Sequence:
+  """The B values of a function: a sequence, or anything that is an array."""
+  if hasattr(values, '__array__'):
+    values = np.asarray(values)
+  is_rows = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+  if not (is_rows or (isinstance(values, np.ndarray) and values.ndim)):
+    kind = 'nothing' if values is None else f'a {type(values).__name__}'
+    raise ValueError(
+      f'reward function {name} returned {kind} for {B} completions; it must '
+      'return a list with one number for each'
+    )
+  if len(values) != B:
+    raise ValueError(
+      f'reward function {name} returned {len(values)} rewards for {B} '
+      'completions; it must return one for each'
+    )
+  return values
+
+
+def _number(value, name: str, where: str) -> float:
   try:
     if isinstance(value, str | bytes):  # float('1') would take it
       raise TypeError
-    value = float(value)
+    number = float(value)
   except (TypeError, ValueError):
     raise ValueError(
-      f'reward function {name} gave {value!r} for completion {b}; '
+      f'reward function {name} gave {shorten(repr(value))} for {where}; '
       'a reward is a number, None or a list of numbers'
     ) from None
   except OverflowError:
-    value = np.inf
-  if not abs(value) <= float(np.finfo(np.float32).max):
+    number = np.inf
+  if not abs(number) <= float(np.finfo(np.float32).max):
     raise ValueError(
-      f'reward function {name} gave {value} for completion {b}; '
+      f'reward function {name} gave {number} for {where}; '
       'rewards must be finite (return None where it does not apply)'
     )
+  return number
+
+
+def summarize(name: str, reward: np.ndarray, applies: np.ndarray) -> dict:
+  """Mean and standard deviation (over n - 1) of the completions' rewards where
+  the function applies, and the count of those where it does not."""
+  sums = reward.sum(1)[applies]
+  metrics = {
+    f'rewards/{name}/mean': float(sums.mean()) if len(sums) else 0.0,
+    f'rewards/{name}/std': float(sums.std(ddof=1)) if len(sums) > 1 else 0.0,
+  }
+  if not applies.all():
+    metrics[f'rewards/{name}/not_applicable'] = float((~applies).sum())
+  return metrics
+
+
+# --- what functions log
+
+
+class _Log:
+  """log_extra and log_metric of one function and one batch."""
+
+  def __init__(self, name: str, B: int, reserved: Collection[str]):
+    self.name, self.B, self.reserved = name, B, reserved
+    self.extra, self.values = {}, {}
+
+  def log_extra(self, column: str, values) -> None:
+    values = list(values)
+    if column in self.reserved:
+      raise ValueError(
+        f'reward {self.name}: log_extra names {column}, which every sample '
+        'has; choose another name'
+      )
+    if len(values) != self.B:
+      raise ValueError(
+        f'reward {self.name}: log_extra got {len(values)} values of {column} '
+        f'for {self.B} completions; give one for each'
+      )
+    self.extra[str(column)] = [_plain(v) for v in values]
+
+  def log_metric(self, name: str, value: float) -> None:
+    if name in self.reserved or str(name).startswith('rewards/'):
+      raise ValueError(
+        f'reward {self.name}: log_metric names {name}, which the trainer logs '
+        'itself; choose another name'
+      )
+    try:
+      number = float(value)
+    except (TypeError, ValueError):
+      number = math.nan
+    if isinstance(value, str | bytes) or not math.isfinite(number):
+      raise ValueError(
+        f'reward {self.name}: log_metric got {shorten(repr(value))} of {name}; '
+        'give a finite number'
+      )
+    self.values.setdefault(str(name), []).append(number)
+
+
+def _plain(value):
+  """A value that JSON can hold."""
+  if hasattr(value, '__array__'):
+    value = np.asarray(value).tolist()
+  try:
+    json.dumps(value, allow_nan=False)
+  except (TypeError, ValueError):
+    value = str(value)
   return value
 
 
+def _merge_logs(logs: list[_Log]) -> tuple[dict, dict]:
+  """(extra columns, metrics) of all functions: a metric that is logged twice
+  is averaged, a column that two functions log is refused."""
+  extra, values, owner = {}, {}, {}
+  for log in logs:
+    for column, rows in log.extra.items():
+      if column in extra:
+        raise ValueError(
+          f'rewards {owner[column]} and {log.name} both log_extra {column}; '
+          'name one of them otherwise'
+        )
+      extra[column], owner[column] = rows, log.name
+    for name, numbers in log.values.items():
+      values.setdefault(name, []).extend(numbers)
+  return extra, {k: float(np.mean(v)) for k, v in values.items()}
+
+
+# --- calls
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+  """A loop of its own thread, which lives as long as the process: clients
+  that functions keep between batches stay bound to an open loop."""
+  loop = asyncio.new_event_loop()
+  threading.Thread(
+    target=loop.run_forever, name='async-rewards', daemon=True
+  ).start()
+  return loop
+
+
+def run_together(awaitables: list) -> list:
+  """Results of awaitables that wait side by side; an exception is a result.
+  Works where the caller's thread runs a loop already, as in a notebook."""
+
+  async def gather():
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+  future = asyncio.run_coroutine_threadsafe(gather(), _event_loop(os.getpid()))
+  try:
+    return future.result()
+  except BaseException:  # Ctrl-C
+    future.cancel()
+    raise
+
+
+def _call_all(calls: dict[str, Callable], texts: list) -> dict:
+  """{name: values} of calls without arguments. Coroutines are awaited
+  together after the plain functions."""
+  results, failed = {}, {}
+  for name, call in calls.items():
+    try:
+      results[name] = call()
+    except Exception as e:
+      failed[name] = e
+      break
+  waiting = {k: v for k, v in results.items() if inspect.isawaitable(v)}
+  if waiting and not failed:
+    results |= zip(waiting, run_together(list(waiting.values())))
+    failed = {k: v for k, v in results.items() if isinstance(v, BaseException)}
+  for awaitable in waiting.values():
+    if inspect.iscoroutine(awaitable):
+      awaitable.close()  # no warning where it was never awaited
+  for name, e in failed.items():
+    if raised_by_us(e):
+      raise e
+    said = f'{type(e).__name__}: {shorten(e)}'.removesuffix(': ')
+    raise RewardError(
+      f'reward {name} raised {said} on {len(texts)} completions, the first '
+      f'{quote(texts[0])}; mend it, or return None where it does not apply'
+    ) from e
+  return results
+
+
 def make_scorer(
-  functions: Sequence[Callable],
+  functions: dict[str, Callable],
   decode: Callable[[list[list[int]]], list[str]],
   end_tokens: Sequence[int],
-  weights: Sequence[float] | None = None,
+  *,
+  keep_special_tokens: bool = False,
+  reserved: Collection[str] = (),
 ) -> Callable:
-  """Returns score(tokens [B, T], mask [B, T], examples) -> Scores.
+  """Returns score(tokens [B, T], mask [B, T], examples, trainer_state=None,
+  environments=None) -> HostScores.
 
   Args:
-    functions: reward functions; their weighted sum is the reward. Without
-      any (the device has them) it is 0, and there are the texts.
+    functions: {name: reward function}. Without any (the device has them)
+      there are the texts.
     decode: token ids of each completion, end token left out -> texts.
     end_tokens: ids that end a completion.
-    weights: one for each function, 1 by default.
+    keep_special_tokens: calls decode(ids, keep_special_tokens=True).
+    reserved: names that log_metric and log_extra may not use.
 
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
   """
-  weights = [1.0] * len(functions) if weights is None else list(weights)
-  if len(weights) != len(functions):
-    raise ValueError(
-      f'{len(weights)} reward weights for {len(functions)} reward functions; '
-      'give one for each'
-    )
-  names = [getattr(f, '__name__', type(f).__name__) for f in functions]
   ends = set(end_tokens)
+  takes = {name: accepted(f) for name, f in functions.items()}
+  if keep_special_tokens:
+    decode = functools.partial(decode, keep_special_tokens=True)
 
-  def score(tokens: np.ndarray, mask: np.ndarray, examples: list[dict]):
-    G = len(tokens) // len(examples)
+  def score(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    examples: list[dict],
+    trainer_state: TrainerState | None = None,
+    environments: list | None = None,
+  ) -> HostScores:
     ids = [row[m].tolist() for row, m in zip(tokens, mask)]
     texts = decode([i[:-1] if i and i[-1] in ends else i for i in ids])
-    rows = [example for example in examples for _ in range(G)]
-    found = dict.fromkeys(name for example in examples for name in example)
-    columns = {name: [row.get(name) for row in rows] for name in found}
-    prompts = columns.pop('prompt')
-    columns.pop('completion', None)  # the data's own; the policy's is scored
-    total = np.zeros(mask.shape, np.float32)
-    metrics = {}
-    for name, function, weight in zip(names, functions, weights):
-      values = function(
-        prompts=prompts, completions=texts, completion_ids=ids, **columns
-      )
-      lifted = lift(values, mask, name)
-      said = np.array([v is not None for v in values])
-      metrics[f'rewards/{name}/mean'] = float(
-        lifted.sum(1)[said].mean() if said.any() else 0.0
-      )
-      total += np.float32(weight) * lifted
-    return Scores(total, metrics, texts)
+    arguments = _arguments(examples, texts, ids)
+    arguments['trainer_state'] = trainer_state or TrainerState()
+    if environments is not None:
+      arguments['environments'] = environments
+    logs = {name: _Log(name, len(ids), reserved) for name in functions}
+
+    def bind(name):
+      log = {k: getattr(logs[name], k) for k in ('log_extra', 'log_metric')}
+      given = takes[name].choose(arguments | log)
+      return functools.partial(functions[name], **given)
+
+    values = _call_all({name: bind(name) for name in functions}, texts)
+    rewards, applies, metrics = {}, {}, {}
+    for name, found in values.items():
+      rewards[name] = lift(found, mask, name, texts)
+      applies[name] = np.array([v is not None for v in found], bool)
+      metrics |= summarize(name, rewards[name], applies[name])
+    extra, logged = _merge_logs(list(logs.values()))
+    return HostScores(rewards, applies, texts, metrics | logged, extra)
 
   return score
+
+
+def _arguments(examples: list[dict], texts: list, ids: list) -> dict:
+  """prompts, completions, completion_ids and every column as lists of B."""
+  B, C = len(ids), len(examples)
+  if not C or B % C:
+    raise ValueError(
+      f'{B} completions of {C} prompts; give each prompt the same number'
+    )
+  rows = [example for example in examples for _ in range(B // C)]
+  found = dict.fromkeys(name for example in examples for name in example)
+  columns = {name: [row.get(name) for row in rows] for name in found}
+  prompts = columns.pop('prompt')
+  columns.pop('completion', None)  # the data's own; the policy's is scored
+  completions = [
+    text if isinstance(p, str) else [{'role': 'assistant', 'content': text}]
+    for p, text in zip(prompts, texts)
+  ]
+  return columns | {
+    'prompts': prompts,
+    'completions': completions,
+    'completion_ids': ids,
+  }

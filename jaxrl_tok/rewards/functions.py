@@ -1,0 +1,256 @@
+"""Reward functions as values: their names, weights, arguments and calls.
+
+A call passes by name the arguments that a signature accepts, and no others:
+
+  f(prompts=, completions=, completion_ids=, **columns,
+    trainer_state=, log_extra=, log_metric=, environments=)
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+# arguments that are no columns of the data; `environments` only with one
+ARGUMENTS = (
+  'prompts',
+  'completions',
+  'completion_ids',
+  'trainer_state',
+  'log_extra',
+  'log_metric',
+  'environments',
+)
+SHOWN = 60  # characters of a text or a value in a message
+PACKAGE = str(Path(__file__).parent.parent)
+# files whose frames say nothing to the author of a reward function
+MACHINERY = (PACKAGE, '<frozen importlib', str(Path(inspect.__file__).parent))
+
+
+def shorten(text) -> str:
+  """One line of at most 60 characters."""
+  text = ' '.join(str(text).split())
+  return text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'
+
+
+def quote(text: str) -> str:
+  """The first 60 characters of a completion, on one line."""
+  return repr(text[:SHOWN]) + '…' * (len(text) > SHOWN)
+
+
+# --- errors
+
+
+class RewardError(ValueError):
+  """A user's code raised an exception. The message is one line; `traceback`
+  is its author's part of the exception's traceback."""
+
+  @property
+  def traceback(self) -> str:
+    return user_traceback(self.__cause__ or self)
+
+
+def user_traceback(error: BaseException) -> str:
+  """Text of a traceback from the first frame of a user's file on."""
+  found = traceback.TracebackException.from_exception(error)
+  part = found
+  while part is not None:
+    frames = list(part.stack)
+    while frames and frames[0].filename.startswith(MACHINERY):
+      del frames[0]
+    part.stack = traceback.StackSummary.from_list(frames) if frames else None
+    part = part.__cause__ or part.__context__
+  return ''.join(found.format())
+
+
+def raised_by_us(error: BaseException) -> bool:
+  """Whether code of jaxrl_tok that a reward function called, or that is one,
+  raised the exception: then its message needs no traceback."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return (
+    isinstance(error, ValueError)
+    and len(frames) > 1  # the first is the caller's
+    and frames[-1].filename.startswith(PACKAGE)
+  )
+
+
+# --- names and weights
+
+
+def unwrap(function: Callable) -> Callable:
+  """The function inside partials."""
+  while isinstance(function, functools.partial):
+    function = function.func
+  return function
+
+
+def get_name(function: Callable) -> str:
+  """Name of a function, of a partial's function, or of an object's class."""
+  function = unwrap(function)
+  name = getattr(function, '__name__', type(function).__name__)
+  return name.strip('<>')  # a lambda's
+
+
+def name_rewards(rewards, taken: Iterable[str] = ()) -> tuple[dict, dict]:
+  """({name: function}, {name: weight}) of everything that may be called a
+  Task's rewards: f, [f, g], {f: weight}, {name: f} or {name: (f, weight)}.
+
+  Functions of one name become name, name_2, and so on; `taken` are names that
+  no function may have.
+  """
+  functions, weights = {}, {}
+  for name, function, weight in _entries(rewards):
+    _check_callable(name, function)
+    name, number = name or get_name(function), 2
+    free = name
+    while free in functions or free in taken:
+      free, number = f'{name}_{number}', number + 1
+    functions[free] = function
+    weights[free] = check_weight(weight, free)
+  if not functions:
+    raise ValueError(
+      'a Task needs a reward; pass a function (completions, **columns) that '
+      'returns a number for each completion'
+    )
+  return functions, weights
+
+
+def _entries(rewards):
+  """(name | None, function, weight) of each reward."""
+  if rewards is None:
+    return
+  if isinstance(rewards, dict):
+    for key, value in rewards.items():
+      if not isinstance(key, str):
+        yield None, key, value
+      elif isinstance(value, tuple | list) and len(value) == 2:
+        yield key, *value
+      else:
+        yield key, value, 1.0
+  elif callable(rewards) or isinstance(rewards, str | bytes):
+    yield None, rewards, 1.0
+  elif isinstance(rewards, Iterable):
+    for function in rewards:
+      yield None, function, 1.0
+  else:
+    yield None, rewards, 1.0
+
+
+def _check_callable(name: str | None, function) -> None:
+  said = f'reward {name}' if name else 'a reward'
+  if isinstance(function, type):
+    raise ValueError(
+      f'{said} is the class {function.__name__}; pass an object of it, '
+      f'{function.__name__}()'
+    )
+  if not callable(function):
+    raise ValueError(
+      f'{said} is {shorten(repr(function))}, which is no function; pass '
+      'functions, or {function: weight}'
+    )
+
+
+def check_weight(weight, name: str) -> float:
+  try:
+    if isinstance(weight, bool):
+      raise TypeError
+    value = float(weight)
+  except (TypeError, ValueError, OverflowError):
+    value = math.nan
+  if not math.isfinite(value):
+    raise ValueError(
+      f'the weight of reward {name} is {shorten(repr(weight))}; give a finite '
+      'number'
+    )
+  return value
+
+
+# --- arguments
+
+
+class Accepted(NamedTuple):
+  """Arguments that a function accepts by name."""
+
+  names: frozenset
+  required: tuple
+  any_name: bool  # it has **kwargs
+  positional_only: tuple  # required ones that no name reaches
+
+  def choose(self, arguments: dict) -> dict:
+    if self.any_name:
+      return arguments
+    return {k: v for k, v in arguments.items() if k in self.names}
+
+
+def accepted(function: Callable) -> Accepted:
+  """Arguments of a function: of a wrapper and of the function that it wraps.
+  Without a signature (some builtins) it is every name."""
+  outer, inner = _signature(function, False), _signature(function, True)
+  if outer is None:
+    return inner or Accepted(frozenset(), (), True, ())
+  if not outer.any_name or inner is None:
+    return outer
+  return outer._replace(
+    names=outer.names | inner.names, any_name=inner.any_name
+  )
+
+
+def _signature(function: Callable, follow_wrapped: bool) -> Accepted | None:
+  try:
+    signature = inspect.signature(function, follow_wrapped=follow_wrapped)
+  except (TypeError, ValueError):
+    return None
+  names, required, positional, any_name = set(), [], [], False
+  for name, p in signature.parameters.items():
+    needed = p.default is p.empty
+    if p.kind is p.VAR_KEYWORD:
+      any_name = True
+    elif p.kind is p.POSITIONAL_ONLY:
+      positional += [name] * needed
+    elif p.kind is not p.VAR_POSITIONAL:
+      names.add(name)
+      required += [name] * needed
+  return Accepted(
+    frozenset(names), tuple(required), any_name, tuple(positional)
+  )
+
+
+def check_functions(
+  functions: dict[str, Callable],
+  columns: Collection[str],
+  environment: bool = False,
+) -> None:
+  """Refuses functions that a call could not satisfy. Raises ValueError.
+
+  Args:
+    functions: {name: function}.
+    columns: names of the data's columns.
+    environment: whether the task has one, whose objects are an argument.
+  """
+  own = [a for a in ARGUMENTS if environment or a != 'environments']
+  given = [*own, *(c for c in columns if c not in ('prompt', 'completion'))]
+  for name, function in functions.items():
+    has = accepted(function)
+    if has.positional_only:
+      raise ValueError(
+        f'reward {name} takes {has.positional_only[0]} by position only; '
+        'arguments arrive by name: take the / out of its signature'
+      )
+    missing = [a for a in has.required if a not in given]
+    if missing:
+      near = difflib.get_close_matches(missing[0], given, 1, 0.6)
+      cure = f'did you mean {near[0]}?' if near else 'or give it a default'
+      raise ValueError(
+        f'reward {name} asks for {missing[0]}, which is no column of the data '
+        f'({", ".join(columns)}); name a column or one of '
+        f'{", ".join(own)}; {cure}'
+      )
+    if not has.any_name and not has.names.intersection(given):
+      raise ValueError(
+        f'reward {name} takes none of the arguments of a reward function; '
+        'write it as (completions, **columns)'
+      )
