@@ -6,27 +6,34 @@ does not contain the row's own reward,
 
   E[ sum_t grad log pi(y_t) (G_t - b_t) ] = grad E[R]      exactly.
 
-Outcome rewards (one R on the last token, gamma 1) have G_t = R at every
+An outcome reward (one R on the last token, gamma 1) has G_t = R at every
 token. A row that ended before column t enters the others' baseline with its
-last return, so for them a baseline is the textbook one on R, and for token
+last return: for outcomes a baseline is the textbook one on R, for token
 rewards it is compared column by column.
+
+A row that is not valid (no reward applies to it) has no credit, and is in no
+baseline, scale or whitening: the numbers of the others are those of a batch
+without it.
 
 `returns`, `gae` and `vtrace` make an Algorithm.advantage; their parameters are
 the choices that they read.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import masked
-from jaxrl_tok.types import Scored
+from jaxrl_tok.policy import check_array
+from jaxrl_tok.types import Advantage, AdvantageInputs, Carry
 
 
 def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
   """G_t = sum_{k >= t} gamma^(k-t) m_k r_k. One sequence, float32 [T]."""
+  chex.assert_rank([reward, mask], 1)
   gained = masked.fill(reward.astype(jnp.float32), mask)
 
   def back(later, now):
@@ -50,125 +57,173 @@ def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 class Baseline(NamedTuple):
-  """init () -> carry; apply (returns [C, G, T], carry, greedy reward [C] or
-  None) -> (b, carry), where b broadcasts against the returns."""
+  """A number to subtract from each return."""
 
   name: str
-  init: Callable[[], Any]
-  apply: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+  # (returns_CxGxT, valid_CxG, {name: carry}, greedy reward [C] | None)
+  #   -> b of rank 3, which broadcasts against the returns
+  apply: Callable
+  carries: dict = {}  # noqa: RUF012  {name: Carry} that it remembers by
   min_group: int = 1  # samples a prompt that it needs
-  greedy: bool = False  # whether it needs the greedy rewards
+  greedy: bool = False  # whether it reads the greedy rewards
 
 
-def _stateless(name, function, min_group=1) -> Baseline:
-  def apply(returns, carry, greedy):
-    return function(returns), carry
+def as_baseline(baseline: Baseline | Callable) -> Baseline:
+  """A Baseline, or one made of a function (returns_CxGxT, valid_CxG) -> b."""
+  if isinstance(baseline, Baseline):
+    return baseline
+  name = getattr(baseline, '__name__', type(baseline).__name__)
+  return _memoryless(name, baseline)
 
-  return Baseline(name, lambda: (), apply, min_group)
+
+def _memoryless(name, function, min_group=1) -> Baseline:
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
+    return function(returns_CxGxT, valid_CxG)
+
+  return Baseline(name, apply, min_group=min_group)
 
 
-def _mean(returns: jax.Array, axis) -> jax.Array:
-  """The mean, exactly that of equal numbers: GRPO divides what is left by a
-  std that would else be rounding, too."""
-  about = returns.mean(axis, keepdims=True)
-  return about + (returns - about).mean(axis, keepdims=True)
+def _mean(x_CxGxT: jax.Array, valid_CxG: jax.Array, axis) -> jax.Array:
+  """Mean over valid rows, axes kept. Equal numbers have exactly that number
+  for a mean: GRPO divides the rest by a std that would be rounding, too."""
+  valid = jnp.broadcast_to(valid_CxG[:, :, None], x_CxGxT.shape)
+
+  def mean(x):
+    return jnp.expand_dims(masked.mean(x, valid, axis), axis)
+
+  about = mean(x_CxGxT)
+  return about + mean(x_CxGxT - about)
+
+
+def _rows(valid_CxG: jax.Array) -> jax.Array:
+  """Number of valid rows in each group, float32 [C, 1]."""
+  return jnp.sum(valid_CxG.astype(jnp.float32), 1, keepdims=True)
 
 
 def no_baseline() -> Baseline:
   """b = 0: unbiased, and of high variance."""
-  return _stateless('none', lambda returns: jnp.zeros((1, 1, 1)))
+  return _memoryless('none', lambda returns, valid: jnp.zeros((1, 1, 1)))
 
 
 def fixed(value: float) -> Baseline:
   """b = a number: unbiased."""
-  return _stateless(
+  return _memoryless(
     f'fixed {value}',
-    lambda returns: jnp.full((1, 1, 1), value, jnp.float32),
+    lambda returns, valid: jnp.full((1, 1, 1), value, jnp.float32),
   )
 
 
 def batch_mean() -> Baseline:
   """b_t = mean of all B rows. Contains the row's own return, so the expected
   gradient is exactly (B-1)/B of the true one."""
-  return _stateless('batch_mean', lambda returns: _mean(returns, (0, 1)))
+  return _memoryless(
+    'batch_mean', lambda returns, valid: _mean(returns, valid, (0, 1))
+  )
 
 
 def group_mean() -> Baseline:
   """b_t = mean of the prompt's G rows (GRPO's centre, arXiv:2402.03300).
   Contains the row's own return, so the expected gradient is exactly (G-1)/G
-  of the true one; of a group of one nothing is left."""
-  return _stateless(
-    'group_mean', lambda returns: _mean(returns, 1), min_group=2
+  of the true one; a group of one valid row has nothing left."""
+  return _memoryless(
+    'group_mean', lambda returns, valid: _mean(returns, valid, 1), min_group=2
   )
 
 
 def leave_one_out() -> Baseline:
   """b_it = mean_{j != i} G_jt over the prompt's other rows: unbiased.
-  Needs G >= 2. RLOO, arXiv:2402.14740."""
+  Needs G >= 2; a group of one valid row has nothing left.
+  RLOO, arXiv:2402.14740."""
 
-  def others(returns):
-    G = returns.shape[1]
-    if G < 2:
+  def others(returns_CxGxT, valid_CxG):
+    if valid_CxG.shape[1] < 2:
       raise ValueError(
         'leave-one-out needs at least 2 samples per prompt; '
         'pass --num_generations 2 or --baseline ema'
       )
-    return returns - (returns - _mean(returns, 1)) * (G / (G - 1))
+    n = _rows(valid_CxG)[:, :, None]
+    from_mean = returns_CxGxT - _mean(returns_CxGxT, valid_CxG, 1)
+    return returns_CxGxT - from_mean * (n / jnp.maximum(n - 1, 1))
 
-  return _stateless('leave_one_out', others, min_group=2)
+  return _memoryless('leave_one_out', others, min_group=2)
 
 
 def ema(decay: float = 0.9) -> Baseline:
-  """b <- decay b + (1 - decay) mean(R); starts at 0. The batch is scored by
-  the b before it enters, so the estimate is unbiased."""
+  """b <- decay b + (1 - decay) mean(R); starts at 0. A batch is scored by the
+  b before it enters, so the estimate is unbiased."""
 
-  def apply(returns, b, greedy):
-    new = decay * b + (1 - decay) * returns[:, :, 0].mean()
-    return b[None, None, None], new
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
+    return carries['ema_baseline'][None, None, None]
 
-  return Baseline(f'ema {decay}', lambda: jnp.float32(0), apply)
+  def after(b, state, metrics):
+    moved = decay * b + (1 - decay) * metrics['return_mean']
+    return jnp.where(metrics['valid_rows'] > 0, moved, b)
+
+  carry = Carry(lambda params: jnp.float32(0), after)
+  return Baseline(f'ema {decay}', apply, {'ema_baseline': carry})
 
 
 def greedy() -> Baseline:
   """b = the reward of the prompt's greedy completion: unbiased.
   ReMax, arXiv:2310.10505."""
 
-  def apply(returns, carry, greedy_reward):
-    return greedy_reward[:, None, None], carry
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
+    return greedy_reward_C[:, None, None]
 
-  return Baseline('greedy', lambda: (), apply, greedy=True)
-
-
-def group_std(returns: jax.Array, eps: float = 1e-4) -> jax.Array:
-  """Standard deviation (ddof 1) of whole returns [C, G] in each group, plus
-  eps: float32 [C, 1]. A group of one has 0. GRPO, arXiv:2402.03300."""
-  G = returns.shape[1]
-  squares = (returns - _mean(returns, 1)) ** 2
-  return jnp.sqrt(squares.sum(1, keepdims=True) / max(G - 1, 1)) + eps
+  return Baseline('greedy', apply, greedy=True)
 
 
-# --- what makes an advantage -------------------------------------------------
+def group_std(
+  returns_CxG: jax.Array, valid_CxG: jax.Array, eps: float = 1e-4
+) -> jax.Array:
+  """Standard deviation (ddof 1) of whole returns in each group, plus eps:
+  float32 [C, 1]. It is infinite for fewer than two valid rows, whose advantage
+  is then 0. GRPO, arXiv:2402.03300."""
+  mean_Cx1 = _mean(returns_CxG[:, :, None], valid_CxG, 1)[:, :, 0]
+  squares = masked.fill((returns_CxG - mean_Cx1) ** 2, valid_CxG)
+  n = _rows(valid_CxG)
+  variance = squares.sum(1, keepdims=True) / jnp.maximum(n - 1, 1)
+  return jnp.where(n > 1, jnp.sqrt(variance) + eps, jnp.inf)
+
+
+# --- makers of an advantage --------------------------------------------------
 
 
 def returns(
-  baseline: Baseline, gamma: float = 1.0, scale: Callable | None = None
+  baseline: Baseline | Callable,
+  gamma: float = 1.0,
+  scale: Callable | None = None,
 ) -> Callable:
-  """A_t = m_t (G_t - b_t), Williams 1992; with a scale s of the group's whole
-  returns, / s. No value target."""
+  """A_t = m_t (G_t - b_t), Williams 1992; no value target.
 
-  def advantage(scored: Scored, carry):
-    B, T = scored.reward.shape
-    C, mask = scored.rollout.prompts.length.shape[0], scored.rollout.mask
+  Args:
+    scale: (whole returns_CxG, valid_CxG) -> [C, 1], by which A is divided.
+  """
+  baseline = as_baseline(baseline)
+
+  def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    mask, prompts = inputs.mask, inputs.rollout.prompts
+    B, T = mask.shape
+    C = prompts.length.shape[0]
     returns_BxT = jax.vmap(reward_to_go, (0, 0, None))(
-      scored.reward, mask, gamma
+      inputs.reward, mask, gamma
     )
     held_BxT = jax.vmap(hold_last)(returns_BxT, mask)
     held_CxGxT = held_BxT.reshape(C, B // C, T)
-    b, carry = baseline.apply(held_CxGxT, carry, scored.greedy_reward)
-    minus = held_CxGxT - b
+    valid_CxG = inputs.valid.reshape(C, B // C)
+    greedy_reward_C = inputs.scored.greedy_reward
+    b = baseline.apply(held_CxGxT, valid_CxG, carries, greedy_reward_C)
+    check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
+    found_CxGxT = held_CxGxT - b
+    whole_CxG = held_CxGxT[:, :, 0]
     if scale is not None:
-      minus = minus / scale(held_CxGxT[:, :, 0])[:, :, None]
-    return masked.fill(minus.reshape(B, T), mask), None, carry
+      found_CxGxT = found_CxGxT / scale(whole_CxG, valid_CxG)[:, :, None]
+    metrics = {
+      'return_mean': masked.mean(whole_CxG, valid_CxG),
+      'valid_rows': _rows(valid_CxG).sum(),
+    }
+    found_BxT = masked.fill(found_CxGxT.reshape(B, T), mask)
+    return Advantage(found_BxT, metrics=metrics)
 
   return advantage
 
@@ -187,6 +242,7 @@ def gae_advantage(
   column. A token that the policy did not choose carries V and A across.
   arXiv:1506.02438.
   """
+  chex.assert_rank([reward, value, mask, bootstrap], [1, 1, 1, 0])
 
   def back(later, now):
     r, v, chosen = now
@@ -222,6 +278,7 @@ def vtrace_advantage(
   rho [T] is pi / mu. arXiv:1802.01561, in rlax's form (its lambda also mixes
   the targets in A). With rho = 1, the targets are GAE's.
   """
+  chex.assert_rank([reward, value, mask, bootstrap, rho], [1, 1, 1, 0, 1])
 
   def back(later, now):
     r, v, ratio, chosen = now
@@ -246,15 +303,18 @@ def vtrace_advantage(
   return jax.lax.scan(back, start, steps, reverse=True)[1]
 
 
-def _after_the_end(scored: Scored, bootstrap_truncated: bool) -> jax.Array:
-  """float32 [B]: V after the last column where a row was cut and that is asked
-  for (a cut is not an end); 0 where a row ended by itself.
+def _value_after(inputs: AdvantageInputs, bootstrap_truncated: bool):
+  """V of the state after the last chosen token, float32 [B], where a row was
+  cut and that is asked for (a cut is not an end); 0 where a row ended.
 
-  It is no default: of that state V is never trained, so that a policy may
+  It is no default: V of that state is never trained, so that a policy may
   learn to run into the limit for what V promises there, and V to follow.
   """
-  wanted = scored.cut & bootstrap_truncated
-  return jnp.where(wanted, scored.value[:, -1], 0.0)
+  mask = inputs.mask
+  column_B = jnp.argmax(masked.last_chosen(mask), axis=1) + 1
+  after = jnp.take_along_axis(inputs.value, column_B[:, None], axis=1)[:, 0]
+  cut = ~inputs.rollout.ended & jnp.any(mask, axis=1)
+  return jnp.where(cut & bootstrap_truncated, after, 0.0)
 
 
 def gae(
@@ -262,15 +322,16 @@ def gae(
   gae_lambda: float = 0.95,
   bootstrap_truncated: bool = False,
 ) -> Callable:
-  """Generalized advantages by a learned V; the value target is A_t + V_t."""
+  """Generalized advantages by a learned V; the value target is A_t + V_t.
+  arXiv:1506.02438."""
 
-  def advantage(scored: Scored, carry):
-    value, mask = scored.value[:, :-1], scored.rollout.mask
-    last = _after_the_end(scored, bootstrap_truncated)
+  def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    value, mask = inputs.value[:, :-1], inputs.mask
+    last = _value_after(inputs, bootstrap_truncated)
     found = jax.vmap(gae_advantage, (0, 0, 0, 0, None, None))(
-      scored.reward, value, mask, last, gamma, gae_lambda
+      inputs.reward, value, mask, last, gamma, gae_lambda
     )
-    return found, masked.fill(found + value, mask), carry
+    return Advantage(found, masked.fill(found + value, mask))
 
   return advantage
 
@@ -282,17 +343,18 @@ def vtrace(
   rho_bar: float = 1.0,
   c_bar: float = 1.0,
 ) -> Callable:
-  """V-trace's advantages and targets, for a sampler that lags the policy."""
+  """V-trace's advantages and targets, for a sampler that lags the policy.
+  arXiv:1802.01561."""
 
-  def advantage(scored: Scored, carry):
-    value, mask = scored.value[:, :-1], scored.rollout.mask
-    last = _after_the_end(scored, bootstrap_truncated)
-    rho = jnp.exp(masked.fill(scored.log_change, mask))
-    found = jax.vmap(vtrace_advantage, (0,) * 5 + (None,) * 4)(
-      *(scored.reward, value, mask, last, rho),
+  def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    value, mask = inputs.value[:, :-1], inputs.mask
+    last = _value_after(inputs, bootstrap_truncated)
+    rho = jnp.exp(masked.fill(inputs.log_change, mask))
+    found, target = jax.vmap(vtrace_advantage, (0,) * 5 + (None,) * 4)(
+      *(inputs.reward, value, mask, last, rho),
       *(gamma, gae_lambda, rho_bar, c_bar),
     )
-    return *found, carry
+    return Advantage(found, target)
 
   return advantage
 
@@ -301,7 +363,7 @@ def vtrace(
 LEARNED = (gae, vtrace)
 
 
-# --- what is done to rewards before and to advantages after ------------------
+# --- changes of rewards before and of advantages after -----------------------
 
 
 def overlong_penalty(
@@ -321,27 +383,29 @@ def overlong_penalty(
 
 
 def shaped(advantage: Callable, max_length: int, buffer: int) -> Callable:
-  """The same advantage with overlong_penalty in its rewards."""
+  """An advantage with overlong_penalty in its rewards."""
 
-  def with_penalty(scored: Scored, carry):
+  def with_penalty(inputs: AdvantageInputs, carries: dict) -> Advantage:
     penalty = jax.vmap(overlong_penalty, (0, None, None))(
-      scored.rollout.mask, max_length, buffer
+      inputs.mask, max_length, buffer
     )
-    return advantage(scored._replace(reward=scored.reward + penalty), carry)
+    reward = inputs.reward + penalty
+    return advantage(inputs._replace(reward=reward), carries)
 
   return with_penalty
 
 
 def finished(advantage: Callable, whiten: bool, limit: float | None):
-  """The same advantage, whitened over the batch's chosen tokens (ddof 0) and
-  clipped to [-limit, limit]; the value target stays as it is."""
+  """An advantage, whitened over the batch's chosen tokens (ddof 0) and clipped
+  to [-limit, limit]; the value target stays as it is."""
 
-  def finish(scored: Scored, carry):
-    found, target, carry = advantage(scored, carry)
+  def finish(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    out = advantage(inputs, carries)
+    found = out.advantage
     if whiten:
-      found = masked.whiten(found, scored.rollout.mask)
+      found = masked.whiten(found, inputs.mask)
     if limit is not None:
       found = jnp.clip(found, -limit, limit)
-    return found, target, carry
+    return out._replace(advantage=found)
 
   return finish

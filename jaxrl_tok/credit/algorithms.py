@@ -1,22 +1,73 @@
 """Algorithms: aliases that chain a credit, a loss and an aggregation.
 
-`compose` makes an Algorithm of parts. A part (advantages.gae, losses.clip) is
-a function whose parameters are the choices that it reads, with the paper's
-numbers as defaults; an alias names its parts and what it changes of them.
-Every choice of an alias may be given another value:
+`compose` makes an Algorithm of parts. An alias names its parts, with the
+paper's numbers as defaults; every choice of it may be given another value:
 
-  algorithms.grpo(clip_high=0.28, aggregate=losses.token_mean)
+  algorithms.grpo(clip_high=0.28, aggregate='token_mean')
 
-A part that is replaced brings its own numbers, and a choice that nothing
-reads is refused: it would have no effect.
+A part may be a word of the tables below or a function of one's own:
+
+  loss       (stats, trajectory) -> loss [T] | (loss [T], metrics {name: [T]})
+  credit     (inputs, carries) -> advantage [B, T] | Advantage
+  aggregate  (mask [B, T], valid [B]) -> weight [B, T]
+  baseline   (returns [C, G, T], valid [C, G]) -> b | a Baseline
+  scale      (whole returns [C, G], valid [C, G]) -> s [C, 1]
+
+One rule tells a loss or a credit from a maker of one: a function whose first
+two parameters have no default is the loss or credit itself; any other is
+called, and returns it. All further parameters are choices:
+
+  def mine(stats, trajectory, power=2.0): ...
+  algorithms.grpo(loss=mine, power=3.0)
+
+A part that is replaced brings its own numbers. A choice that nothing reads is
+refused: it would have no effect.
 """
 
+import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxrl_tok.credit import advantages, losses
-from jaxrl_tok.types import KL, Algorithm
+from jaxrl_tok import masked
+from jaxrl_tok.credit import advantages, losses, names
+from jaxrl_tok.policy import check_array
+from jaxrl_tok.types import (
+  KL,
+  Advantage,
+  AdvantageInputs,
+  Algorithm,
+  Carry,
+  Passes,
+)
+
+CREDITS = {name: getattr(advantages, name) for name in names.CREDITS}
+# makers of a Baseline; `ema` alone has a number, its decay
+BASELINES = {
+  'none': advantages.no_baseline,
+  'batch_mean': advantages.batch_mean,
+  'group_mean': advantages.group_mean,
+  'leave_one_out': advantages.leave_one_out,
+  'ema': advantages.ema,
+  'greedy': advantages.greedy,
+}
+SCALES = {'none': None, 'group_std': advantages.group_std}
+LOSSES = {name: getattr(losses, name) for name in names.LOSSES}
+AGGREGATIONS = {name: getattr(losses, name) for name in names.AGGREGATIONS}
+WORDS = {
+  'credit': CREDITS,
+  'baseline': BASELINES,
+  'scale': SCALES,
+  'loss': LOSSES,
+  'aggregate': AGGREGATIONS,
+}
+# the parts that may read choices, and what a function of one's own takes
+_TAKES = {
+  'credit': '(inputs, carries)',
+  'loss': '(stats, trajectory)',
+  'aggregate': '(mask, valid)',
+}
 
 # choices that no part reads, with the values of an alias that is silent
 _GENERAL = {
@@ -24,11 +75,12 @@ _GENERAL = {
   'whiten': False,  # the advantage, over the batch's chosen tokens
   'advantage_clip': None,
   'entropy_coef': 0.0,
-  'kl': 'none',  # of losses.KL_FORMS
+  'kl': 'none',  # of names.KL_NAMES
   'beta': 0.0,
   'kl_target': None,  # nats a token; the coefficient then adapts to it
   'kl_horizon': 10_000.0,  # rows
   'ref_sync_steps': 0,  # steps between copies into the reference; 0: never
+  'reference_dtype': None,  # of the reference's parameters; None: as trained
   'epochs': 1,
   'mini_batches': 1,
   'max_update_kl': None,
@@ -38,124 +90,308 @@ _GENERAL = {
   'overlong_buffer': 0,
   'mask_sync_steps': 0,
 }
-# and those that need a learned V
+# choices that need a learned V
 _CRITIC = {'value_coef': 0.5, 'value_clip': None, 'critic_warmup_steps': 0}
 
 
-def _reads(part: Callable) -> dict:
-  """{choice that the part reads: its default}."""
-  found = inspect.signature(part).parameters.values()
-  return {p.name: None if p.default is p.empty else p.default for p in found}
+def _lookup(kind: str, word: str, table: dict):
+  """table[word]; raises ValueError with a suggestion."""
+  if word in table:
+    return table[word]
+  near = difflib.get_close_matches(word, table, 1)
+  hint = f'; did you mean {near[0]}?' if near else ''
+  raise ValueError(f'{kind} {word!r} is none of {", ".join(table)}{hint}')
+
+
+def by_name(word: str) -> Callable:
+  """The alias of that name, a function of choices -> Algorithm."""
+  return _lookup('algorithm', word, ALIASES)
+
+
+def _word(value) -> Any:
+  """A value for people: a part by its name, a number as it is."""
+  if value is None or isinstance(value, str | int | float | bool):
+    return value
+  if isinstance(value, functools.partial):
+    return _word(value.func)
+  own = type(value).__name__
+  return getattr(value, 'name', getattr(value, '__name__', own))
+
+
+def described(algorithm: Algorithm) -> dict:
+  """The settings in words and numbers, for config.yaml."""
+  return {k: _word(v) for k, v in algorithm.settings.items()}
+
+
+# --- parts and their choices -------------------------------------------------
+
+
+def _parameters(part: Callable) -> tuple[bool, dict]:
+  """(is it the function itself, {choice that it reads: its default}), by the
+  rule of the module's docstring. A choice without a default has `empty`."""
+  found = [
+    p
+    for p in inspect.signature(part).parameters.values()
+    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+  ]
+  first = found[:2]
+  itself = len(first) == 2 and all(p.default is p.empty for p in first)
+  return itself, {p.name: p.default for p in found[2 if itself else 0 :]}
+
+
+def _make(part: Callable, choices: dict) -> Callable:
+  """The function itself with its choices, or what its maker returns."""
+  itself, reads = _parameters(part)
+  given = {k: choices[k] for k in reads}
+  return functools.partial(part, **given) if itself else part(**given)
+
+
+def _is_learned(own: dict, changes: dict) -> bool:
+  """Whether the credit reads a learned V: GAE and V-trace do; one of the
+  user's own does where it takes their place or comes with a critic's choice."""
+  credit = changes.get('credit', own['credit'])
+  if credit in CREDITS.values():
+    return credit in advantages.LEARNED
+  return own['credit'] in advantages.LEARNED or not changes.keys().isdisjoint(
+    _CRITIC
+  )
+
+
+def _from_word(choice: str, value):
+  """The part that a word names; any other value as it is."""
+  if choice not in WORDS or not isinstance(value, str):
+    return value
+  part = _lookup(choice, value, WORDS[choice])
+  return part() if choice == 'baseline' else part
 
 
 def resolved(name: str, own: dict, changes: dict) -> dict:
-  """Every choice of an algorithm: what is changed, else what the alias says
-  of its `own`, else the default. Raises ValueError for a change that nothing
-  reads."""
-  found = {'aggregate': own['aggregate'], **_GENERAL}
-  if changes.get('credit', own['credit']) in advantages.LEARNED:
-    found |= _CRITIC
+  """Every choice of an algorithm: a change, else the alias's `own`, else the
+  default. Raises ValueError for a change that nothing reads and for a choice
+  that is missing."""
+  changes = {k: _from_word(k, v) for k, v in changes.items()}
+  if changes.get('baseline') is not None:
+    changes['baseline'] = advantages.as_baseline(changes['baseline'])
+  found = _GENERAL | (_CRITIC if _is_learned(own, changes) else {})
   found |= {k: own[k] for k in found.keys() & own.keys()}
-  for part in ('credit', 'loss'):
+  needed = []
+  for part, takes in _TAKES.items():
     chosen = changes.get(part, own[part])
-    numbers = _reads(chosen)
+    if not callable(chosen):
+      raise ValueError(
+        f'{part} {chosen!r} is no function; give one of {takes}, or '
+        + ', '.join(WORDS[part])
+      )
+    numbers = {}
+    for choice, default in _parameters(chosen)[1].items():
+      missing = default is inspect.Parameter.empty
+      numbers[choice] = None if missing else default
+      needed += [(part, chosen, choice)] if missing else []
     if chosen is own[part]:
       numbers |= {k: own[k] for k in numbers.keys() & own.keys()}
     found |= {part: chosen, **numbers}
   for choice in changes.keys() - found.keys():
     raise ValueError(
       f'{choice} has no effect on {name}: neither its credit '
-      f'{found["credit"].__name__} nor its loss {found["loss"].__name__} '
+      f'{_word(found["credit"])} nor its loss {_word(found["loss"])} '
       f'reads it; leave it out'
     )
-  return found | changes
+  found |= changes
+  for part, chosen, choice in needed:
+    if found[choice] is None:
+      known = chosen in WORDS[part].values()
+      raise ValueError(
+        f'{name} with the {part} {_word(chosen)} needs a {choice}; give '
+        f'{choice}' + ('' if known else f', or a function of {_TAKES[part]}')
+      )
+  return found
 
 
-def _check(name: str, c: dict) -> None:
-  """Refuses numbers and pairs of choices that cannot be."""
+# --- choices that cannot be --------------------------------------------------
 
-  def refuse(wrong: Any, said: str):
-    if wrong:
-      raise ValueError(said)
 
-  for rate in ('gamma', 'gae_lambda'):
-    value = c.get(rate, 1.0)
-    refuse(not 0 <= value <= 1, f'{rate} {value} is outside [0, 1]')
-  if 'clip_low' in c:
-    low, high = c['clip_low'], c['clip_high']
-    refuse(
-      not (0 <= low < 1 and high >= 0 and low + high > 0),
-      f'clip_low {low} and clip_high {high} leave the ratio the empty or '
-      f'impossible range [{1 - low:g}, {1 + high:g}]; pass 0 <= clip_low < 1 '
-      'and clip_high >= 0, not both 0',
-    )
-    dual = c.get('dual_clip')
-    refuse(dual is not None and dual <= 1, f'dual_clip {dual} must be above 1')
-  if 'ratio_cap' in c:
-    refuse(
-      not 0 <= c['ratio_floor'] < c['ratio_cap'],
-      f'ratio_floor {c["ratio_floor"]} and ratio_cap {c["ratio_cap"]} leave '
-      'an empty range',
-    )
-  refuse(
-    'baseline' in c and c['baseline'] is None,
-    f'{name} with the credit returns needs a baseline',
-  )
-  kl, beta = c['kl'], c['beta']
-  refuse(
-    kl in ('k1', 'loss'),
-    'k1 in the loss has an expected gradient of exactly 0 on-policy; pass '
-    '--kl reward, reverse or forward',
-  )
-  refuse(
-    kl not in losses.KL_FORMS,
-    f'kl {kl!r} is none of {", ".join(losses.KL_FORMS)}',
-  )
-  refuse(
-    (kl == 'none') != (beta == 0),
-    f'kl {kl} with beta {beta} has no effect; pass both '
+def _outside_unit(choice: str) -> Callable:
+  return lambda c: not 0 <= c.get(choice, 1.0) <= 1
+
+
+def _empty_clip(c: dict) -> bool:
+  if not {'clip_low', 'clip_high'} <= c.keys():
+    return False
+  low, high = c['clip_low'], c['clip_high']
+  return not (0 <= low < 1 and high >= 0 and low + high > 0)
+
+
+def _empty_cap(c: dict) -> bool:
+  bounds = 'ratio_floor', 'ratio_cap'
+  if not c.keys() >= set(bounds):
+    return False
+  floor, cap = (c[bound] for bound in bounds)
+  return not 0 <= floor < cap
+
+
+def _passes(c: dict) -> int:
+  return c['epochs'] * c['mini_batches']
+
+
+# (choices -> whether they are refused, the fact and the cure)
+_REFUSED = (
+  (_outside_unit('gamma'), 'gamma {gamma} is outside [0, 1]'),
+  (_outside_unit('gae_lambda'), 'gae_lambda {gae_lambda} is outside [0, 1]'),
+  (
+    _empty_clip,
+    'clip_low {clip_low} and clip_high {clip_high} leave the ratio an empty or '
+    'impossible range; pass 0 <= clip_low < 1 and clip_high >= 0, not both 0',
+  ),
+  (
+    lambda c: c.get('dual_clip') is not None and c['dual_clip'] <= 1,
+    'dual_clip {dual_clip} must be above 1',
+  ),
+  (
+    _empty_cap,
+    'ratio_floor {ratio_floor} and ratio_cap {ratio_cap} leave an empty range',
+  ),
+  (
+    lambda c: (c['kl'] == 'none') != (c['beta'] == 0),
+    'kl {kl} with beta {beta} has no effect; pass both '
     '--kl reward|reverse|forward and --beta, or neither',
-  )
-  refuse(
-    c['kl_target'] is not None and kl == 'none',
+  ),
+  (
+    lambda c: c['kl_target'] is not None and c['kl'] == 'none',
     'kl_target steers a coefficient; pass --kl and --beta, its first value',
-  )
-  refuse(
-    c['ref_sync_steps'] and kl == 'none',
+  ),
+  (
+    lambda c: c['ref_sync_steps'] and c['kl'] == 'none',
     'ref_sync_steps has no effect without a KL; pass --kl and --beta',
-  )
-  passes = c['epochs'] * c['mini_batches']
-  refuse(
-    c['importance_cap'] is not None and passes > 1 and not c['recompute_logp'],
+  ),
+  (
+    lambda c: (
+      c['importance_cap'] is not None
+      and _passes(c) > 1
+      and not c['recompute_logp']
+    ),
     'importance_cap has no effect: with several passes over a rollout l_old '
     "is the sampler's; pass --recompute_logp True",
-  )
-  refuse(
-    c['importance_cap'] is not None and c['loss'] is losses.sequence_clip,
-    f'{name} has one ratio a sequence, and importance_cap weighs tokens; leave '
+  ),
+  (
+    lambda c: (
+      c['importance_cap'] is not None and c['loss'] is losses.sequence_clip
+    ),
+    '{name} has one ratio a sequence, and importance_cap weighs tokens; leave '
     'it out, or pass --loss clip',
-  )
-  refuse(
-    c['max_update_kl'] is not None and passes == 1,
+  ),
+  (
+    lambda c: c['max_update_kl'] is not None and _passes(c) == 1,
     'max_update_kl has no effect on one pass over a rollout; pass --epochs or '
     '--mini_batches',
-  )
-  whole = losses.seq_mean_token_sum, losses.seq_mean_token_sum_norm
-  refuse(
-    c['loss'] is losses.sequence_clip and c['aggregate'] not in whole,
-    f'{name} has one loss a sequence, of which no mean over tokens can be '
+  ),
+  (
+    lambda c: (
+      c['loss'] is losses.sequence_clip
+      and c['aggregate'] in (losses.token_mean, losses.seq_mean_token_mean)
+    ),
+    '{name} has one loss a sequence, of which no mean over tokens can be '
     'taken; pass --aggregation seq_mean_token_sum',
-  )
-  refuse(
-    (c['aggregate'] is losses.seq_mean_token_sum_norm or c['overlong_buffer'])
-    and c['max_length'] is None,
-    f'{name} counts in shares of the longest completion; give max_length',
-  )
-  refuse(
-    c['max_length'] is not None and c['overlong_buffer'] > c['max_length'],
-    f'overlong_buffer {c["overlong_buffer"]} is more than a completion of '
-    f'{c["max_length"]} tokens',
-  )
+  ),
+  (
+    lambda c: c['max_length'] is None and c['overlong_buffer'],
+    '{name} counts in shares of the longest completion; give max_length',
+  ),
+  (
+    lambda c: (
+      c['max_length'] is not None and c['overlong_buffer'] > c['max_length']
+    ),
+    'overlong_buffer {overlong_buffer} is more than a completion of '
+    '{max_length} tokens',
+  ),
+)
+
+
+def _check(name: str, choices: dict) -> None:
+  """Raises ValueError for numbers and pairs of choices that cannot be."""
+  names.check_kl(choices['kl'])
+  for refused, message in _REFUSED:
+    if refused(choices):
+      raise ValueError(message.format_map(choices | {'name': name}))
+
+
+# --- composition -------------------------------------------------------------
+
+
+def _has_critic(c: dict) -> bool:
+  """Whether a V is learnt: only then does an algorithm have these choices."""
+  return _CRITIC.keys() <= c.keys()
+
+
+def _advantage(c: dict) -> Callable:
+  """Algorithm.advantage: the credit, with what shapes and finishes it."""
+  credit, word = _make(c['credit'], c), _word(c['credit'])
+
+  def checked(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    out = credit(inputs, carries)
+    out = out if isinstance(out, Advantage) else Advantage(out)
+    B, T = inputs.mask.shape
+    check_array(f'credit {word}', out.advantage, float, B=B, T=T)
+    if _has_critic(c) and out.value_target is None:
+      raise ValueError(
+        f'credit {word} gave a critic nothing to learn; return '
+        'Advantage(advantage, value_target)'
+      )
+    found = masked.fill(out.advantage, inputs.mask)
+    return out._replace(advantage=found)
+
+  found = checked
+  if c['overlong_buffer']:
+    found = advantages.shaped(found, c['max_length'], c['overlong_buffer'])
+  return advantages.finished(found, c['whiten'], c['advantage_clip'])
+
+
+def _loss(c: dict) -> Callable:
+  """Algorithm.loss, with its weights and its entropy bonus."""
+  found = losses.with_metrics(_make(c['loss'], c), _word(c['loss']))
+  if c['importance_cap'] is not None:
+    found = losses.corrected(found, c['importance_cap'])
+  if c['entropy_coef']:
+    found = losses.with_entropy(found, c['entropy_coef'])
+  return found
+
+
+def _aggregate(c: dict) -> Callable:
+  """Algorithm.aggregate, checked."""
+  weigh, word = _make(c['aggregate'], c), _word(c['aggregate'])
+
+  def aggregate(mask, valid):
+    weight = weigh(mask, valid)
+    B, T = mask.shape
+    check_array(f'aggregation {word}', weight, float, B=B, T=T)
+    return weight
+
+  return aggregate
+
+
+def _carries(c: dict) -> dict[str, Carry]:
+  """Values that move between updates."""
+  baseline = c.get('baseline')
+  found = {} if baseline is None else dict(baseline.carries)
+  if c['kl'] != 'none':
+    found['kl_coef'] = (
+      losses.constant(c['beta'])
+      if c['kl_target'] is None
+      else losses.adaptive_kl(c['beta'], c['kl_target'], c['kl_horizon'])
+    )
+    found['reference'] = losses.reference(
+      c['ref_sync_steps'], c['reference_dtype']
+    )
+  if c['mask_sync_steps']:
+    found['mask_policy'] = losses.slow_copy(c['mask_sync_steps'])
+  return found
+
+
+def _old_logp(c: dict) -> str:
+  """Passes.old_logp. V-trace is about how far the policy is from the sampler,
+  so its old log-probs are the policy's own."""
+  if c['recompute_logp'] or c['credit'] is advantages.vtrace:
+    return 'recomputed'
+  return 'sampler' if _passes(c) > 1 else 'current'
 
 
 def compose(name: str, own: dict, changes: dict) -> Algorithm:
@@ -165,83 +401,56 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
   """
   c = resolved(name, own, changes)
   _check(name, c)
-  learned = c['credit'] in advantages.LEARNED
-
-  def part(maker):
-    return maker(**{k: c[k] for k in _reads(maker)})
-
-  advantage, loss = part(c['credit']), part(c['loss'])
-  if c['overlong_buffer']:
-    advantage = advantages.shaped(
-      advantage, c['max_length'], c['overlong_buffer']
-    )
-  advantage = advantages.finished(advantage, c['whiten'], c['advantage_clip'])
-  if c['importance_cap'] is not None:
-    loss = losses.corrected(loss, c['importance_cap'])
-  if c['entropy_coef']:
-    loss = losses.with_entropy(loss, c['entropy_coef'])
-  kl = None
-  if c['kl'] != 'none':
-    kl = KL(c['kl'], c['beta'], c['kl_target'], c['kl_horizon'])
-  value_loss = None
-  if learned:
-    value_loss = losses.value_error(c['value_coef'], c['value_clip'])
+  learned = _has_critic(c)
   baseline = c.get('baseline')
-  needed = 1 if baseline is None else baseline.min_group
+  min_group = 1 if baseline is None else baseline.min_group
   return Algorithm(
     name=name,
-    settings=c,
-    init=(lambda: ()) if baseline is None else baseline.init,
-    advantage=advantage,
-    loss=loss,
-    value_loss=value_loss,
-    aggregate=lambda mask: c['aggregate'](mask, c['max_length']),
-    kl=kl,
-    epochs=c['epochs'],
-    mini_batches=c['mini_batches'],
-    max_update_kl=c['max_update_kl'],
-    # V-trace is about how far the policy is from the sampler
-    recompute_logp=c['recompute_logp'] or c['credit'] is advantages.vtrace,
-    critic_warmup_steps=c.get('critic_warmup_steps', 0),
-    ref_sync_steps=c['ref_sync_steps'],
-    mask_sync_steps=c['mask_sync_steps'],
-    dynamic_sampling_rounds=c['dynamic_sampling_rounds'],
+    advantage=_advantage(c),
+    loss=_loss(c),
+    aggregate=_aggregate(c),
+    value_loss=(
+      losses.value_error(c['value_coef'], c['value_clip']) if learned else None
+    ),
+    kl=None if c['kl'] == 'none' else KL(c['kl'], c['beta']),
+    carries=_carries(c),
+    passes=Passes(
+      epochs=c['epochs'],
+      mini_batches=c['mini_batches'],
+      max_update_kl=c['max_update_kl'],
+      old_logp=_old_logp(c),
+      critic_warmup_steps=c.get('critic_warmup_steps', 0),
+    ),
     flat_without_advantage=(
       c['loss'] in losses.FLAT_WITHOUT_ADVANTAGE
       and not learned
       and not c['entropy_coef']
-      and kl is None
+      and c['kl'] == 'none'
     ),
     greedy=baseline is not None and baseline.greedy,
-    min_group=2 if c.get('scale') is not None else needed,
+    min_group=2 if c.get('scale') is not None else min_group,
+    dynamic_sampling_rounds=c['dynamic_sampling_rounds'],
+    settings=c,
   )
-
-
-def described(algorithm: Algorithm) -> dict:
-  """The settings in words and numbers, for config.yaml."""
-
-  def word(value):
-    return getattr(value, 'name', getattr(value, '__name__', value))
-
-  return {k: word(v) for k, v in algorithm.settings.items()}
 
 
 # --- the aliases -------------------------------------------------------------
 
 
 def reinforce(
-  baseline: advantages.Baseline | None = None, **changes
+  baseline: advantages.Baseline | Callable | str | None = None, **changes
 ) -> Algorithm:
   """L_t = -(G_t - b_t) log pi(y_t), summed over the sequence: the true policy
   gradient. The baseline is leave-one-out; ema() for one sample a prompt.
   Williams 1992, Machine Learning 8; for language models arXiv:2402.14740."""
   own = {
     'credit': advantages.returns,
-    'baseline': baseline or advantages.leave_one_out(),
+    'baseline': advantages.leave_one_out(),
     'loss': losses.reinforce,
     'aggregate': losses.seq_mean_token_sum,
   }
-  return compose('reinforce', own, changes)
+  given = {} if baseline is None else {'baseline': baseline}
+  return compose('reinforce', own, given | changes)
 
 
 def rloo(**changes) -> Algorithm:
@@ -301,8 +510,8 @@ def ppo(**changes) -> Algorithm:
 
 def nlpo(**changes) -> Algorithm:
   """PPO whose actions are masked: only tokens in the top-p set of a copy of
-  the policy, refreshed every `mask_sync_steps` steps, may be drawn, and the same
-  sets hold in the update. The top-p (0.9 there) is the sampling rule's.
+  the policy, refreshed every `mask_sync_steps` steps, may be drawn, and the
+  same sets hold in the update. The top-p (0.9 there) is the sampling rule's.
   arXiv:2210.01241.
 
   That paper's code refreshes the copy every 5 to 20 rollouts, at learning rates
@@ -389,3 +598,6 @@ def reinforce_pp_baseline(**changes) -> Algorithm:
   arXiv:2501.03262."""
   own = _REINFORCE_PP | {'baseline': advantages.group_mean()}
   return compose('reinforce_pp_baseline', own, changes)
+
+
+ALIASES = {name: globals()[name] for name in names.ALGORITHMS}

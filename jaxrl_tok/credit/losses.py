@@ -1,9 +1,9 @@
 """Per-token losses of one sequence, the KL to a reference, and aggregation.
 
 A loss sees ONE sequence: (TokenStats of [T], Trajectory of [T]) -> (loss [T],
-metrics {name: [T]}); update.py vmaps it. How token losses become one number
-is its own choice: an aggregation maps the mask [B, T] of the **global** batch
-to a weight for each token, so micro-batches and devices change no number.
+metrics {name: [T]}); the update vmaps it. An aggregation makes one number of
+token losses: it maps the mask [B, T] and the valid rows [B] of the **global**
+batch to a weight for each token, so micro-batches and devices change no number.
 
 Letters: l log-prob now, l_old at the start of the update, rho = exp(l - l_old),
 sg stop-gradient, A the advantage. Functions that return a loss take as
@@ -12,25 +12,29 @@ parameters the choices that they read.
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import masked
-from jaxrl_tok.types import TokenStats, Trajectory
+from jaxrl_tok.policy import check_array
+from jaxrl_tok.types import Carry, TokenStats, Trajectory
 
 sg = jax.lax.stop_gradient
 CLIPPED = 'clip_ratio/region_mean'  # TRL's name
 
 
 def old_logp(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
-  """l_old; with one step a rollout it is the current l, held fixed."""
+  """Log-probs at the start of the update, l_old [T]: with one step a rollout
+  the current ones, held fixed."""
   if trajectory.old_logp is None:
     return sg(stats.logp)
   return trajectory.old_logp
 
 
 def log_change(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
-  """l - l_old, 0 off-mask (where garbage may not reach exp)."""
+  """Change of the log-probs, l - l_old [T]; 0 off-mask, where garbage may not
+  reach exp."""
   change = stats.logp - old_logp(stats, trajectory)
   return masked.fill(change, trajectory.rollout.mask)
 
@@ -50,7 +54,8 @@ def reinforce() -> Callable:
 
 
 def _clipped(ratio, advantage, low, high):
-  """(max(-A r, -A clip(r, 1 - low, 1 + high)), whether the clip holds)."""
+  """Returns max(-A r, -A clip(r, 1 - low, 1 + high)) and whether it is held by
+  the clip."""
   inside = jnp.clip(ratio, 1 - low, 1 + high)
   loss = jnp.maximum(-advantage * ratio, -advantage * inside)
   above = (ratio > 1 + high) & (advantage > 0)
@@ -133,16 +138,29 @@ def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0) -> Callable:
   return loss
 
 
-# whose gradient is 0 for a sequence without an advantage
+# losses whose gradient is 0 for a sequence without an advantage
 FLAT_WITHOUT_ADVANTAGE = (reinforce, clip, sequence_clip, gspo, cispo)
 
 
-# --- what may be added to any of them ----------------------------------------
+# --- additions to any loss ---------------------------------------------------
+
+
+def with_metrics(loss: Callable, name: str) -> Callable:
+  """A loss that may return its [T] alone, with metrics, and checked."""
+
+  def checked(stats: TokenStats, trajectory: Trajectory):
+    out = loss(stats, trajectory)
+    loss_T, metrics = out if isinstance(out, tuple) else (out, {})
+    T = stats.logp.shape[0]
+    check_array(f'loss {name}', loss_T, float, T=T)
+    return loss_T, {k: jnp.broadcast_to(x, (T,)) for k, x in metrics.items()}
+
+  return checked
 
 
 def corrected(loss: Callable, cap: float) -> Callable:
   """L_t * sg(min(exp(l_old - l_roll), cap)): truncated importance weights, for
-  rollouts of a quantised or older policy. arXiv:2503.14286's token form."""
+  rollouts of a quantised or older policy. Token form of arXiv:2503.14286."""
 
   def with_weight(stats: TokenStats, trajectory: Trajectory):
     loss_T, metrics = loss(stats, trajectory)
@@ -155,7 +173,7 @@ def corrected(loss: Callable, cap: float) -> Callable:
 
 
 def with_entropy(loss: Callable, coefficient: float) -> Callable:
-  """L_t - coefficient H_t."""
+  """L_t - coefficient H_t, an entropy bonus. arXiv:1602.01783."""
 
   def with_bonus(stats: TokenStats, trajectory: Trajectory):
     loss_T, metrics = loss(stats, trajectory)
@@ -191,7 +209,7 @@ def value_error(coefficient: float, value_clip: float | None) -> Callable:
 
 
 def log_ratio(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
-  """d_t = log pi(y_t) - log ref(y_t), 0 off-mask."""
+  """Log-ratio d_t = log pi(y_t) - log ref(y_t), 0 off-mask."""
   return masked.fill(stats.logp - trajectory.ref_logp, trajectory.rollout.mask)
 
 
@@ -206,8 +224,8 @@ def k3(d: jax.Array) -> jax.Array:
   return jnp.exp(-d) + d - 1
 
 
-# 'reward' takes k1 = d from each token's reward (update.py): reverse KL, and
-# future divergence is credited. k1 in the loss has gradient 0: no choice.
+# 'reward' takes k1 = d from each token's reward before the advantage: reverse
+# KL, and future divergence is credited. k1 in the loss has gradient 0.
 KL_FORMS = {'none': None, 'reward': None, 'reverse': k2, 'forward': k3}
 
 
@@ -221,36 +239,95 @@ def kl_loss(form: str, stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   return rho * KL_FORMS[form](log_ratio(stats, trajectory))
 
 
-def adapted_beta(beta, kl, rows, target: float, horizon: float) -> jax.Array:
-  """beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon): a proportional
-  controller. arXiv:1909.08593."""
-  error = jnp.clip(kl / target - 1, -0.2, 0.2)
-  return beta * (1 + error * rows / horizon)
+# --- carries: values that move between updates -------------------------------
 
 
-# --- aggregation: mask [B, T] -> weight [B, T], sum(weight * loss) is the loss
+def constant(value: float) -> Carry:
+  """A number that stays as it is."""
+  return Carry(lambda params: jnp.float32(value), lambda x, state, metrics: x)
 
 
-def token_mean(mask: jax.Array, max_length: int | None = None) -> jax.Array:
-  """1 / (chosen tokens of the batch): every token counts the same."""
-  return mask / masked.count(mask)
+def adaptive_kl(beta: float, target: float, horizon: float) -> Carry:
+  """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon): a
+  proportional controller of the KL's coefficient. arXiv:1909.08593.
+
+  Reads the update's metrics `kl` (nats a token) and `rows` (completions).
+  """
+
+  def after(beta, state, metrics):
+    error = jnp.clip(metrics['kl'] / target - 1, -0.2, 0.2)
+    return beta * (1 + error * metrics['rows'] / horizon)
+
+  return Carry(lambda params: jnp.float32(beta), after)
+
+
+def reference(sync_steps: int = 0, dtype=None) -> Carry:
+  """Parameters of the reference policy: a copy of the trained ones, made anew
+  after every `sync_steps` updates (0: never).
+
+  Args:
+    dtype: type of the copy's numbers; None: that of each parameter.
+  """
+
+  def init(params):
+    return jax.tree.map(lambda x: jnp.array(x, dtype or x.dtype), params)
+
+  def after(copy, state, metrics):
+    if not sync_steps:
+      return copy
+    due = state.step % sync_steps == 0
+    return jax.tree.map(
+      lambda old, new: jnp.where(due, new.astype(old.dtype), old),
+      copy,
+      state.params,
+    )
+
+  return Carry(init, after)
+
+
+def slow_copy(sync_steps: int) -> Carry:
+  """Parameters of NLPO's mask policy, a copy made anew after every
+  `sync_steps` updates. arXiv:2210.01241."""
+  return reference(sync_steps)
+
+
+# --- aggregation: sum(weight * loss) is the loss -----------------------------
+
+
+def _rows(valid: jax.Array) -> jax.Array:
+  """Number of valid rows, at least 1, float32 []."""
+  chex.assert_rank(valid, 1)
+  return masked.count(valid)
+
+
+def token_mean(
+  mask: jax.Array, valid: jax.Array, max_length: int | None = None
+) -> jax.Array:
+  """1 / (chosen tokens of valid rows): every token counts the same.
+  arXiv:2503.14476."""
+  chosen = mask & valid[:, None]
+  return chosen / masked.count(chosen)
 
 
 def seq_mean_token_mean(
-  mask: jax.Array, max_length: int | None = None
+  mask: jax.Array, valid: jax.Array, max_length: int | None = None
 ) -> jax.Array:
-  """1 / (B * length): every sequence counts the same."""
-  return mask / masked.count(mask, axis=1)[:, None] / mask.shape[0]
+  """1 / (valid rows * length): every sequence counts the same.
+  arXiv:2402.03300."""
+  chosen = mask & valid[:, None]
+  return chosen / masked.count(chosen, axis=1)[:, None] / _rows(valid)
 
 
 def seq_mean_token_sum(
-  mask: jax.Array, max_length: int | None = None
+  mask: jax.Array, valid: jax.Array, max_length: int | None = None
 ) -> jax.Array:
-  """1 / B: the true policy gradient of the expected return."""
-  return mask / jnp.float32(mask.shape[0])
+  """1 / valid rows: the true policy gradient of the expected return."""
+  return (mask & valid[:, None]) / _rows(valid)
 
 
-def seq_mean_token_sum_norm(mask: jax.Array, max_length: int) -> jax.Array:
-  """1 / (B * max_length), a constant scale of seq_mean_token_sum.
+def seq_mean_token_sum_norm(
+  mask: jax.Array, valid: jax.Array, max_length: int
+) -> jax.Array:
+  """1 / (valid rows * max_length), a constant scale of seq_mean_token_sum.
   Dr. GRPO, arXiv:2503.20783."""
-  return mask / jnp.float32(mask.shape[0] * max_length)
+  return (mask & valid[:, None]) / (_rows(valid) * max_length)

@@ -1,0 +1,54 @@
+"""Names of the algorithms and of their parts, readable without jax.
+
+The settings refuse an unknown word before jax takes its seconds;
+algorithms.py turns the words into the functions of these names.
+"""
+
+ALGORITHMS = (
+  'reinforce',
+  'rloo',
+  'remax',
+  'a2c',
+  'ppo',
+  'grpo',
+  'dr_grpo',
+  'dapo',
+  'gspo',
+  'cispo',
+  'reinforce_pp',
+  'reinforce_pp_baseline',
+  'nlpo',
+)
+CREDITS = ('returns', 'gae', 'vtrace')
+BASELINES = (
+  'none',
+  'batch_mean',
+  'group_mean',
+  'leave_one_out',
+  'ema',
+  'greedy',
+)
+SCALES = ('none', 'group_std')
+LOSSES = ('reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo')
+AGGREGATIONS = (
+  'token_mean',
+  'seq_mean_token_mean',
+  'seq_mean_token_sum',
+  'seq_mean_token_sum_norm',
+)
+
+# the KL to the reference, by the effect of its gradient
+KL_NAMES = ('none', 'reward', 'reverse', 'forward')
+K1_NAMES = ('k1', 'loss')
+K1_REFUSAL = (
+  'k1 in the loss has an expected gradient of exactly 0 on-policy; pass '
+  '--kl reward, reverse or forward'
+)
+
+
+def check_kl(kl: str) -> None:
+  """Raises ValueError for a KL that has no effect or is unknown."""
+  if kl in K1_NAMES:
+    raise ValueError(K1_REFUSAL)
+  if kl not in KL_NAMES:
+    raise ValueError(f'--kl {kl!r} is none of {", ".join(KL_NAMES)}')
