@@ -449,7 +449,7 @@ def test_casting_once_changes_no_bit(tiny, stored, compute):
     return prefix, hidden, logits, policy.value(params, hidden)
 
   for a, b in zip(*map(jax.tree.leaves, (run(params), run(cast)))):
-    assert bytes(np.asarray(a)) == bytes(np.asarray(b))
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_bfloat16_samples_and_evaluates_close(tiny):
