@@ -1,20 +1,27 @@
 """Rewards that are JAX functions of a Rollout: no text, no host.
 
   @on_device
-  def short(rollout, **columns):
-    return -rollout.mask.sum(1)  # [B], an outcome, or [B, T]: for every token
+  def short(rollout, limit, **columns):
+    return rollout.mask.sum(1) <= limit  # [B], an outcome
 
-A column is what the data has for each row, [B, ...]. All rewards on the device
-make rollout, reward and update one program (steps.py).
+A value [B, T] is a reward for every token; a pair (value, applies bool [B])
+says where the function applies. Columns arrive for each row, [B, ...]: numbers
+of the data by their name, and the answers as tokens (see make_columns). Where
+all rewards are on the device, rollout, reward and update are one program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_tok import masked
+from jaxrl_tok.rewards import accepted, unwrap
+from jaxrl_tok.rewards.functions import Accepted, quote
 from jaxrl_tok.types import Policy, Rollout
+
+REWARD_MODEL = 'reward_model'  # its component's name
 
 
 def on_device(function: Callable) -> Callable:
@@ -24,21 +31,25 @@ def on_device(function: Callable) -> Callable:
 
 
 def is_on_device(function: Callable) -> bool:
-  return getattr(function, 'on_device', False)
+  """Whether a function, or the one inside a partial, is marked."""
+  marked = getattr(function, 'on_device', False)
+  return marked or getattr(unwrap(function), 'on_device', False)
 
 
 @on_device
-def exact_tokens(rollout: Rollout, answer, **columns) -> jax.Array:
+def exact_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
   """1 where the completion is the answer's tokens, its end included, else 0.
 
-  answer int32 [B, T], padded as completions are; rewards.exact_match on the
-  host also forgives spaces around it.
+  answer int32 [B, T]; rewards.exact_match on the host also forgives spaces
+  around it.
   """
-  return jnp.all(rollout.tokens == answer, axis=1).astype(jnp.float32)
+  right = (rollout.tokens == answer) | ~answer_mask
+  same = right & (rollout.mask == answer_mask)
+  return jnp.all(same, axis=1).astype(jnp.float32)
 
 
 @on_device
-def digit_tokens(rollout: Rollout, answer, answer_mask, **columns):
+def digit_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
   """rewards.digits without text: each token of the answer in its place, its
   end included, earns one share; a right completion sums to 1."""
   right = (rollout.tokens == answer) & answer_mask & rollout.mask
@@ -64,33 +75,190 @@ def reward_model(model: Policy) -> Callable:
   return reward
 
 
-def make_scorer(
-  functions: Sequence[Callable],
-  weights: Sequence[float] | None = None,
-  model: Callable | None = None,
-  model_weight: float = 1.0,
+def make_device_scorer(
+  functions: dict[str, Callable], model: Callable | None = None
 ) -> Callable:
-  """Returns score(params, Rollout, {column: [C, ...]}) -> (reward [B, T],
-  {'rewards/{function}/mean': []}), pure: the weighted sum of the functions and
-  of a reward_model's, whose parameters `params` are."""
-  weights = [1.0] * len(functions) if weights is None else list(weights)
+  """Returns score(params, Rollout, {column: [C, ...]}) -> (rewards {name:
+  float32 [B, T]}, applies {name: bool [B]}), pure. A reward_model's component
+  is named reward_model; `params` are its parameters."""
+  takes = {name: _column_arguments(f) for name, f in functions.items()}
 
-  def score(params, rollout: Rollout, columns: dict):
+  def score(params, rollout: Rollout, columns: dict) -> tuple[dict, dict]:
     B, C = rollout.mask.shape[0], rollout.prompts.length.shape[0]
-    rows = {k: jnp.repeat(v, B // C, axis=0) for k, v in columns.items()}
-    found = [
-      (f.__name__, w, f(rollout, **rows)) for f, w in zip(functions, weights)
-    ]
+    rewards, applies = {}, {}
+    for name, function in functions.items():
+      given = takes[name].choose(columns)
+      rows = {k: jnp.repeat(v, B // C, axis=0) for k, v in given.items()}
+      found = function(rollout, **rows)
+      rewards[name], applies[name] = _lift(found, rollout.mask, name)
     if model is not None:
-      found.append(('reward_model', model_weight, model(params, rollout)))
-    total, means = jnp.zeros(rollout.mask.shape), {}
-    for name, weight, reward in found:
-      if reward.ndim == 1:
-        last = masked.last_chosen(rollout.mask)
-        reward = jnp.where(last, reward[:, None].astype(jnp.float32), 0.0)
-      reward = masked.fill(reward.astype(jnp.float32), rollout.mask)
-      means[f'rewards/{name}/mean'] = reward.sum(1).mean()
-      total += weight * reward
-    return total, means
+      found = model(params, rollout)
+      rewards[REWARD_MODEL], applies[REWARD_MODEL] = _lift(
+        found, rollout.mask, REWARD_MODEL
+      )
+    return rewards, applies
 
   return score
+
+
+def _lift(found, mask: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+  """(float32 [B, T], bool [B]) of a function's value, or of a pair."""
+  B, T = mask.shape
+  applies = jnp.ones(B, bool)
+  if isinstance(found, tuple) and len(found) == 2:
+    found, applies = found
+    is_bool = jnp.issubdtype(jnp.result_type(applies), jnp.bool_)
+    if jnp.shape(applies) != (B,) or not is_bool:
+      raise ValueError(
+        f'@on_device reward {name} says where it applies by '
+        f'{jnp.result_type(applies)} {list(jnp.shape(applies))}; it must be '
+        f'bool [{B}], one for each completion'
+      )
+  if not hasattr(found, 'dtype') or found.shape not in ((B,), (B, T)):
+    shape = getattr(found, 'shape', None)
+    said = type(found).__name__ if shape is None else f'shape {list(shape)}'
+    raise ValueError(
+      f'@on_device reward {name} returned {said} for {B} completions of {T} '
+      f'tokens; it must return an array [{B}] or [{B}, {T}]'
+    )
+  value = found.astype(jnp.float32)
+  if value.ndim == 1:
+    value, mask = value[:, None], masked.last_chosen(mask)
+  return jnp.where(mask & applies[:, None], value, 0.0), applies
+
+
+# --- columns -----------------------------------------------------------------
+
+
+def make_columns(
+  functions: dict[str, Callable],
+  sample_record: dict,
+  answers: str | None,
+  encode_answer: Callable[[str], list[int]],
+  T: int,
+) -> Callable:
+  """Returns columns(C records) -> {name: numpy [C, ...]}: the columns that
+  device rewards name, and with **columns all that are numbers.
+
+  The answers are `answer` int32 [C, T] and `answer_mask` bool [C, T], 0 after
+  the end token, for functions that name them; their own column's name gives
+  the tokens, too. Numbers are int32, float32 or bool. Raises ValueError for
+  text and for names that the data lacks.
+
+  Args:
+    functions: {name: function of JAX}.
+    sample_record: a record of the data, which decides the dtypes.
+    answers: the column of the answers, or None.
+    encode_answer: text -> token ids, the end token included.
+    T: max_completion_length.
+  """
+  kinds = {k: _kind(v) for k, v in sample_record.items()}
+  tokens = set()
+  if answers:
+    own = {'answer'} - kinds.keys()  # another column may have the name
+    tokens = {answers, 'answer_mask'} | own
+  names = set()
+  for name, function in functions.items():
+    names |= _names_read(name, _column_arguments(function), kinds, tokens)
+  if names & tokens and answers not in kinds:
+    raise ValueError(
+      f'the data has no column {answers} for the answers; it has '
+      f'{", ".join(kinds)}'
+    )
+
+  def columns(records: list[dict]) -> dict[str, np.ndarray]:
+    found = {}
+    if names & tokens:
+      ids, mask = _encode_all(records, answers, encode_answer, T)
+      found = dict.fromkeys(tokens, ids) | {'answer_mask': mask}
+    for name in names - tokens:
+      found[name] = _stack([r.get(name) for r in records], name, kinds[name])
+    return {name: found[name] for name in sorted(names)}
+
+  return columns
+
+
+def _column_arguments(function: Callable) -> Accepted:
+  """Arguments after the first, which is the rollout."""
+  has = accepted(function)
+  if has.positional_only or not has.required:
+    return has
+  first, *rest = has.required
+  return has._replace(names=has.names - {first}, required=tuple(rest))
+
+
+def _names_read(
+  name: str, has: Accepted, kinds: dict, tokens: set[str]
+) -> set[str]:
+  """Columns that a function's signature asks for."""
+  numbers = {k for k, kind in kinds.items() if kind} - tokens
+  known = ', '.join(sorted(numbers | tokens)) or 'none'
+  for missing in has.required:
+    if missing not in tokens | kinds.keys():
+      cure = f'it can read: {known}'
+      if missing in ('answer', 'answer_mask'):
+        cure = "name the answers' column, Task(answers=...)"
+      raise ValueError(
+        f'@on_device reward {name} asks for {missing}, which is no column of '
+        f'the data; {cure}'
+      )
+  for column in sorted(has.names & kinds.keys() - tokens - numbers):
+    raise ValueError(
+      f'@on_device reward {name} reads the column {column}, which is text; '
+      f'name it as the answers (Task(answers={column!r})) to read its tokens, '
+      f'or make it numbers (it can read: {known})'
+    )
+  return has.names & (numbers | tokens) | (numbers if has.any_name else set())
+
+
+def _kind(value):
+  """int32, float32 or bool for numbers and nested lists of them, or None."""
+  try:
+    array = np.asarray(value)
+  except ValueError:  # ragged lists
+    return None
+  if array.dtype.kind in 'iu' and not np.array_equal(
+    array, array.astype(np.int32)
+  ):
+    return None
+  kinds = {'b': np.bool_, 'i': np.int32, 'u': np.int32, 'f': np.float32}
+  return kinds.get(array.dtype.kind)
+
+
+def _stack(values: list, name: str, dtype) -> np.ndarray:
+  """A column of numbers, [C, ...]."""
+  taken = {np.bool_: 'b', np.int32: 'iu', np.float32: 'iuf'}[dtype]
+  try:
+    found = np.asarray(values)
+    stacked = found.astype(dtype)
+    fits = found.dtype.kind in taken and (
+      dtype is np.float32 or np.array_equal(found, stacked)
+    )
+  except (TypeError, ValueError):  # ragged, text or None
+    fits = False
+  if not fits:
+    raise ValueError(
+      f'the column {name} is {np.dtype(dtype).name} in the first record and '
+      'not in all others; @on_device rewards need numbers of one type and '
+      'shape (without **columns they get only the columns that they name)'
+    )
+  return stacked
+
+
+def _encode_all(
+  records: list[dict], answers: str, encode: Callable, T: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens int32 [C, T], mask bool [C, T]) of the records' answers."""
+  ids = np.zeros((len(records), T), np.int32)
+  mask = np.zeros((len(records), T), bool)
+  for c, record in enumerate(records):
+    text = str(record[answers])
+    row = list(encode(text))
+    if len(row) > T:
+      raise ValueError(
+        f'the answer {quote(text)} has {len(row)} tokens with its end, and '
+        f'completions have {T}; pass --max_completion_length {len(row)}'
+      )
+    ids[c, : len(row)] = row
+    mask[c, : len(row)] = True
+  return ids, mask
