@@ -1,10 +1,14 @@
-"""Curves of a run's metrics, drawn as SVG that needs nothing else.
+"""Pictures as SVG that need nothing else: no script, no font, no style sheet.
 
-1. `curve` picks one metric of one phase; `thin` keeps it to a few hundred
-   points and `smooth` takes a centred moving mean.
-2. `chart` draws curves: grid, axes, end values, and a column for each step
-   whose <title> says the values there, without a script.
-3. `reward_curve_svg` and `panels` choose what a run's report shows.
+1. `thin` keeps a curve to a few hundred points; `smooth` takes a centred
+   moving mean.
+2. `Scale` maps values to pixels; `x_axis` and `y_axis` draw it with its ticks.
+3. `chart` draws curves over steps: bands, end values, and an invisible column
+   for each step whose <title> holds the values there.
+
+Dots by row are drawn by row_chart.py. Pictures of another kind combine `Scale`,
+the axes, `line`, `dot`, `words` and `svg`. Colours can be read on a white page
+and on a black one. Text is escaped.
 """
 
 import math
@@ -12,58 +16,28 @@ import re
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
-BLUE, ORANGE, INK = '#3b82f6', '#e07b0c', '#717b87'  # seen on white and black
-
-PANELS = (  # phase, metric, heading, unit
-  ('train', 'entropy', 'Entropy', 'nats per token'),
-  ('train', 'kl', 'KL to the reference', 'nats'),
-  ('train', 'surrogate', 'Surrogate loss', ''),
-  ('train', 'grad_norm', 'Gradient norm', ''),
-  ('train', 'clip_ratio/region_mean', 'Clipped ratios', 'fraction'),
-  ('train', 'update_kl', 'KL within an update', 'nats'),
-  ('train', 'explained_variance', 'Variance that the critic explains', ''),
-  ('train', 'completions/mean_length', 'Completion length', 'tokens, mean'),
-  ('train', 'tokens_per_second', 'Speed', 'tokens per second'),
-  ('train', 'frac_reward_zero_std', 'Groups without variance', 'fraction'),
-  ('train', 'sampler_logp_gap', 'Sampler log-prob gap', 'nats'),
-  ('warm_start', 'loss', 'Warm-start loss', 'cross-entropy'),
-)
+BLUE, ORANGE, INK = '#3b82f6', '#e07b0c', '#717b87'
+COLOURS = (BLUE, ORANGE, '#16a34a', '#a855f7', '#e11d48', '#0891b2')
 
 Points = list[tuple[float, float]]
 
 
 class Curve(NamedTuple):
+  """Values over steps, and how they are drawn."""
+
   label: str
   points: Points
-  colour: str
+  colour: str = BLUE
   width: float = 2.2
   opacity: float = 1.0
   dots: bool = False
-  end: str | None = None  # a word to write beside the last value
+  end: str | None = None  # word beside the last value; None: no value either
+  band: tuple[Points, Points] | None = None  # lowest and highest around it
 
 
-def number(value: object) -> float | None:
-  """A finite float that a plot can hold, or None."""
-  try:
-    value = float(value)
-  except (TypeError, ValueError, OverflowError):
-    return None
-  return value if abs(value) < 1e30 else None  # false for nan too
-
-
-# --- curves
-
-
-def curve(metrics: list[dict], phase: str, name: str) -> Points:
-  """(step, value) in order of step; of a step's repetitions the last wins."""
-  points = {}
-  for row in metrics:
-    if row.get('phase') == phase and name in row:
-      points[number(row.get('step'))] = number(row[name])
-  found = [(x, y) for x, y in points.items() if None not in (x, y)]
-  return sorted(found)
+# --- numbers
 
 
 def thin(points: Points, most: int = 400) -> Points:
@@ -74,12 +48,13 @@ def thin(points: Points, most: int = 400) -> Points:
 
 
 def mean_point(points: Points) -> tuple[float, float]:
+  """Mean of points."""
   xs, ys = zip(*points)
   return math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)
 
 
 def smooth(points: Points, half: int) -> Points:
-  """Each y becomes the mean of the `half` neighbours on either side and it."""
+  """Moving mean: each y with its `half` neighbours on either side."""
   sums = [0.0, *accumulate(y for _, y in points)]
   ranges = [
     (max(i - half, 0), min(i + half + 1, len(points)))
@@ -90,8 +65,11 @@ def smooth(points: Points, half: int) -> Points:
   ]
 
 
-def figure(x: float) -> str:
-  """A number for an axis or a card: 0.25, 1500, 12k, 3.2M."""
+def figure(x: float, unit: str = '') -> str:
+  """Number with 3 significant digits: 0.25, 1500, 12k, 3.2M. A unit of '%'
+  shows a share: 0.25 is 25 %."""
+  if unit == '%':
+    return f'{100 * x:.3g} %' if abs(x) < 9.995 else f'{100 * x:.0f} %'
   for least, size, mark in ((1e9, 1e9, 'G'), (1e6, 1e6, 'M'), (1e4, 1e3, 'k')):
     if abs(x) >= least:
       return f'{x / size:.3g}{mark}'
@@ -101,7 +79,7 @@ def figure(x: float) -> str:
 
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list:
-  """Round numbers 1, 2 or 5 times a power of ten, covering low..high."""
+  """Multiples of 1, 2 or 5 times a power of ten that cover low..high."""
   if high - low <= max(1e-9, 1e-6 * max(abs(low), abs(high))):
     low, high = min(low, 0.0), max(high, 0.0)
     high = high if high - low > 1e-9 else low + 1.0
@@ -114,24 +92,34 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list:
   ]
 
 
-def path_data(points: Points) -> str:
-  first, *rest = [f'{x:.1f},{y:.1f}' for x, y in points]
-  return f'M{first}' + (f'L{" ".join(rest)}' if rest else 'h0')
+def decades(low: float, high: float) -> list[float]:
+  """Powers of ten that cover low..high, two at least."""
+  first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+  return [10.0**e for e in range(first, max(last, first + 1) + 1)]
 
 
-def spread(ends: list[tuple[float, str]], gap: float = 14) -> list:
-  """Moves labels apart that would overlap, keeping their order."""
-  placed = []
-  for y, text in sorted(ends):
-    placed.append((max(y, placed[-1][0] + gap) if placed else y, text))
-  return placed
+class Scale(NamedTuple):
+  """Map from values to pixels: low lies at `start`, high at `stop`."""
+
+  low: float
+  high: float
+  start: float
+  stop: float
+  log: bool = False
+
+  def __call__(self, value: float) -> float:
+    low, high = self.low, self.high
+    if self.log:
+      value, low, high = map(math.log10, (value, low, high))
+    share = (value - low) / (high - low)
+    return self.start + share * (self.stop - self.start)
 
 
 # --- SVG
 
 
 def tag(name: str, inside: str = '', **attributes: object) -> str:
-  """One element. Attributes are escaped; `inside` is markup, see `words`."""
+  """Element of SVG. Attributes are escaped; `inside` is markup, see `words`."""
   pairs = ''.join(
     f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
     for key, value in attributes.items()
@@ -140,6 +128,7 @@ def tag(name: str, inside: str = '', **attributes: object) -> str:
 
 
 def words(x: float, y: float, text: str, anchor: str = 'start', **more) -> str:
+  """Text at a place."""
   return tag(
     'text',
     str(escape(text)),
@@ -150,7 +139,28 @@ def words(x: float, y: float, text: str, anchor: str = 'start', **more) -> str:
   )
 
 
+def line(d: str, **more) -> str:
+  """Path of the grid, or of another stroke."""
+  ink = {'class_': 'grid', 'stroke': INK, 'stroke_opacity': 0.22}
+  return tag('path', d=d, **{**ink, **more})
+
+
+def dot(
+  x: float, y: float, colour: str = BLUE, r: float = 4, title: str = ''
+) -> str:
+  """Filled circle; its title is shown when the pointer rests on it."""
+  inside = tag('title', str(escape(title))) if title else ''
+  return tag('circle', inside, cx=f'{x:.1f}', cy=f'{y:.1f}', r=r, fill=colour)
+
+
+def path_data(points: Points) -> str:
+  """Attribute d of a path through pixels."""
+  first, *rest = [f'{x:.1f},{y:.1f}' for x, y in points]
+  return f'M{first}' + (f'L{" ".join(rest)}' if rest else 'h0')
+
+
 def svg(inside: str, title: str, size: tuple[int, int]) -> str:
+  """Picture of a size in pixels."""
   return tag(
     'svg',
     tag('title', str(escape(title))) + inside,
@@ -166,32 +176,83 @@ def svg(inside: str, title: str, size: tuple[int, int]) -> str:
   )
 
 
-class Frame(NamedTuple):
-  """Where a plot lies on its figure, and what its axes span."""
+def x_axis(
+  scale: Scale, marks: list, top: float, bottom: float, form=figure
+) -> list[str]:
+  """Vertical lines at marks, with their numbers below."""
+  parts = []
+  for mark in marks:
+    x = scale(mark)
+    parts += [
+      line(f'M{x:.1f},{top}V{bottom}'),
+      words(x, bottom + 14, form(mark), 'middle'),
+    ]
+  return parts
 
-  left: float
-  top: float
-  right: float
-  bottom: float
+
+def y_axis(
+  scale: Scale, marks: list, left: float, right: float, form=figure
+) -> list[str]:
+  """Horizontal lines at marks, with their numbers on the left."""
+  parts = []
+  for mark in marks:
+    y = scale(mark)
+    parts += [
+      line(f'M{left},{y:.1f}H{right}'),
+      words(left - 7, y + 4, form(mark), 'end'),
+    ]
+  return parts
+
+
+def spread(ends: list[tuple[float, str]], gap: float = 14) -> list:
+  """Labels (y, text) in order, moved apart where they would overlap."""
+  placed = []
+  for y, text in sorted(ends):
+    placed.append((max(y, placed[-1][0] + gap) if placed else y, text))
+  return placed
+
+
+def legend(curves: list[Curve], x: float, y: float = 13) -> list[str]:
+  """Names of curves in a line, each behind a piece of its stroke."""
+  parts = []
+  for c in curves:
+    parts += draw(c, [(x, y), (x + 20, y)], dots=[(x + 10, y)])
+    parts.append(words(x + 27, y + 4, c.label))
+    x += 27 + 6.3 * len(c.label) + 24
+  return parts
+
+
+# --- curves over steps
+
+
+class Frame(NamedTuple):
+  """Plot area of a chart: its two axes and their ticks."""
+
+  x: Scale
+  y: Scale
   x_ticks: list[float]
   y_ticks: list[float]
-  x_low: float
-  x_high: float
+
+  @property
+  def left(self) -> float:
+    return self.x.start
+
+  @property
+  def right(self) -> float:
+    return self.x.stop
 
   def place(self, x: float, y: float) -> tuple[float, float]:
-    low, high = self.y_ticks[0], self.y_ticks[-1]
-    across = (x - self.x_low) / (self.x_high - self.x_low)
-    up = (y - low) / (high - low)
-    return (
-      self.left + across * (self.right - self.left),
-      self.bottom - up * (self.bottom - self.top),
-    )
+    """Pixel of a point."""
+    return self.x(x), self.y(y)
 
 
 def make_frame(
-  curves: list[Curve], size: tuple[int, int], large: bool
+  curves: list[Curve], size: tuple[int, int], large: bool, unit: str = ''
 ) -> Frame:
-  xs, ys = zip(*(point for c in curves for point in c.points))
+  """Plot area that holds the curves and their bands."""
+  bands = [side for c in curves if c.band for side in c.band]
+  groups = [c.points for c in curves] + bands
+  xs, ys = zip(*(point for points in groups for point in points))
   x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
   near = 0.02 * (x_high - x_low)  # a tick just outside widens the axis to it
   x_ticks = [
@@ -200,52 +261,61 @@ def make_frame(
     if x_low - near <= x <= x_high + near
   ]
   y_low, y_high = min(ys), max(ys)
-  if large and y_low >= 0 and y_high <= 1:
+  if unit == '%' and y_low >= 0 and y_high <= 1:
     y_low, y_high = 0, 1
   elif y_low > 0.8 * y_high > 0:  # small noise should look small
     y_low = 0
-  left, top, right, bottom = (46, 34, 106, 42) if large else (50, 8, 62, 22)
+  y_ticks = ticks(y_low, y_high, size[1] // 50)
+  left, top, right, bottom = (52, 34, 118, 42) if large else (50, 8, 62, 22)
   return Frame(
-    left,
-    top,
-    size[0] - right,
-    size[1] - bottom,
+    Scale(
+      min([x_low, *x_ticks]), max([x_high, *x_ticks]), left, size[0] - right
+    ),
+    Scale(y_ticks[0], y_ticks[-1], size[1] - bottom, top),
     x_ticks,
-    ticks(y_low, y_high, size[1] // 50),
-    min([x_low, *x_ticks]),
-    max([x_high, *x_ticks]),
+    y_ticks,
   )
 
 
 def chart(
-  curves: list[Curve], title: str, size: tuple[int, int], large: bool = False
+  curves: list[Curve],
+  title: str,
+  size: tuple[int, int],
+  large: bool = False,
+  unit: str = '',
+  caption: str = 'training step',
 ) -> str:
-  """Grid, curves, end values, and a strip for each step that can be hovered."""
+  """Picture of curves over steps; a large one has a legend and a caption.
+
+  unit: '%' for shares, which are shown as per cent on an axis from 0 to 1.
+  """
   curves = [c for c in curves if c.points]
   if not curves:
-    return svg(
-      words(size[0] / 2, size[1] / 2, 'no reward recorded', 'middle'),
-      title,
-      size,
-    )
-  frame = make_frame(curves, size, large)
-  parts = grid(frame)
+    empty = words(size[0] / 2, size[1] / 2, 'no values recorded', 'middle')
+    return svg(empty, title, size)
+
+  def form(value):
+    return figure(value, unit)
+
+  frame = make_frame(curves, size, large, unit)
+  floor = frame.y.start
+  parts = y_axis(frame.y, frame.y_ticks, frame.left, frame.right, form)
+  parts += x_axis(frame.x, frame.x_ticks, floor, floor + 4)
+  for c in curves:
+    if c.band:
+      outline = [frame.place(*p) for p in c.band[1] + c.band[0][::-1]]
+      ring = path_data(outline) + 'Z'
+      parts.append(tag('path', d=ring, fill=c.colour, fill_opacity=0.2))
   for c in curves:
     at = [frame.place(*point) for point in c.points]
     parts += draw(c, at, dots=at)
   if large:
+    middle = (frame.left + frame.right) / 2
     parts += legend(curves, frame.left)
-    parts += [
-      words(
-        (frame.left + frame.right) / 2, size[1] - 6, 'training step', 'middle'
-      )
-    ]
-  parts += hover_strips(curves, frame, 80 if large else 32)
+    parts.append(words(middle, size[1] - 6, caption, 'middle'))
+  parts += hover_strips(curves, frame, 80 if large else 32, form)
   ends = [
-    (
-      frame.place(*c.points[-1])[1],
-      f'{c.end} {figure(c.points[-1][1])}'.strip(),
-    )
+    (frame.y(c.points[-1][1]), f'{c.end}: {form(c.points[-1][1])}'.lstrip(': '))
     for c in curves
     if c.end is not None
   ]
@@ -256,141 +326,47 @@ def chart(
   return svg(''.join(parts), title, size)
 
 
-def grid(frame: Frame) -> list[str]:
-  line = {'class_': 'grid', 'stroke': INK, 'stroke_opacity': 0.22}
-  parts = []
-  for value in frame.y_ticks:
-    _, y = frame.place(frame.x_low, value)
-    parts += [
-      tag('path', d=f'M{frame.left},{y:.1f}H{frame.right}', **line),
-      words(frame.left - 7, y + 4, figure(value), 'end'),
-    ]
-  for value in frame.x_ticks:
-    x, _ = frame.place(value, frame.y_ticks[0])
-    parts += [
-      tag('path', d=f'M{x:.1f},{frame.bottom}v4', **line),
-      words(x, frame.bottom + 17, figure(value), 'middle'),
-    ]
-  return parts
-
-
 def draw(c: Curve, points: Points, dots: Points) -> list[str]:
-  parts = [
-    tag(
-      'path',
-      d=path_data(points),
-      stroke=c.colour,
-      stroke_width=c.width,
-      stroke_opacity=c.opacity,
-      stroke_linejoin='round',
-      stroke_linecap='round',
-    )
-  ]
-  if c.dots and len(dots) <= 60:
-    parts += [
-      tag('circle', cx=f'{x:.1f}', cy=f'{y:.1f}', r=3.2, fill=c.colour)
-      for x, y in dots
-    ]
-  return parts
+  """Stroke of a curve through pixels, and its dots where they are few."""
+  stroke = tag(
+    'path',
+    d=path_data(points),
+    stroke=c.colour,
+    stroke_width=c.width,
+    stroke_opacity=c.opacity,
+    stroke_linejoin='round',
+    stroke_linecap='round',
+  )
+  shown = dots if c.dots and len(dots) <= 60 else []
+  return [stroke, *(dot(x, y, c.colour, 3.2) for x, y in shown)]
 
 
-def legend(curves: list[Curve], x: float) -> list[str]:
-  parts = []
-  for c in curves:
-    parts += draw(c, [(x, 13), (x + 20, 13)], dots=[(x + 10, 13)])
-    parts.append(words(x + 27, 17, c.label))
-    x += 27 + 6.3 * len(c.label) + 24
-  return parts
-
-
-def hover_strips(curves: list[Curve], frame: Frame, most: int) -> list[str]:
-  """Invisible columns whose <title> says the values there, without a script."""
+def hover_strips(
+  curves: list[Curve], frame: Frame, most: int, form=figure
+) -> list[str]:
+  """Invisible columns whose <title> holds the values there."""
   parts, tables = [], [(c.label, thin(c.points, most)) for c in curves]
   xs = max((table for _, table in tables), key=len)
   middles = [(a + b) / 2 for (a, _), (b, _) in pairwise(xs)]
-  edges = [frame.x_low, *middles, frame.x_high]
+  edges = [frame.x.low, *middles, frame.x.high]
   for (x, _), low, high in zip(xs, edges, edges[1:]):
-    near = [
-      (label, min(table, key=lambda point: abs(point[0] - x)))
-      for label, table in tables
-    ]
-    text = '\n'.join(
-      [
-        f'step {x:.0f}',
-        *(
-          f'{label}: {figure(y)}' + ('' if at == x else f' (step {at:.0f})')
-          for label, (at, y) in near
-        ),
-      ]
-    )
-    (left, _), (right, _) = frame.place(low, 0), frame.place(high, 0)
+    lines = [f'step {x:.0f}']
+    for label, table in tables:
+      at, y = min(table, key=lambda point: abs(point[0] - x))
+      there = '' if at == x else f' (step {at:.0f})'
+      lines.append(f'{label}: {form(y)}{there}')
+    left, right = frame.x(low), frame.x(high)
     parts.append(
       tag(
         'rect',
-        tag('title', str(escape(text))),
+        tag('title', str(escape('\n'.join(lines)))),
         class_='strip',
         x=f'{left:.1f}',
-        y=frame.top,
+        y=frame.y.stop,
         width=f'{right - left:.1f}',
-        height=frame.bottom - frame.top,
+        height=frame.y.start - frame.y.stop,
         fill=INK,
         fill_opacity=0,
       )
     )
   return parts
-
-
-# --- the figures of a run
-
-
-def reward_curve_svg(metrics: list[dict]) -> str:
-  """Reward in training and on held-out prompts, as a figure on its own.
-
-  Its colours are explicit and lie midway, so that it can be read on a white
-  page and on a black one.
-  """
-  reward = curve(metrics, 'train', 'reward')
-  held_out = curve(metrics, 'eval', 'eval/reward')
-  half = max(2, len(reward) // 30)
-  each = (
-    'each step'
-    if len(reward) <= 400
-    else (f'means of {math.ceil(len(reward) / 400)} steps')
-  )
-  return chart(
-    [
-      Curve(
-        f'training reward, {each}', thin(reward), BLUE, width=1.2, opacity=0.5
-      ),
-      Curve(
-        f'moving mean of {2 * half + 1} steps',
-        thin(smooth(reward, half)),
-        BLUE,
-        end='train',
-      ),
-      Curve(
-        'held-out reward, greedy',
-        thin(held_out),
-        ORANGE,
-        dots=True,
-        end='held-out',
-      ),
-    ],
-    'Training reward and held-out reward by step',
-    (920, 340),
-    large=True,
-  )
-
-
-def panels(metrics: list[dict]) -> list[dict]:
-  shown = []
-  for phase, name, heading, unit in PANELS:
-    points = thin(curve(metrics, phase, name), 300)
-    if points:
-      drawn = chart(
-        [Curve(name, points, BLUE, width=1.6, end='')],
-        f'{heading} by step',
-        (300, 150),
-      )
-      shown.append({'heading': heading, 'unit': unit, 'svg': Markup(drawn)})
-  return shown

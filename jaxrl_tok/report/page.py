@@ -1,10 +1,11 @@
-"""A run directory in, one self-contained page out: report.html.
+"""Report of a run: one self-contained page, report.html.
 
-1. `read_rows` reads metrics.jsonl and samples.jsonl, forgiving a killed run.
-2. charts.py draws the metrics.
-3. `read_samples` keeps the greedy completions before and after, and the sampled
-   ones of the first and the latest steps; `shade` colours a token by advantage.
-4. `write_report` fills report.html.jinja and replaces report.html in one move.
+1. `files.py` reads metrics.jsonl and samples.jsonl of a run, killed or not.
+2. `figures.py` draws the metrics.
+3. `read_samples` keeps the held-out completions before and after training, and
+   the sampled ones of the first and the latest steps; `shade` colours a token
+   by its advantage.
+4. `write_report` fills report.html.jinja and replaces report.html at once.
 
 Completions are untrusted text. The page has no script and loads nothing, Jinja
 escapes every string, and colours are made of numbers only. Never imports jax.
@@ -12,61 +13,145 @@ escapes every string, and colours are made of numbers only. Never imports jax.
 
 import json
 import math
-import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import yaml
 from markupsafe import Markup, escape
 
-from jaxrl_tok.report.charts import (
+from jaxrl_tok.report.charts import figure
+from jaxrl_tok.report.figures import (
+  HELD_OUT,
   curve,
-  figure,
-  number,
+  evaluation_rewards,
   panels,
   reward_curve_svg,
 )
+from jaxrl_tok.report.files import atomic_write, iterate_rows, number
 
-LATEST_STEPS, GROUPS, SAMPLES, TOKENS, PAIRS = 3, 3, 8, 600, 20  # what is shown
+# limits of the page
+LATEST_STEPS, GROUPS, SAMPLES, TOKENS, PAIRS, MESSAGES = 3, 3, 8, 600, 20, 40
 DARKEST = 0.62  # opacity of the largest advantage; text stays readable on it
+COLUMNS = {  # of samples.jsonl; any other was logged by a reward
+  *('step', 'time', 'split', 'evaluation', 'prompt', 'completion', 'answer'),
+  *('reward', 'components', 'tokens', 'logp', 'rewards', 'advantage', 'extra'),
+}
 
 
 # --- reading
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-  """The JSON objects of a file, one a line; unfinished lines are skipped."""
-  if not path.exists():
-    return
-  with path.open(encoding='utf-8', errors='replace') as lines:
-    for line in lines:
-      try:
-        row = json.loads(line)
-      except (ValueError, RecursionError):
-        continue
-      if isinstance(row, dict):
-        yield row
-
-
 def read_text(path: Path, limit: int = 100_000) -> str:
-  if not path.exists():
+  """Text of a file, '' without it."""
+  if not path.is_file():
     return ''
   return clip(path.read_text(encoding='utf-8', errors='replace'), limit)
 
 
+def reward_unit(config: str) -> str:
+  """Setting reward_unit of a config.yaml: '%' where the reward is the share of
+  right answers, '' where it is any other number."""
+  try:
+    settings = yaml.safe_load(config)
+  except (yaml.YAMLError, ValueError, RecursionError):
+    return ''
+  found = settings.get('reward_unit') if isinstance(settings, dict) else None
+  return '%' if found == '%' else ''
+
+
+class Samples(NamedTuple):
+  """Rows of samples.jsonl that the page shows."""
+
+  held_out: dict[str, dict[str, list]]  # {evaluation: {before, after: rows}}
+  train: dict[float, list[dict]]  # by step: the first and the latest few
+
+
+def read_samples(
+  path: Path, on_skip: Callable[[int], None] = lambda line: None
+) -> Samples:
+  """Rows by split. A step that comes again was resumed: it starts afresh."""
+  samples, previous = Samples({}, {}), {}
+  for row in iterate_rows(path, on_skip):
+    split, step = row.get('split'), number(row['step'])
+    if split in ('before', 'after'):
+      evaluation = str(row.get('evaluation') or HELD_OUT)
+      sides = samples.held_out.setdefault(
+        evaluation, {'before': [], 'after': []}
+      )
+      if previous.get((evaluation, split), step) != step:
+        sides[split].clear()
+      previous[evaluation, split] = step
+      sides[split].append(row)
+    elif split == 'train':
+      if step != previous.get(split):
+        samples.train[step] = []
+      previous[split] = step
+      samples.train.setdefault(step, []).append(row)
+      if len(samples.train) > LATEST_STEPS + 1:
+        del samples.train[sorted(samples.train)[1]]
+  return samples
+
+
+# --- words
+
+
 def clip(text: object, limit: int = 4000) -> str:
+  """Text of at most so many characters, and how many more there are."""
   text = '' if text is None else str(text)
   more = len(text) - limit
   return text if more <= 0 else f'{text[:limit]} … ({more} more characters)'
 
 
 def entries(value: object) -> list:
+  """Value where it is a list, [] otherwise."""
   return value if isinstance(value, list) else []
+
+
+def duration(seconds: float) -> str:
+  """Time in words: '7.25 s', '3 min 20 s', '2 h 5 min'."""
+  if seconds < 60:
+    return f'{seconds:.3g} s'
+  minutes, left = divmod(round(seconds), 60)
+  return (
+    f'{minutes} min {left} s'
+    if minutes < 60
+    else f'{minutes // 60} h {minutes % 60} min'
+  )
+
+
+def message_text(content: object) -> str:
+  """Text of a message, whose content may be a list of parts."""
+  if not isinstance(content, list):
+    return clip(content)
+  texts = [
+    part.get('text', f'[{part.get("type")}]')
+    if isinstance(part, dict)
+    else part
+    for part in content
+  ]
+  return clip(' '.join(map(str, texts)))
+
+
+def conversation(value: object) -> list[dict]:
+  """Messages {role, text} of a prompt or completion; plain text has no role."""
+  messages = [m for m in entries(value) if isinstance(m, dict)]
+  if not messages or len(messages) < len(value):
+    return [{'role': '', 'text': clip(value)}]
+  return [
+    {'role': clip(m.get('role'), 40), 'text': message_text(m.get('content'))}
+    for m in messages[:MESSAGES]
+  ]
+
+
+def prompt_key(row: dict) -> str:
+  """Text that tells prompts apart."""
+  return json.dumps(row.get('prompt'), sort_keys=True)
 
 
 # --- what the page shows
@@ -91,99 +176,102 @@ def time_split(metrics: list[dict]) -> list[dict]:
   ]
 
 
-def duration(seconds: float) -> str:
-  if seconds < 60:
-    return f'{seconds:.3g} s'
-  minutes, left = divmod(round(seconds), 60)
-  return (
-    f'{minutes} min {left} s'
-    if minutes < 60
-    else f'{minutes // 60} h {minutes % 60} min'
-  )
-
-
-def headline(metrics: list[dict]) -> dict[str, str]:
-  """Cards for a run whose caller gave no summary."""
-  held_out = curve(metrics, 'eval', 'eval/reward')
+def headline(metrics: list[dict], unit: str = '') -> dict[str, str]:
+  """Cards {label: text} for a run whose caller gave none."""
   reward = curve(metrics, 'train', 'reward')
   seconds = [number(row.get('time')) or 0.0 for row in metrics]
   cards = {}
-  if held_out:
-    cards['held-out reward, before → after'] = (
-      f'{figure(held_out[0][1])} → {figure(held_out[-1][1])}'
-    )
+  for name, points in evaluation_rewards(metrics).items():
+    ends = [figure(points[i][1], unit) for i in (0, -1)]
+    cards[f'{name} reward, before → after'] = ' → '.join(ends)
   if reward:
-    cards['training reward, last step'] = figure(reward[-1][1])
+    cards['training reward, last step'] = figure(reward[-1][1], unit)
     cards['training steps'] = f'{len(reward):,}'
   if metrics:
     cards['time'] = duration(max(seconds))
   return cards
 
 
-class Samples(NamedTuple):
-  before: dict[str, dict]  # by prompt
-  after: dict[str, dict]
-  train: dict[int, list[dict]]  # by step: the first and the latest few
+def shown_sample(row: dict, unit: str = '') -> dict:
+  """Completion of a row, its reward and what else was logged of it."""
+  reward = number(row.get('reward'))
+  components, extra = row.get('components'), row.get('extra')
+  components = components if isinstance(components, dict) else {}
+  extra = extra if isinstance(extra, dict) else {}
+  extra = extra | {k: v for k, v in row.items() if k not in COLUMNS}
+  mark = None
+  if unit == '%' and reward is not None:
+    mark = 'right' if reward > 0.5 else 'wrong'
+  return {
+    'completion': conversation(row.get('completion')),
+    'reward': 'not scored' if reward is None else figure(reward),
+    'mark': mark,
+    'components': [
+      (clip(name, 60), '–' if number(v) is None else figure(number(v)))
+      for name, v in components.items()
+    ],
+    'extra': [
+      (clip(name, 60), clip(v if isinstance(v, str) else json.dumps(v), 300))
+      for name, v in extra.items()
+    ],
+  }
 
 
-def read_samples(path: Path) -> Samples:
-  samples, previous = Samples({}, {}, {}), None
-  for row in read_rows(path):
-    split, step = row.get('split'), number(row.get('step'))
-    if split in ('before', 'after'):
-      getattr(samples, split)[str(row.get('prompt'))] = row
-    elif split == 'train' and step is not None:
-      if step != previous:  # a step met again was resumed: it starts afresh
-        samples.train[step], previous = [], step
-      samples.train.setdefault(step, []).append(row)
-      if len(samples.train) > LATEST_STEPS + 1:
-        del samples.train[sorted(samples.train)[1]]
-  return samples
+def in_words(side: str, rows: list[dict], unit: str) -> str:
+  """Rewards of one side: '3 of 4 right before'; 'mean reward 1.2 before (of
+  4)'."""
+  rewards = [r for row in rows if (r := number(row.get('reward'))) is not None]
+  if not rewards:
+    return f'no rewards {side}'
+  if unit == '%':
+    right = sum(r > 0.5 for r in rewards)
+    return f'{right} of {len(rewards)} right {side}'
+  mean = math.fsum(rewards) / len(rewards)
+  return f'mean reward {figure(mean)} {side} (of {len(rewards)})'
 
 
-def greedy_pairs(samples: Samples) -> dict:
-  prompts = list(dict.fromkeys([*samples.before, *samples.after]))
-  both = (samples.before, samples.after)
-  rows = []
-  for prompt in prompts[:PAIRS]:
-    found = [side.get(prompt) for side in both]
-    answer = next((r['answer'] for r in found if r and 'answer' in r), None)
-    rows.append(
+def comparisons(samples: Samples, unit: str = '') -> list[dict]:
+  """Completions before and after training, a table for each evaluation."""
+  found = []
+  for evaluation, sides in samples.held_out.items():
+    firsts = []  # a prompt may have several samples: the first is shown
+    for rows in sides.values():
+      firsts.append({prompt_key(row): row for row in reversed(rows)})
+    order = dict.fromkeys(
+      prompt_key(r) for rows in sides.values() for r in rows
+    )
+    table = []
+    for key in list(order)[:PAIRS]:
+      rows = [first.get(key) for first in firsts]
+      there = [row for row in rows if row]
+      answer = next((r['answer'] for r in there if 'answer' in r), None)
+      table.append(
+        {
+          'prompt': conversation(there[0].get('prompt')),
+          'answer': clip(answer),
+          'sides': [row and shown_sample(row, unit) for row in rows],
+        }
+      )
+    found.append(
       {
-        'prompt': clip(prompt),
-        'answer': clip(answer),
-        'sides': [r and shown_sample(r) for r in found],
+        'evaluation': clip(evaluation, 60),
+        'summary': ', '.join(in_words(s, r, unit) for s, r in sides.items()),
+        'rows': table,
+        'answers': any(row['answer'] for row in table),
+        'more': len(order) - len(table),
       }
     )
-  right = [
-    sum((number(r.get('reward')) or 0) > 0.5 for r in side.values())
-    for side in both
-  ]
-  return {
-    'rows': rows,
-    'right': right,
-    'of': [len(side) for side in both],
-    'more': len(prompts) - len(rows),
-  }
-
-
-def shown_sample(row: dict) -> dict:
-  reward = number(row.get('reward'))
-  return {
-    'completion': clip(row.get('completion')),
-    'reward': 'not scored' if reward is None else figure(reward),
-    'mark': None if reward is None else 'right' if reward > 0.5 else 'wrong',
-  }
+  return found
 
 
 # --- credit: one token, one colour
 
 
 def shade(advantage: object, largest: float) -> str:
-  """CSS for a token: its sign picks the hue, its share of the largest alpha.
+  """CSS of a token: its sign picks the hue, its share of the largest the alpha.
 
-  Blue where the token is pushed to be likelier, orange where less likely.
-  Built from numbers only, because everything else in a sample is untrusted.
+  Blue tokens are pushed to be likelier, orange ones less likely. Made of
+  numbers only, because everything else in a sample is untrusted.
   """
   advantage = number(advantage) or 0.0
   if not advantage or largest <= 0:
@@ -194,7 +282,7 @@ def shade(advantage: object, largest: float) -> str:
 
 
 def visible(token: object) -> Markup:
-  """The token escaped, with marks where nothing would be seen."""
+  """Token with its markup escaped and its invisible characters marked."""
   text = ''.join(
     f'⟨U+{ord(c):04X}⟩'
     if c not in '\n\r\t'
@@ -210,13 +298,14 @@ def visible(token: object) -> Markup:
 
 
 def shown_tokens(row: dict, largest: float) -> list[dict]:
+  """Tokens of a sample, with their shades and numbers."""
   columns = [entries(row.get(k)) for k in ('logp', 'rewards', 'advantage')]
   tokens = entries(row.get('tokens'))
   columns = [column[: len(tokens)] for column in columns]
   shown = []
   for token, *values in islice(zip_longest(tokens, *columns), TOKENS):
     logp, reward, advantage = map(number, values)
-    said = ['–' if v is None else f'{v:+.3f}' for v in (reward, advantage)]
+    credit = ['–' if v is None else f'{v:+.3f}' for v in (reward, advantage)]
     chance = (
       '–'
       if logp is None
@@ -229,13 +318,13 @@ def shown_tokens(row: dict, largest: float) -> list[dict]:
         'paid': bool(reward),
         'newline': '\n' in str(token),
         'title': f'{clip(repr(token), 200)}\nlog-prob {chance}\n'
-        f'reward {said[0]}\nadvantage {said[1]}',
+        f'reward {credit[0]}\nadvantage {credit[1]}',
       }
     )
   return shown
 
 
-def credit(samples: Samples) -> dict:
+def credit(samples: Samples, unit: str = '') -> dict:
   """Steps, newest first; each has groups (one a prompt) of shaded samples."""
   largest = max(
     (
@@ -250,14 +339,14 @@ def credit(samples: Samples) -> dict:
   for step in sorted(samples.train, reverse=True):
     groups = {}
     for row in samples.train[step]:
-      groups.setdefault(str(row.get('prompt')), []).append(row)
+      groups.setdefault(prompt_key(row), []).append(row)
     steps.append(
       {
         'step': f'{step:.0f}',
         'more': max(len(groups) - GROUPS, 0),
         'groups': [
-          shown_group(prompt, groups[prompt], largest)
-          for prompt in list(groups)[:GROUPS]
+          shown_group(rows, largest, unit)
+          for rows in list(groups.values())[:GROUPS]
         ],
       }
     )
@@ -268,14 +357,15 @@ def credit(samples: Samples) -> dict:
   }
 
 
-def shown_group(prompt: str, rows: list[dict], largest: float) -> dict:
+def shown_group(rows: list[dict], largest: float, unit: str) -> dict:
+  """Samples of one prompt."""
   return {
-    'prompt': clip(prompt),
+    'prompt': conversation(rows[0].get('prompt')),
     'answer': clip(rows[0].get('answer')),
     'more': max(len(rows) - SAMPLES, 0),
     'rows': [
       {
-        **shown_sample(row),
+        **shown_sample(row, unit),
         'tokens': shown_tokens(row, largest),
         'more': max(len(entries(row.get('tokens'))) - TOKENS, 0),
       }
@@ -287,8 +377,33 @@ def shown_group(prompt: str, rows: list[dict], largest: float) -> dict:
 # --- the page
 
 
+class Report:
+  """Page of a run, which a notebook shows; str(report) is its path."""
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path)
+
+  def __str__(self) -> str:
+    return str(self.path)
+
+  def __fspath__(self) -> str:
+    return str(self.path)
+
+  def __repr__(self) -> str:
+    return f'Report({str(self.path)!r})'
+
+  def _repr_html_(self) -> str:
+    """Page in a frame of its own, so that neither styles the other."""
+    page = escape(self.path.read_text(encoding='utf-8'))
+    return (
+      f'<iframe srcdoc="{page}" sandbox title="report" width="100%" '
+      'height="800" style="border:0"></iframe>'
+    )
+
+
 @cache
 def template() -> jinja2.Template:
+  """Template of the page, where every string is escaped."""
   return jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
@@ -301,41 +416,43 @@ def write_report(
   run_dir: str | Path,
   title: str = 'Training report',
   summary: dict | None = None,
+  unit: str | None = None,
 ) -> Path:
-  """Writes run_dir/report.html from the files of the run and returns its path;
-  its first figure also stands alone in reward.svg.
+  """Writes report.html and its first figure, reward.svg, into a run directory.
 
-  `summary` maps a label to a text, shown as cards in that order; without one
-  the cards are read off the metrics. Missing files leave a line in their place.
+  Args:
+    summary: cards {label: text}, in order. None: made of the metrics.
+    unit: '%' where the reward is the share of right answers, '' where it is
+      any other number. None: reward_unit of config.yaml.
+
+  Missing files leave a sentence in their place. Returns the page's path.
   """
-  run_dir = Path(run_dir)
-  metrics = list(read_rows(run_dir / 'metrics.jsonl'))
-  samples = read_samples(run_dir / 'samples.jsonl')
-  recorded = any('reward' in row or 'eval/reward' in row for row in metrics)
-  drawn = reward_curve_svg(metrics) if recorded else None
+  run_dir, skipped = Path(run_dir), []
+  config = read_text(run_dir / 'config.yaml')
+  unit = reward_unit(config) if unit is None else unit
+  metrics = list(iterate_rows(run_dir / 'metrics.jsonl', skipped.append))
+  samples = read_samples(run_dir / 'samples.jsonl', skipped.append)
+  recorded = curve(metrics, 'train', 'reward') or evaluation_rewards(metrics)
+  drawn = reward_curve_svg(metrics, unit) if recorded else None
   page = template().render(
     title=title,
-    cards=headline(metrics) if summary is None else summary,
+    cards=headline(metrics, unit) if summary is None else summary,
     reward=drawn and Markup(drawn),
     panels=panels(metrics),
     times=time_split(metrics),
-    pairs=greedy_pairs(samples),
-    credit=credit(samples),
+    comparisons=comparisons(samples, unit),
+    credit=credit(samples, unit),
     command=read_text(run_dir / 'command.txt').strip(),
     files=[
       (name, text)
-      for name in ('config.yaml', 'env.json')
-      if (text := read_text(run_dir / name))
+      for name, text in (
+        ('config.yaml', config),
+        ('env.json', read_text(run_dir / 'env.json')),
+      )
+      if text
     ],
+    skipped=len(skipped),
   )
   if drawn:
-    replace(run_dir / 'reward.svg', drawn)
-  return replace(run_dir / 'report.html', page)
-
-
-def replace(path: Path, text: str) -> Path:
-  """Writes a file that is never seen half-written."""
-  part = path.with_name(f'.{path.name}.{os.getpid()}')
-  part.write_text(text, encoding='utf-8', errors='replace')
-  os.replace(part, path)
-  return path
+    atomic_write(run_dir / 'reward.svg', drawn)
+  return atomic_write(run_dir / 'report.html', page)

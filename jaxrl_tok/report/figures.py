@@ -1,0 +1,114 @@
+"""Figures of a run's report: which curves of its metrics are drawn."""
+
+import math
+import re
+
+from markupsafe import Markup
+
+from jaxrl_tok.report.charts import COLOURS, Curve, Points, chart, smooth, thin
+from jaxrl_tok.report.files import number
+
+PANELS = (  # phase, metric, heading, unit
+  ('train', 'entropy', 'Entropy', 'nats per token'),
+  ('train', 'kl', 'KL to the reference', 'nats'),
+  ('train', 'surrogate', 'Surrogate loss', ''),
+  ('train', 'grad_norm', 'Gradient norm', ''),
+  ('train', 'clip_ratio/region_mean', 'Clipped ratios', 'fraction'),
+  ('train', 'update_kl', 'KL within an update', 'nats'),
+  ('train', 'explained_variance', 'Variance that the critic explains', ''),
+  ('train', 'completions/mean_length', 'Completion length', 'tokens, mean'),
+  ('train', 'tokens_per_second', 'Speed', 'tokens per second'),
+  ('train', 'frac_reward_zero_std', 'Groups without variance', 'fraction'),
+  ('train', 'sampler_logp_gap', 'Sampler log-prob gap', 'nats'),
+  ('warm_start', 'loss', 'Warm-start loss', 'cross-entropy'),
+)
+MOST_PANELS = 30
+HELD_OUT = 'held-out'  # name of the evaluation whose metrics have none
+
+
+def curve(metrics: list[dict], phase: str, name: str) -> Points:
+  """Points (step, value) in order of step; the last of a repeated step wins."""
+  points = {}
+  for row in metrics:
+    if row.get('phase') == phase and name in row:
+      points[number(row.get('step'))] = number(row[name])
+  found = [(x, y) for x, y in points.items() if None not in (x, y)]
+  return sorted(found)
+
+
+def metric_names(metrics: list[dict], phase: str) -> list[str]:
+  """Names that occur in a phase, in order of appearance."""
+  rows = [row for row in metrics if row.get('phase') == phase]
+  return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def evaluation_rewards(metrics: list[dict]) -> dict[str, Points]:
+  """Reward of every evaluation: eval/reward, eval/NAME/reward."""
+  found = {}
+  for name in metric_names(metrics, 'eval'):
+    match = re.fullmatch(r'eval/(?:(.+)/)?reward', name)
+    points = curve(metrics, 'eval', name) if match else []
+    if points:
+      found[match[1] or HELD_OUT] = points
+  return found
+
+
+def reward_curves(metrics: list[dict]) -> list[Curve]:
+  """Curves of the reward: each step, its moving mean, every evaluation."""
+  reward = curve(metrics, 'train', 'reward')
+  half, most = max(2, len(reward) // 30), 400
+  runs = math.ceil(len(reward) / most)
+  each = 'each step' if runs <= 1 else f'means of {runs} steps'
+  mean = f'moving mean of {2 * half + 1} steps'
+  colours = COLOURS[1:]
+  return [
+    Curve(
+      f'training reward, {each}', thin(reward, most), width=1.2, opacity=0.5
+    ),
+    Curve(mean, thin(smooth(reward, half), most), end='train'),
+    *(
+      Curve(
+        f'{name} reward' if name == HELD_OUT else name,
+        thin(points),
+        colours[i % len(colours)],
+        dots=True,
+        end=name if len(name) <= 12 else f'{name[:11]}…',
+      )
+      for i, (name, points) in enumerate(evaluation_rewards(metrics).items())
+    ),
+  ]
+
+
+def reward_curve_svg(metrics: list[dict], unit: str = '') -> str:
+  """Picture of the reward in training and in every evaluation."""
+  title = 'Training reward and held-out reward by step'
+  return chart(reward_curves(metrics), title, (920, 340), True, unit)
+
+
+def more_panels(metrics: list[dict]) -> list[tuple]:
+  """Panels of metrics that a task names: rewards, numbers of evaluations."""
+  train, held_out = (metric_names(metrics, p) for p in ('train', 'eval'))
+  rewards = [m for n in train if (m := re.fullmatch('rewards/(.+)/mean', n))]
+  found = [('train', m[0], m[1], 'reward, mean') for m in rewards]
+  found = found if len(found) > 1 else []  # one is drawn above
+  for name in held_out:
+    parts = name.split('/')
+    if parts[0] == 'eval' and parts[-1] != 'reward':
+      evaluation = '/'.join(parts[1:-1]) or HELD_OUT
+      found.append(('eval', name, parts[-1].replace('_', ' '), evaluation))
+  return found
+
+
+def panels(metrics: list[dict]) -> list[dict]:
+  """Small pictures of all other metrics: heading, unit, svg."""
+  shown = []
+  for phase, name, heading, unit in (*more_panels(metrics), *PANELS):
+    points = thin(curve(metrics, phase, name), 300)
+    if points:
+      drawn = chart(
+        [Curve(name, points, width=1.6, end='')],
+        f'{heading} by step',
+        (300, 150),
+      )
+      shown.append({'heading': heading, 'unit': unit, 'svg': Markup(drawn)})
+  return shown[:MOST_PANELS]
