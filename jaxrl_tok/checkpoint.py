@@ -1,29 +1,34 @@
 """TrainState whole, and where the run stood, saved by Orbax.
 
 A checkpoint {run}/checkpoints/{step}/ holds `state` (parameters, optimizer,
-key, the algorithm's carry, the reference) and `meta`, a JSON of the run's
-progress, its flags and the shape of every leaf. Saving is asynchronous: the
-next step goes on while the files are written.
+key, carries), `cursor` (where the collector stands in the data) and `meta`, a
+JSON of the run's progress, its settings and the shape of every leaf. Saving is
+asynchronous: the next step goes on while the files are written.
 """
 
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxrl_tok.sharding import path_name
 from jaxrl_tok.types import TrainState
 
-FORMAT = 2
+FORMAT = 3
 
 
-def open_checkpoints(run_dir: str | Path, keep: int) -> ocp.CheckpointManager:
-  """The checkpoints of a run; the newest `keep` of them stay."""
+def open_checkpoints(
+  run_dir: str | Path, keep: int | None = None
+) -> ocp.CheckpointManager:
+  """The checkpoints of a run; the newest `keep` of them stay. None: opened to
+  be read only."""
+  options = {'read_only': True}
+  if keep is not None:
+    options = {'max_to_keep': keep, 'enable_async_checkpointing': True}
   return ocp.CheckpointManager(
     Path(run_dir).absolute() / 'checkpoints',
-    options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=True
-    ),
+    options=ocp.CheckpointManagerOptions(**options),
   )
 
 
@@ -34,24 +39,31 @@ def _leaves(state) -> dict[str, str]:
 
 
 def save(
-  manager: ocp.CheckpointManager, state: TrainState, progress: dict, flags: dict
+  manager: ocp.CheckpointManager,
+  state: TrainState,
+  cursor: dict,
+  progress: dict,
+  settings: dict,
 ) -> None:
   """Starts writing; `wait` or `close` the manager to be sure of it.
 
-  What is frozen is not written: it is where it was read from.
+  Frozen parameters are not written: they are where they were read from.
   """
   state = state.replace(frozen=None)
   meta = {
     'format': FORMAT,
     'progress': progress,
-    'flags': flags,
+    'settings': settings,
     'leaves': _leaves(state),
   }
   step = int(state.step)
+  cursor = jax.tree.map(np.asarray, jax.device_get(cursor))
   saved = manager.save(
     step,
     args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+      state=ocp.args.StandardSave(state),
+      cursor=ocp.args.StandardSave(cursor),
+      meta=ocp.args.JsonSave(meta),
     ),
   )
   if not saved:  # Orbax says so only by its return value
@@ -77,9 +89,9 @@ def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
 
 def restore(
   manager: ocp.CheckpointManager, step: int, like: TrainState
-) -> tuple[TrainState, dict]:
-  """(state, meta) of a step, placed as the state `like` is, but for what is
-  frozen: that is None. `like` may hold ShapeDtypeStructs.
+) -> tuple[TrainState, dict, dict]:
+  """(state, cursor, meta) of a step, placed as the state `like` is; frozen
+  parameters are None. `like` may hold ShapeDtypeStructs.
 
   Raises ValueError when the checkpoint's leaves are not those of `like`: it
   was made with another model, optimizer or algorithm.
@@ -102,7 +114,11 @@ def restore(
         'the run was started with (config.yaml)'
       )
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  state = manager.restore(
-    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-  ).state
-  return state, meta
+  found = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(shapes),
+      cursor=ocp.args.StandardRestore(),
+    ),
+  )
+  return found.state, found.cursor, meta

@@ -1,20 +1,54 @@
-"""Looking at a policy: held-out prompts, its drift, credit token by token."""
+"""Evaluation on held-out prompts, and samples that show credit by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrl_tok import masked
-from jaxrl_tok.credit import losses
 from jaxrl_tok.data import PromptSet
-from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sharding import put_rows
-from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule
+from jaxrl_tok.step.collectors import Scorer, score, total_reward
+from jaxrl_tok.step.device_steps import StepBatch
+
+
+class Evaluation(NamedTuple):
+  """A data set that the policy is judged on while it trains, and how.
+
+  `name` is part of the metrics' names, eval/NAME/reward. `metrics` are
+  functions of the whole data set's completions, never optimised:
+  metric(prompts, completions, **columns) -> float | {name: float}.
+  """
+
+  name: str
+  data: Any  # records, as Task.train takes them
+  rewards: Any = None  # as Task.rewards; None: the task's
+  every: int | None = None  # steps; None: --eval_every
+  samples: int = 1  # completions of each prompt
+  greedy: bool = True  # most likely tokens; False: sampled as in training
+  metrics: Sequence[Callable] = ()
+
+
+class Due(NamedTuple):
+  """An evaluation, ready to run."""
+
+  name: str
+  every: int  # steps; 0: at the end only
+  # (state, step, Batch, StepBatch) -> (metrics, rows for samples.jsonl)
+  run: Callable
+
+
+def due(evaluations: Sequence[Due], step: int, max_steps: int) -> list[Due]:
+  """The evaluations to run after a step."""
+  return [
+    e
+    for e in evaluations
+    if step == max_steps or (e.every and step % e.every == 0)
+  ]
 
 
 def describe(example: dict) -> dict:
-  """The prompt and answer of a record, as samples.jsonl holds them."""
+  """Prompt and answer of a record, as samples.jsonl holds them."""
   answer = example.get('answer')
   return {
     'prompt': example['prompt'],
@@ -22,93 +56,117 @@ def describe(example: dict) -> dict:
   }
 
 
-def held_out_reward(
+def metric_prefix(name: str) -> str:
+  """'eval/' of the run's own held-out data, 'eval/NAME/' of others."""
+  return 'eval/' if name == 'held_out' else f'eval/{name}/'
+
+
+def evaluate_held_out(
   sample: Callable,
-  judge: Callable,
-  weights,
-  held_out: PromptSet,
-  rule: SamplingRule,
-  batch: int,
+  scorer: Scorer,
+  data: PromptSet,
+  num_prompts: int,
+  prompt_length: int,
+  step: int = 0,
+  metrics: Sequence[Callable] = (),
+  name: str = 'held_out',
 ) -> tuple[dict, list[dict]]:
-  """One completion of every held-out prompt, judged.
+  """Completions of every prompt of a set, scored.
 
   Args:
-    sample: (weights, key, Prompts [batch, P], rule) -> Rollout; greedy, so
-      the key decides nothing.
-    judge: (tokens, mask, examples) -> rewards.Scores.
-    batch: prompts at a time; the last batch wraps and its excess is dropped.
+    sample: (number of the batch, Prompts [num_prompts, P]) -> Rollout.
+    num_prompts: prompts at a time; the last batch wraps around and its excess
+      is dropped.
+    prompt_length: P of all batches.
+    step: of the run, for the reward functions.
 
-  Returns (metrics, rows): mean reward and length, one dict for each prompt.
-  Must run under jax.set_mesh.
+  Returns (metrics, rows): means over completions, one dict for each. Must run
+  under jax.set_mesh.
   """
-  mesh, key = jax.sharding.get_mesh(), jax.random.key(0)
-  n = len(held_out.examples)
-  lengths, rows = [], []
-  for start in range(0, n, batch):
-    index = np.arange(start, start + batch) % n
-    real = min(batch, n - start)
-    prompts = Prompts(held_out.tokens[index], held_out.length[index])
-    rollout = sample(weights, key, put_rows(mesh, prompts), rule)
-    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-    tokens, mask = tokens[:real], mask[:real]
-    examples = [held_out.examples[i] for i in index[:real]]
-    scores = judge(tokens, mask, examples)
-    lengths.extend(mask.sum(1).tolist())
-    rows.extend(
-      {**describe(example), 'completion': text, 'reward': float(reward)}
-      for example, text, reward in zip(
-        examples, scores.completions, scores.reward.sum(1)
-      )
-    )
-  metrics = {
-    'eval/reward': float(np.mean([row['reward'] for row in rows])),
-    'eval/mean_length': float(np.mean(lengths)),
+  mesh, n = jax.sharding.get_mesh(), data.num_records
+  lengths, ended, rows, examples_of = [], [], [], []
+  for number, start in enumerate(range(0, n, num_prompts)):
+    index = np.arange(start, start + num_prompts) % n
+    real = min(num_prompts, n - start)
+    examples = [data.records[int(i)] for i in index]
+    prompts, columns = data.batch(examples, prompt_length)
+    rollout = sample(number, put_rows(mesh, prompts))
+    on_device = ({}, {})
+    if scorer.device is not None:
+      on_device = scorer.device(rollout, put_rows(mesh, columns))
+    found = score(scorer, rollout, on_device, examples, step)
+    G = len(rollout.mask) // num_prompts
+    keep = real * G
+    total = total_reward(found.scored)[:keep]
+    mask, over = jax.device_get((rollout.mask, rollout.ended))
+    lengths.extend(mask[:keep].sum(1).tolist())
+    ended.extend(over[:keep].tolist())
+    judged = [e for e in examples[:real] for _ in range(G)]
+    examples_of += judged
+    rows += [
+      {**describe(e), 'completion': text, 'reward': float(reward)}
+      for e, text, reward in zip(judged, found.texts, total)
+    ]
+  prefix = metric_prefix(name)
+  found = {
+    'reward': float(np.mean([row['reward'] for row in rows])),
+    'mean_length': float(np.mean(lengths)),
+    'clipped_ratio': 1.0 - float(np.mean(ended)),
   }
-  return metrics, rows
+  found |= corpus_metrics(metrics, examples_of, [r['completion'] for r in rows])
+  return {prefix + name: value for name, value in found.items()}, rows
 
 
-def make_reference_kl(
-  policy: Policy, logits_chunk: int | None = None
-) -> Callable:
-  """Returns reference_kl(TrainState.reference_weights, rollout, rule) -> mean k3 in
-  nats a token: how far the policy that sampled is from the reference."""
-
-  def reference_kl(weights, rollout: Rollout, rule: SamplingRule):
-    reference = policy.merge_params(*weights)
-    ref = evaluate(policy, reference, rollout, rule, logits_chunk)
-    d = masked.fill(rollout.logp - ref.logp, rollout.mask)
-    return masked.mean(losses.k3(d), rollout.mask)
-
-  return reference_kl
+def corpus_metrics(metrics, examples: list[dict], completions: list) -> dict:
+  """{name: float} of functions of all completions; see Evaluation."""
+  names = dict.fromkeys(name for e in examples for name in e)
+  columns = {name: [e.get(name) for e in examples] for name in names}
+  prompts, found = columns.pop('prompt'), {}
+  for metric in metrics:
+    value = metric(prompts=prompts, completions=completions, **columns)
+    if not isinstance(value, dict):
+      value = {getattr(metric, '__name__', type(metric).__name__): value}
+    found |= {k: float(v) for k, v in value.items()}
+  return found
 
 
 def credit_rows(
-  rollout: Rollout, advantage, scores, examples, decode: Callable, prompts=4
+  last: StepBatch, batch, decode: Callable, prompts: int = 4
 ) -> list[dict]:
   """samples.jsonl rows of the step's prompts with the largest advantages, all
   their samples: each chosen token with its log-prob, reward and advantage.
 
-  decode: list of ids -> texts.
+  Args:
+    last: the step's batch after its update.
+    batch: collectors.Batch.
+    decode: lists of ids -> texts.
   """
-  C = len(examples)
-  tokens, mask, logp, advantage = jax.device_get(
-    (rollout.tokens, rollout.mask, rollout.logp, advantage)
-  )
+  examples, C = batch.examples, len(batch.examples)
+  scored, advantage = jax.device_get(last)
+  rollout, reward = scored.rollout, np.asarray(scored.reward)
   largest = np.abs(advantage).reshape(C, -1).max(axis=1)
-  rows = []
+  G, rows = len(rollout.tokens) // C, []
   for c in np.argsort(-largest, kind='stable')[:prompts]:
-    G = len(tokens) // C
     for b in range(c * G, (c + 1) * G):
-      chosen = mask[b]
+      chosen = rollout.mask[b]
+      ids = rollout.tokens[b][chosen].tolist()
+      components = {
+        name: float(np.where(chosen, found[b], 0).sum())
+        for name, found in scored.rewards.items()
+        if scored.applies[name][b]
+      }
+      extra = {k: v[b] for k, v in batch.extra.items() if b < len(v)}
       rows.append(
         {
           **describe(examples[c]),
-          'completion': scores.completions[b],
-          'reward': float(scores.reward[b].sum()),
-          'tokens': decode([[t] for t in tokens[b][chosen].tolist()]),
-          'logp': logp[b][chosen].tolist(),
-          'rewards': scores.reward[b][chosen].tolist(),
+          'completion': decode([ids])[0],
+          'reward': float(reward[b].sum()),
+          'components': components,
+          'tokens': decode([[t] for t in ids]),
+          'logp': rollout.logp[b][chosen].tolist(),
+          'rewards': reward[b][chosen].tolist(),
           'advantage': advantage[b][chosen].tolist(),
+          **({'extra': extra} if extra else {}),
         }
       )
   return rows

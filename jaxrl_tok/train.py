@@ -2,38 +2,39 @@
 
 One step:
 
-1. `collect`   the next C prompts                    -> Prompts [C, P]
-   `sample`    with the key of this step             -> Rollout [B, T]
-   `score`     on the host, the one crossing         -> reward [B, T]
-2. `update`    advantage -> loss -> optax            -> TrainState, metrics
+1. collector.start    the next prompts -> rollout, dispatched
+2. log.flush          numbers of the step before, while the device samples
+3. collector.finish   rewards on the host, the one crossing -> Batch
+4. update             advantage -> loss -> optax -> TrainState, metrics
+5. evaluations, checkpoint, where they are due
 
-Where every reward is a JAX function, `steps` does some of these in one call.
-
-The metrics of a step are read when the next rollout has been dispatched, so
-the device never waits for the log. What is needed to go on (TrainState and
-Progress) is saved together; a resumed run is the run that was not stopped.
+All that a resume needs (TrainState, the collector's cursor, Progress) is saved
+together; a resumed run is the run that was not stopped.
 """
 
 import contextlib
 import dataclasses
-import functools
 import signal
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
-from jaxrl_tok import rewards
-from jaxrl_tok.data import PromptSet, record_indices
-from jaxrl_tok.evaluation import credit_rows, held_out_reward
+from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.sharding import put_replicated, put_rows
-from jaxrl_tok.step.collectors import Collector, collect
-from jaxrl_tok.step.device_steps import Table
-from jaxrl_tok.step.programs import LoopConfig, Parts
-from jaxrl_tok.types import Rollout, SamplingRule, TrainState
+from jaxrl_tok.step.collectors import Batch, Collector
+from jaxrl_tok.step.state import step_key
+from jaxrl_tok.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """When things happen. 0 means never."""
+
+  max_steps: int = 1000
+  save_every: int = 0  # and always at the end
+  stop_at_reward: float | None = None  # held-out, greedy
+  patience: int = 0  # evaluations without a better one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Progress:
   """Where a run stands; saved beside the state as JSON."""
 
   step: int = 0
-  position: int = 0  # of the next prompt in the data's order
   num_tokens: int = 0  # prompt and completion tokens so far
   first_reward: float | None = None  # held-out, before the first step
   eval_reward: float | None = None  # held-out, the last evaluation
@@ -65,46 +65,46 @@ def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
   return None
 
 
-def evaluates(step: int, config: LoopConfig) -> bool:
-  """Whether held-out prompts are looked at after this step."""
-  every = config.eval_every
-  return step == config.max_steps or bool(every and step % every == 0)
-
-
 @contextlib.contextmanager
 def stop_requested():
   """Yields a function that is True once SIGINT or SIGTERM came. A second
   signal ends the process at once."""
-  came, kept = [], {}
+  came, before = [], {}
 
   def note(number, frame):
     came.append(number)
-    for s in kept:
+    for s in before:
       signal.signal(s, signal.SIG_DFL)
 
   with contextlib.suppress(ValueError):  # only the main thread has signals
     for s in (signal.SIGINT, signal.SIGTERM):
-      kept[s] = signal.signal(s, note)
+      before[s] = signal.signal(s, note)
   try:
     yield lambda: bool(came)
   finally:
-    for s, old in kept.items():
+    for s, old in before.items():
       signal.signal(s, old)
 
 
-def warnings_of(metrics: dict) -> dict[str, str]:
-  """{kind: message} of what a user would want to hear once."""
+def find_warnings(metrics: dict) -> dict[str, str]:
+  """{kind: message} of conditions that a user would want to hear of once."""
   found = {}
   if metrics['frac_reward_zero_std'] == 1:
     found['variance'] = (
       'in every group all rewards are equal, so there is no advantage to '
       'learn from; use easier prompts, a denser reward or more samples'
     )
-  if metrics.get('resample/missing'):
+  if metrics.get('frac_not_valid') == 1:
+    found['valid'] = (
+      'no reward applied to any completion (every function returned None), so '
+      'nothing is learnt; return a number where a reward applies'
+    )
+  if metrics.get('dynamic_sampling/missing'):
     found['missing'] = (
-      f'{metrics["resample/missing"]} groups had equal rewards after '
-      f'{metrics["resample/rounds"]} rounds and are kept without an advantage; '
-      'use easier or harder prompts, or more --dynamic_sampling_rounds'
+      f'{metrics["dynamic_sampling/missing"]:.0f} groups had equal rewards '
+      f'after {metrics["dynamic_sampling/rounds"]:.0f} rounds and are kept '
+      'without an advantage; use easier or harder prompts, or more '
+      '--dynamic_sampling_rounds'
     )
   if metrics['completions/clipped_ratio'] == 1:
     found['clipped'] = (
@@ -117,83 +117,113 @@ def warnings_of(metrics: dict) -> dict[str, str]:
 class StepLog:
   """Times the phases of a step and logs it when its metrics are there.
 
-  `mark` ends a phase; `hold` keeps a step whose update has been dispatched;
-  `flush` waits for it, which ends its update phase, and writes it down.
+  `hold` keeps a step whose update has been dispatched; `flush` waits for it,
+  which ends its update phase, and writes it down.
+
+  learning_rate: schedule by step.
   """
 
-  def __init__(self, logger: Logger, show: Callable):
+  def __init__(self, logger: Logger, show: Callable, learning_rate: Callable):
     self._logger, self._show = logger, show
-    self._held, self._times, self._warned = None, {}, set()
+    self._learning_rate = learning_rate
+    self._held, self._warned = None, set()
     self.restart()
 
   def restart(self) -> None:
-    """Time since the last mark was no step's."""
+    """Leaves out the time since the last mark: it was no step's."""
     self._clock = time.monotonic()
 
-  def mark(self, phase: str) -> None:
+  def _elapsed(self) -> float:
     now = time.monotonic()
-    name = f'time/{phase}'
-    self._times[name] = self._times.get(name, 0.0) + now - self._clock
-    self._clock = now
+    elapsed, self._clock = now - self._clock, now
+    return elapsed
 
-  def hold(self, progress: Progress, generated: int, *metrics: dict) -> None:
-    """metrics: dicts of numbers on the host or still on the device."""
-    self._held = progress, generated, metrics, self._times
-    self._times = {}
+  def hold(self, progress: Progress, batch: Batch, metrics: dict) -> Progress:
+    """Progress after the batch's steps; metrics may still be on the device."""
+    counts = batch.counts
+    if counts.generated is None:  # many steps in one call, over already
+      return self._write_many(progress, batch, jax.device_get(metrics))
+    times = {'time/score': batch.metrics['time/score']}
+    times['time/rollout'] = self._elapsed() - times['time/score']
+    rate = float(self._learning_rate(progress.step))
+    progress = dataclasses.replace(
+      progress,
+      step=progress.step + 1,
+      num_tokens=progress.num_tokens + counts.generated + counts.read,
+    )
+    found = {**batch.metrics, 'learning_rate': rate}
+    self._held = progress, counts.generated, metrics, found, times
+    return progress
+
+  def add(self, metrics: dict) -> None:
+    """More numbers of the step that is held."""
+    if self._held is not None:
+      self._held[3].update(metrics)
 
   def flush(self) -> None:
     if self._held is None:
       return
-    (progress, generated, dicts, times), self._held = self._held, None
-    metrics = {}
-    for part in jax.device_get(dicts):
-      metrics |= part
-    now = time.monotonic()
-    times['time/update'] = now - self._clock
-    self._clock = now
-    self.write(progress, generated, metrics, times)
+    held, self._held = self._held, None
+    progress, generated, metrics, found, times = held
+    metrics = jax.device_get(metrics) | jax.device_get(found)
+    times['time/update'] = self._elapsed()
+    self._write(progress, generated, metrics, times)
 
-  def many(self, steps: list) -> None:
-    """Writes [(progress, generated, metrics)] of steps made since the last
-    mark; they took equally long."""
-    now = time.monotonic()
-    taken, self._clock = (now - self._clock) / len(steps), now
-    for progress, generated, metrics in steps:
-      self.write(progress, generated, metrics, {'time/step': taken})
+  def _write_many(self, progress: Progress, batch: Batch, metrics: dict):
+    n, read = len(batch.counts.read), batch.counts.read
+    taken = self._elapsed() / n
+    for i in range(n):
+      row = {name: value[i] for name, value in metrics.items()}
+      row['learning_rate'] = float(self._learning_rate(progress.step))
+      generated = round(float(row['completions/tokens']))
+      progress = dataclasses.replace(
+        progress,
+        step=progress.step + 1,
+        num_tokens=progress.num_tokens + generated + int(read[i]),
+      )
+      self._write(progress, generated, row, {'time/step': taken})
+    return progress
 
-  def write(
+  def _write(
     self, progress: Progress, generated: int, metrics: dict, times: dict
   ) -> None:
     metrics = metrics | {'num_tokens': progress.num_tokens, **times}
     metrics['step_time'] = sum(times.values())
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
-    for kind, text in warnings_of(metrics).items():
+    for kind, text in find_warnings(metrics).items():
       if kind not in self._warned:
         self._warned.add(kind)
         self._logger.warn(f'step {progress.step}: {text}')
-    held_out = progress.eval_reward
     parts = (
       ('reward', metrics['reward'], '.3f'),
-      ('held-out', held_out, '.3f'),
+      ('held-out', progress.eval_reward, '.3f'),
       ('kl', metrics.get('kl'), '.4f'),
       ('entropy', metrics['entropy'], '.3f'),
       ('tok/s', metrics['tokens_per_second'], ',.0f'),
     )
-    said = (f'{n} {v:{form}}' for n, v, form in parts if v is not None)
-    self._show(progress.step, '  '.join(said))
+    text = (f'{n} {v:{form}}' for n, v, form in parts if v is not None)
+    self._show(progress.step, '  '.join(text))
+
+  def evaluation(
+    self, progress: Progress, name: str, metrics: dict, rows: list
+  ) -> Progress:
+    """Progress after an evaluation, whose numbers and samples are written.
+    That of the step's own batch is logged with the step."""
+    self._logger.samples(rows)
+    if name == 'train':
+      self.add(metrics)
+      return progress
+    self.flush()
+    self._logger.metrics('eval', progress.step, metrics)
+    if name == 'held_out':
+      progress = after_evaluation(progress, metrics['eval/reward'])
+    self.restart()
+    return progress
 
 
-def _after_step(progress: Progress, prompts: int, tokens: int) -> Progress:
-  return dataclasses.replace(
-    progress,
-    step=progress.step + 1,
-    position=progress.position + prompts,
-    num_tokens=progress.num_tokens + tokens,
-  )
-
-
-def _after_evaluation(progress: Progress, reward: float) -> Progress:
+def after_evaluation(progress: Progress, reward: float) -> Progress:
+  """Progress with a new held-out reward, and how long the best one stands."""
   best = progress.best_reward
   better = best is None or reward > best
   return dataclasses.replace(
@@ -204,177 +234,57 @@ def _after_evaluation(progress: Progress, reward: float) -> Progress:
   )
 
 
-def update_for(updates: dict, mask: np.ndarray) -> Callable:
-  """The update of the fewest columns that hold every completion."""
-  longest = mask.any(axis=0).sum()
-  return updates[min(T for T in updates if longest <= T)]
-
-
-class Looked(NamedTuple):
-  """A step's batch, for the samples that show its credit."""
-
-  examples: list
-  rollout: Rollout
-  scores: rewards.Scores
-  advantage: jax.Array
-
-
-def host_step(parts, config, data, rule, log, learning_rate) -> Callable:
-  """Returns advance(state, progress) -> (state, progress, Looked): a step with
-  its rewards on the host."""
-  mesh = jax.sharding.get_mesh()
-  fold_in = jax.jit(jax.random.fold_in)
-
-  def phase(name):
-    if name == 'dispatched':
-      log.flush()  # the step before this one
-    else:
-      log.mark(name)
-
-  collector = Collector(
-    parts.sample,
-    parts.score,
-    data,
-    rule,
-    config.seed,
-    config.num_prompts,
-    parts.device_score,
-    parts.greedy_prompts,
-    config.dynamic_sampling_rounds,
-    phase,
-  )
-
-  def advance(state: TrainState, progress: Progress):
-    step = progress.step
-    key = fold_in(state.key, step)
-    batch, spent, found = collect(collector, state, key, progress.position)
-    greedy_reward = batch.greedy_reward
-    update = update_for(parts.updates, batch.mask)
-    state, metrics, advantage = update(
-      state,
-      batch.rollout,
-      put_rows(mesh, batch.scores.reward),
-      rule,
-      None if greedy_reward is None else put_rows(mesh, greedy_reward),
-    )
-    tokens = spent.generated + spent.read
-    progress = _after_step(progress, spent.prompts, tokens)
-    rate = {'learning_rate': float(learning_rate(step))}
-    found |= batch.scores.metrics | rate
-    if parts.reference_kl is not None and evaluates(progress.step, config):
-      weights = state.reference_weights
-      metrics['kl'] = parts.reference_kl(weights, batch.rollout, rule)
-    log.hold(progress, spent.generated, metrics, found)
-    look = Looked(batch.examples, batch.rollout, batch.scores, advantage)
-    return state, progress, look
-
-  return advance
-
-
-def device_steps(parts, config, data, rule, log, learning_rate) -> Callable:
-  """The same in steps_per_call steps that never leave the device."""
-  mesh = jax.sharding.get_mesh()
-  C, n = config.num_prompts, config.steps_per_call
-  table = put_replicated(mesh, Table(data.tokens, data.length, data.columns))
-
-  def advance(state: TrainState, progress: Progress):
-    index = record_indices(
-      len(data.examples), config.seed, progress.position, n * C
-    ).reshape(n, C)
-    placed = put_replicated(mesh, index.astype(np.int32))
-    with jax.transfer_guard('disallow'):  # nothing comes back in between
-      state, metrics, last = parts.steps(state, table, placed, rule)
-    metrics = jax.device_get(metrics)
-    B, made = last.reward.shape[0], []
-    reference_kl = None
-    if parts.reference_kl is not None and evaluates(progress.step + n, config):
-      reference_kl = parts.reference_kl(
-        state.reference_weights, last.rollout, rule
-      )
-    for i in range(n):
-      row = {k: v[i] for k, v in metrics.items()}
-      row['learning_rate'] = float(learning_rate(progress.step))
-      generated = round(float(row['completions/mean_length']) * B)
-      read = int(data.length[index[i]].sum()) * (B // C)
-      progress = _after_step(progress, C, generated + read)
-      made.append((progress, generated, row))
-    if reference_kl is not None:
-      row['kl'] = reference_kl
-    log.many(made)
-    examples = [data.examples[i] for i in index[-1]]
-    tokens, mask, reward = jax.device_get(
-      (last.rollout.tokens, last.rollout.mask, last.reward)
-    )
-    texts = parts.score(tokens, mask, examples).completions
-    scores = rewards.Scores(reward, {}, texts)
-    return (
-      state,
-      progress,
-      Looked(examples, last.rollout, scores, last.advantage),
-    )
-
-  return advance
-
-
 def train(
   state: TrainState,
+  cursor: dict,
   progress: Progress,
-  parts: Parts,
+  collector: Collector,
+  update: Callable,
+  evaluations: Sequence[Due],
   config: LoopConfig,
-  data: PromptSet,
-  held_out: PromptSet,
-  rule: SamplingRule,
   logger: Logger,
-  save: Callable[[TrainState, Progress], None] = lambda state, progress: None,
+  save: Callable = lambda state, cursor, progress: None,
   learning_rate: Callable = lambda step: 0.0,
-) -> tuple[TrainState, Progress, str]:
+) -> tuple[TrainState, dict, Progress, str]:
   """Runs steps until something says stop; see the module docstring.
 
-  save: called at save_every, at the end and when a signal came.
-  learning_rate: schedule, for the log.
+  Args:
+    cursor: collector.init() of a new run.
+    update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
+    save: called at save_every, at the end and when a signal came.
+    learning_rate: schedule by step, for the log.
 
-  Must run under jax.set_mesh. Returns (state, progress, why it stopped).
-  Raises Interrupted, after saving, when a signal came.
+  Must run under jax.set_mesh. Returns (state, cursor, progress, why it
+  stopped). Raises Interrupted, after saving, when a signal came.
   """
-  look = functools.partial(
-    held_out_reward,
-    parts.greedy,
-    parts.judge,
-    held_out=held_out,
-    rule=rule,
-    batch=config.eval_batch,
-  )
   saved = progress.step
   with (
     logger.bar('train', config.max_steps, progress.step) as show,
     stop_requested() as asked,
   ):
-    log = StepLog(logger, show)
-    make_advance = device_steps if config.steps_per_call else host_step
-    advance = make_advance(parts, config, data, rule, log, learning_rate)
+    log = StepLog(logger, show, learning_rate)
     while not (reason := stop_reason(progress, config)):
-      state, progress, seen = advance(state, progress)
-      if evaluates(progress.step, config):
+      pending = collector.start(state, step_key(state), cursor)
+      log.flush()
+      batch, cursor = collector.finish(pending)
+      state, metrics, last = update(state, batch.scored)
+      progress = log.hold(progress, batch, metrics)
+      for e in due(evaluations, progress.step, config.max_steps):
+        found = e.run(state, progress.step, batch, last)
+        progress = log.evaluation(progress, e.name, *found)
+      if (stop := asked()) or is_due(config.save_every, progress.step):
         log.flush()
-        found, _ = look(state.weights)
-        logger.metrics('eval', progress.step, found)
-        rows = credit_rows(
-          seen.rollout, seen.advantage, seen.scores, seen.examples, parts.decode
-        )
-        at = {'step': progress.step, 'split': 'train'}
-        logger.samples([{**at, **row} for row in rows])
-        progress = _after_evaluation(progress, found['eval/reward'])
-        log.restart()
-      stop = asked()
-      every = config.save_every
-      if stop or (every and progress.step % every == 0):
-        log.flush()
-        save(state, progress)
+        save(state, cursor, progress)
         saved = progress.step
         log.restart()
       if stop:
         raise Interrupted(f'stopped by a signal after step {progress.step}')
     log.flush()
   if progress.step != saved:
-    save(state, progress)
-  return state, progress, reason
+    save(state, cursor, progress)
+  return state, cursor, progress, reason
+
+
+def is_due(every: int, step: int) -> bool:
+  """Whether something of every `every` steps happens after this one."""
+  return bool(every) and step % every == 0

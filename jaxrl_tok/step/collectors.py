@@ -69,11 +69,13 @@ class Collector(NamedTuple):
 class Scorer(NamedTuple):
   """Rewards of a task, on the host and on the device."""
 
-  # (tokens, mask, examples, step) -> rewards.HostScores; None without any
-  host: Callable | None
+  # (tokens, mask, examples, TrainerState) -> rewards.HostScores; without
+  # functions on the host it has the texts alone
+  host: Callable
   # (Rollout, {column: [C, ...]}) -> (rewards, applies); None without any
   device: Callable | None
   weights: dict  # {name: float}
+  trainer_state: Callable  # step -> rewards.TrainerState
 
 
 def total_reward(scored: Scored) -> np.ndarray:
@@ -88,22 +90,28 @@ def total_reward(scored: Scored) -> np.ndarray:
   return total
 
 
+class Score(NamedTuple):
+  """A scored rollout, and what its reward functions left beside it."""
+
+  scored: Scored
+  texts: list  # B completions
+  metrics: dict
+  extra: dict
+
+
 def score(
   scorer: Scorer, rollout: Rollout, device: tuple, examples: list, step: int
-):
-  """(Scored, metrics, extra) of a rollout; waits for it."""
+) -> Score:
+  """Scores a rollout; waits for it. device: (rewards, applies) found there."""
   mesh = jax.sharding.get_mesh()
-  rewards, applies = (dict(found) for found in device)
-  metrics, extra = {}, {}
-  if scorer.host is not None:
-    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-    host = scorer.host(tokens, mask, examples, step)
-    rewards |= put_rows(mesh, host.rewards)
-    applies |= put_rows(mesh, host.applies)
-    metrics, extra = dict(host.metrics), host.extra
+  tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+  host = scorer.host(tokens, mask, examples, scorer.trainer_state(step))
+  rewards, applies = device
+  rewards = rewards | put_rows(mesh, host.rewards)
+  applies = applies | put_rows(mesh, host.applies)
   weights = {name: np.float32(scorer.weights[name]) for name in rewards}
-  weights = put_replicated(mesh, weights)
-  return Scored(rollout, rewards, applies, weights), metrics, extra
+  scored = Scored(rollout, rewards, applies, put_replicated(mesh, weights))
+  return Score(scored, host.texts, dict(host.metrics), host.extra)
 
 
 def single_turn(
@@ -151,16 +159,17 @@ def single_turn(
     jax.block_until_ready(p.rollout.mask)
     began, step = time.monotonic(), int(p.version)
     examples = examples_at(data, seed, p.positions)
-    scored, metrics, extra = score(scorer, p.rollout, p.device, examples, step)
+    found = score(scorer, p.rollout, p.device, examples, step)
+    scored, metrics = found.scored, found.metrics
     if p.greedy is not None:
-      best, _, _ = score(scorer, p.greedy, p.greedy_device, examples, step)
+      best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
       mesh = jax.sharding.get_mesh()
       scored = scored._replace(greedy_reward=put_rows(mesh, total_reward(best)))
     mask, length = jax.device_get((p.rollout.mask, p.rollout.prompts.length))
     read = int(length.sum()) * (len(mask) // len(length))
     counts = TokenCounts(len(length), int(mask.sum()), read)
     metrics['time/score'] = time.monotonic() - began
-    batch = Batch(scored, examples, p.positions, metrics, counts, extra)
+    batch = Batch(scored, examples, p.positions, metrics, counts, found.extra)
     return batch, p.cursor
 
   return Collector(lambda: {'position': np.int64(0)}, start, finish)

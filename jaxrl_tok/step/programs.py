@@ -1,9 +1,11 @@
-"""What a run's steps are made of: their functions, compiled side by side."""
+"""Programs of a run: a step's functions, compiled before the first step.
 
-import concurrent.futures
+Every shape that a run can meet is known beforehand: the prompt lengths of the
+data's buckets, and the lengths that an update may pay for. So nothing is
+compiled once training has begun.
+"""
+
 import dataclasses
-import functools
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,213 +13,420 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok.data import PromptSet
-from jaxrl_tok.evaluation import make_reference_kl
-from jaxrl_tok.models.mask_policy import masked_policy
+from jaxrl_tok import masked
+from jaxrl_tok.credit import losses
+from jaxrl_tok.data import PromptSet, batch_at
+from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.sharding import ROWS, row_shards
+from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
 from jaxrl_tok.step import memory
-from jaxrl_tok.step.device_steps import Table, make_steps
-from jaxrl_tok.step.update import make_update, shortened
-from jaxrl_tok.types import Algorithm, Policy, Prompts, SamplingRule, TrainState
+from jaxrl_tok.step.compile import Job, compile_all
+from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
+from jaxrl_tok.step.update import columns_needed, make_update, shortened
+from jaxrl_tok.types import (
+  Algorithm,
+  Policy,
+  Prompts,
+  Rollout,
+  SamplingRule,
+  Scored,
+  TrainState,
+)
 
 SHORTEST = 32  # tokens; less is computed faster than compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """When things happen. 0 means never."""
+class ProgramConfig:
+  """Choices that programs are compiled for."""
 
-  seed: int = 0
   num_prompts: int = 32  # C
-  max_steps: int = 1000
-  eval_every: int = 50
-  eval_batch: int = 512  # held-out prompts at a time
-  save_every: int = 0  # and always at the end
-  stop_at_reward: float | None = None  # held-out, greedy
-  patience: int = 0  # evaluations without a better one
-  log_kl: bool = True  # at each evaluation, where there is a reference
-  steps_per_call: int = 0  # one program of so many whole steps
-  dynamic_sampling_rounds: int = 0  # see collect.py
+  samples_per_prompt: int = 16  # G
+  max_completion_length: int = 32  # T
+  pad_token: int = 0
+  truncate: bool = False
+  compact_levels: int = 0
+  micro_batches: int | None = 1  # passes of a gradient; None: see memory.py
+  length_buckets: int = 1  # see completion_lengths
+  logits_chunk: int | None = None
+  steps_per_call: int = 0  # whole steps of one program; 0: step by step
+  replay_groups: int = 0  # groups of earlier steps in a batch
+  reference_kl: bool = False  # measured for the log
+
+  @property
+  def sampler(self) -> SamplerConfig:
+    return SamplerConfig(
+      self.samples_per_prompt,
+      self.max_completion_length,
+      self.pad_token,
+      truncate=self.truncate,
+      compact_levels=self.compact_levels,
+    )
+
+  @property
+  def greedy(self) -> SamplerConfig:
+    return dataclasses.replace(
+      self.sampler, samples_per_prompt=1, greedy=True, truncate=False
+    )
 
 
-class Parts(NamedTuple):
-  """The step's functions, those of the device compiled."""
+class Networks(NamedTuple):
+  """The functions that programs are made of."""
 
-  greedy: Callable  # (state.weights, key, Prompts, rule) -> Rollout
-  score: Callable  # (tokens, mask, examples) -> rewards.Scores
-  judge: Callable  # the same, for held-out data
-  decode: Callable  # lists of ids -> texts
-  # step by step
-  sample: Callable | None = None  # (weights, key, Prompts, rule) -> Rollout
-  # {T: see make_update}; of a rollout that is over by column T
-  updates: dict | None = None
-  greedy_prompts: Callable | None = None  # greedy, of training prompts
-  # (Rollout, {column: [C, ...]}) -> (reward [B, T], {name: mean})
-  device_score: Callable | None = None
-  # or many in a call: (state, Table, index [n, C], rule)
-  steps: Callable | None = None  # -> (state, metrics [n], steps.Last)
-  reference_kl: Callable | None = (
-    None  # (reference weights, rollout, rule) -> KL
-  )
+  policy: Policy
+  algorithm: Algorithm
+  optimizer: object  # optax
+  rule: SamplingRule
+  critic: Policy | None = None
+  # (function of device_rewards.make_device_scorer, its params), None: no
+  # reward on the device
+  device_score: tuple | None = None
+  weights: dict = {}  # noqa: RUF012  {reward: float}, host and device
 
 
-def lengths_of(T: int, count: int) -> list[int]:
-  """Lengths that an update is compiled for: T, and at most `count` - 1 more,
-  each half the one before and none below SHORTEST tokens."""
-  lengths = [T]
-  while len(lengths) < count and lengths[-1] >= 2 * SHORTEST:
-    lengths.append(-(-lengths[-1] // 2))
-  return sorted(lengths)
+class EvaluationShape(NamedTuple):
+  """Sizes of an evaluation's program."""
+
+  num_prompts: int  # at a time
+  prompt_length: int
+  sampler: SamplerConfig
+  # arrays [n, ...] that device rewards read; None: they do not judge it
+  columns: dict | None = None
 
 
-def compile_parts(
-  policy: Policy,
-  algorithm: Algorithm,
-  optimizer,
-  sampler: SamplerConfig,
-  config: LoopConfig,
-  state: TrainState,
-  rule: SamplingRule,
-  data: PromptSet,
-  held_out_length: int,
-  micro_batches: int | None = 1,
-  length_buckets: int = 1,
-  logits_chunk: int | None = None,
-  device_score: tuple | None = None,
-  critic: Policy | None = None,
-) -> dict[str, Callable]:
-  """Compiles what Parts wants of the device, side by side.
+class Programs(NamedTuple):
+  """Compiled functions; arrays in, arrays out."""
 
-  Args:
-    state: or ShapeDtypeStructs of it, with their shardings.
-    held_out_length: P of the held-out prompts.
-    micro_batches: passes of a mini-batch's gradient; None: see memory.py.
-    length_buckets: see lengths_of.
-    device_score: (device_rewards.make_scorer's function, its params).
-    critic: where it is no head on the policy.
+  sample: Callable | None  # (state, key, Prompts) -> Rollout
+  greedy: Callable | None  # the same, one greedy completion of each prompt
+  device_score: Callable | None  # (Rollout, columns) -> (rewards, applies)
+  update: Callable  # (state, batch.scored) -> (state, metrics, StepBatch)
+  evaluations: dict  # {name: (state, key, Prompts) -> Rollout}
+  evaluation_scores: dict  # {name: (Rollout, columns) -> (rewards, applies)}
+  reference_kl: Callable | None  # (state, Rollout) -> nats a token
 
-  Must run under jax.set_mesh. Nothing is compiled after this for these shapes.
-  """
+
+def completion_lengths(T: int, count: int) -> list[int]:
+  """Lengths that an update is compiled for, ascending: T and each half the one
+  before, `count` at most, none below SHORTEST."""
+  found = [T]
+  while len(found) < count and found[-1] >= 2 * SHORTEST:
+    found.append(-(-found[-1] // 2))
+  return found[::-1]
+
+
+class Shapes(NamedTuple):
+  """ShapeDtypeStructs of a run's arrays, and where they lie."""
+
+  rows: NamedSharding
+  whole: NamedSharding
+
+  def array(self, *shape, dtype=np.int32, sharding=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.rows)
+
+  def like(self, x, count: int, sharding=None):
+    """`count` rows of x."""
+    return self.array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
+
+  def prompts(self, count: int, length: int, inputs=()) -> Prompts:
+    inputs = {k: self.like(v, count) for k, v in dict(inputs).items()}
+    return Prompts(self.array(count, length), self.array(count), inputs)
+
+  def scored(self, rollout: Rollout, names, greedy: bool, C: int) -> Scored:
+    B, T = rollout.tokens.shape
+    f32 = np.float32
+    return Scored(
+      rollout,
+      {n: self.array(B, T, dtype=f32) for n in names},
+      {n: self.array(B, dtype=bool) for n in names},
+      {n: self.array(dtype=f32, sharding=self.whole) for n in names},
+      self.array(C, dtype=f32) if greedy else None,
+    )
+
+
+def mesh_shapes() -> Shapes:
+  """Shapes on the mesh of jax.set_mesh."""
   mesh = jax.sharding.get_mesh()
-  rows = NamedSharding(mesh, PartitionSpec(ROWS))
-  whole = NamedSharding(mesh, PartitionSpec())
-
-  def array(*shape, dtype=np.int32, sharding=rows):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  def like(x, count, sharding=rows):  # `count` rows of x
-    return array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
-
-  C, E = config.num_prompts, config.eval_batch
-  prompts = Prompts(like(data.tokens, C), array(C))
-  held_out = Prompts(array(E, held_out_length), array(E))
-  if algorithm.mask_sync_steps:
-    policy = masked_policy(policy)
-  one = dataclasses.replace(
-    sampler, samples_per_prompt=1, greedy=True, truncate=False
+  return Shapes(
+    NamedSharding(mesh, PartitionSpec(ROWS)),
+    NamedSharding(mesh, PartitionSpec()),
   )
 
-  def sampling(config):
-    sample = make_sampler(policy, config)
-    return lambda weights, *args: sample(policy.merge_params(*weights), *args)
 
-  sample, greedy = sampling(sampler), sampling(one)
-  sampled = jax.eval_shape(sample, state.weights, state.key, prompts, rule)
-  rollout = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), sampled)
-  reward = array(*rollout.logp.shape, dtype=np.float32)
-  T, num_shards, device = (
-    rollout.tokens.shape[1],
-    row_shards(mesh),
-    mesh.devices.flat[0],
+def make_sampling(policy: Policy, config: SamplerConfig) -> Callable:
+  """Returns sample(policy_params, key, Prompts, rule, version) -> Rollout."""
+  sample = make_sampler(policy, config)
+
+  def run(policy_params: tuple, *args):
+    return sample(policy.merge_params(*policy_params), *args)
+
+  return run
+
+
+def make_reference_kl(policy: Policy, logits_chunk: int | None) -> Callable:
+  """Returns reference_kl(reference_params, Rollout, rule) -> mean k3 in nats a
+  token: how far the policy that sampled is from the reference."""
+
+  def reference_kl(reference_params, rollout: Rollout, rule: SamplingRule):
+    reference = policy.merge_params(*reference_params)
+    ref = evaluate(policy, reference, rollout, rule, logits_chunk)
+    d = masked.fill(rollout.logp - ref.logp, rollout.mask)
+    return masked.mean(losses.k3(d), rollout.mask)
+
+  return reference_kl
+
+
+class _Run(NamedTuple):
+  """What the functions below share."""
+
+  networks: Networks
+  config: ProgramConfig
+  state: TrainState  # structs
+  shapes: Shapes
+  columns: dict  # structs of what device rewards read, [C, ...]
+
+  def sampled(self, count: int, length: int, config: SamplerConfig):
+    """(job of a sampler, structs of its Rollout)."""
+    sample = make_sampling(self.networks.policy, config)
+    prompts = self.shapes.prompts(count, length)
+    version = self.state.step
+    args = (
+      self.state.policy_params,
+      self.state.key,
+      prompts,
+      self.networks.rule,
+      version,
+    )
+    found = jax.eval_shape(sample, *args)
+    rollout = jax.tree.map(
+      lambda x: self.shapes.array(*x.shape, dtype=x.dtype), found
+    )
+    job = Job([jax.jit(sample, out_shardings=self.shapes.rows)], args)
+    return job, rollout
+
+
+def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
+  """Numbers of micro-batches to try, the fewest first."""
+  n, wanted = run.networks, run.config.micro_batches
+  if wanted is not None:
+    return [wanted]
+  mesh = run.shapes.rows.mesh
+  shards, device = row_shards(mesh), mesh.devices.flat[0]
+  each = memory.bytes_a_prompt(
+    n.policy, run.state.policy_params, rollout, n.rule, shards
   )
-  divisions = [micro_batches]
-  if micro_batches is None:
-    each = memory.bytes_a_prompt(
-      policy, state.weights, rollout, rule, num_shards
-    )
-    most = memory.budget(device, state, num_shards)
-    divisions = memory.divisions(
-      C // algorithm.mini_batches, each, most, num_shards
-    )
+  most = memory.budget(device, run.state, shards)
+  parts = n.algorithm.passes.mini_batches
+  return memory.divisions(num_prompts // parts, each, most, shards)
 
-  def updating(parts, length=T):
-    update = make_update(
-      policy, algorithm, optimizer, parts, logits_chunk, critic
-    )
-    return update if length == T else shortened(update, length)
 
+def update_function(run: _Run, micro_batches: int, length: int | None = None):
+  """update(state, Scored, rule) of one number of micro-batches, of rollouts
+  that are over by column `length`."""
+  n = run.networks
+  update = make_update(
+    n.policy,
+    n.algorithm,
+    n.optimizer,
+    micro_batches,
+    run.config.logits_chunk,
+    n.critic,
+  )
+  whole = length in (None, run.config.max_completion_length)
+  return update if whole else shortened(update, length)
+
+
+def step_jobs(run: _Run, P: int) -> dict:
+  """{name: Job} of a step whose prompts are of length P."""
+  n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
+  C, names = config.num_prompts, list(n.weights)
+  jobs['sample', P], rollout = run.sampled(C, P, config.sampler)
+  rollouts = {'device_score': rollout}
+  if n.algorithm.greedy:
+    job, best = run.sampled(C, P, config.greedy)
+    jobs['greedy', P] = job
+    rollouts['greedy_score'] = best
+  if n.device_score is not None:
+    score, params = n.device_score
+    for name, given in rollouts.items():
+      job = jax.jit(score, out_shardings=shapes.rows)
+      jobs[name, P] = Job([job], (params, given, run.columns))
+  if config.reference_kl:
+    measure = make_reference_kl(n.policy, config.logits_chunk)
+    job = jax.jit(measure, out_shardings=shapes.whole)
+    args = run.state.reference_params, rollout, n.rule
+    jobs['reference_kl', P] = Job([job], args)
+  more = config.replay_groups
+  if more:
+    _, rollout = run.sampled(C + more, P, config.sampler)
+  scored = shapes.scored(rollout, names, n.algorithm.greedy, C + more)
   # the state comes out placed as it went in: no compilation at step 2
-  placed = jax.tree.map(lambda x: x.sharding, state)
-  score, score_params = device_score or (None, None)
-  look = state.weights, state.key
-  greedy_job = jax.jit(greedy, out_shardings=rows)
-  # {name: (functions, the first of which fits is wanted, arguments)}
-  jobs = {'greedy': ([greedy_job], (*look, held_out, rule))}
-  if config.steps_per_call:
-    best = greedy if algorithm.greedy else None
-    n = len(data.examples)
-    columns = {k: like(v, n, whole) for k, v in data.columns.items()}
-    table = Table(
-      like(data.tokens, n, whole), array(n, sharding=whole), columns
-    )
-    index = array(config.steps_per_call, C, sharding=whole)
-    jobs['steps'] = (
-      [
-        jax.jit(
-          make_steps(sample, score, updating(n), best),
-          donate_argnums=0,
-          out_shardings=(placed, whole, rows),
-        )
-        for n in divisions
-      ],
-      (state, score_params, table, index, rule),
-    )
-  else:
-    sample_job = jax.jit(sample, out_shardings=rows)
-    jobs['sample'] = [sample_job], (*look, prompts, rule)
-    greedy_reward = None
-    if algorithm.greedy:
-      greedy_reward = array(C, dtype=np.float32)
-      jobs['greedy_prompts'] = [greedy_job], (*look, prompts, rule)
-    for length in lengths_of(T, length_buckets):
-      jobs['update', length] = (
-        [
-          jax.jit(
-            updating(n, length),
-            donate_argnums=0,
-            out_shardings=(placed, whole, rows),
-          )
-          for n in divisions
-        ],
-        (state, rollout, reward, rule, greedy_reward),
+  placed = jax.tree.map(lambda x: x.sharding, run.state)
+  for length in completion_lengths(
+    config.max_completion_length, config.length_buckets
+  ):
+    functions = [
+      jax.jit(
+        update_function(run, parts, length),
+        donate_argnums=0,
+        out_shardings=(placed, shapes.whole, shapes.rows),
       )
-    if score is not None:
-      columns = {k: like(v, C) for k, v in data.columns.items()}
-      score_job = jax.jit(score, out_shardings=(rows, whole))
-      jobs['device_score'] = [score_job], (score_params, rollout, columns)
-  # at every step where the algorithm has a KL of its own
-  if config.log_kl and algorithm.kl is None:
-    reference_kl = jax.jit(
-      make_reference_kl(policy, logits_chunk), out_shardings=whole
+      for parts in divisions(run, rollout, C + more)
+    ]
+    jobs['update', P, length] = Job(functions, (run.state, scored, n.rule))
+  return jobs
+
+
+def many_steps_job(run: _Run, table: Table) -> Job:
+  """Job of steps_per_call whole steps."""
+  n, config, shapes = run.networks, run.config, run.shapes
+  C, (rows, P) = config.num_prompts, table.tokens.shape
+  _, rollout = run.sampled(C, P, config.sampler)
+  score, params = n.device_score
+  best = make_sampling(n.policy, config.greedy) if n.algorithm.greedy else None
+  sample = make_sampling(n.policy, config.sampler)
+  steps = [
+    make_device_steps(
+      sample, score, update_function(run, parts), n.weights, best
     )
-    jobs['drift'] = [reference_kl], (state.reference_weights, rollout, rule)
+    for parts in divisions(run, rollout, C)
+  ]
+  structs = jax.tree.map(lambda x: shapes.like(x, rows, shapes.whole), table)
+  index = shapes.array(config.steps_per_call, C, sharding=shapes.whole)
+  args = run.state, structs, index, n.rule, params
+  last = jax.eval_shape(steps[0], *args)[2]
+  placed = (
+    jax.tree.map(lambda x: x.sharding, run.state),
+    shapes.whole,
+    jax.tree.map(lambda x: shapes.rows if x.ndim else shapes.whole, last),
+  )
+  functions = [
+    jax.jit(f, donate_argnums=0, out_shardings=placed) for f in steps
+  ]
+  return Job(functions, args)
 
-  def build(job):
-    with jax.set_mesh(mesh):  # it is of the thread
-      return memory.first_that_fits(*job, device)
 
-  # a compilation uses about two cores by itself
-  threads = max(1, (os.cpu_count() or 2) // 2)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    built = dict(zip(jobs, pool.map(build, jobs.values())))
-  if not config.steps_per_call:
-    lengths = lengths_of(T, length_buckets)
-    built['updates'] = {n: built.pop(('update', n)) for n in lengths}
-  if 'device_score' in built:
-    compiled = built['device_score']
-    built['device_score'] = functools.partial(compiled, score_params)
-  if 'steps' in built:
-    many = built['steps']
-    built['steps'] = lambda state, *args: many(state, score_params, *args)
-  return built
+def compile_programs(
+  networks: Networks,
+  config: ProgramConfig,
+  state: TrainState,
+  data: PromptSet,
+  evaluations: dict[str, EvaluationShape],
+) -> Programs:
+  """Compiles a run's programs, side by side.
+
+  state: or ShapeDtypeStructs of it, with their shardings.
+
+  Must run under jax.set_mesh. Nothing is compiled after this.
+  """
+  shapes, C = mesh_shapes(), config.num_prompts
+  _, _, columns = batch_at(data, 0, 0, C)
+  columns = {k: shapes.like(v, C) for k, v in columns.items()}
+  run, jobs = _Run(networks, config, state, shapes, columns), {}
+  for name, e in evaluations.items():
+    jobs['evaluation', name], rollout = run.sampled(
+      e.num_prompts, e.prompt_length, e.sampler
+    )
+    if networks.device_score is not None and e.columns is not None:
+      score, params = networks.device_score
+      columns = {k: shapes.like(v, e.num_prompts) for k, v in e.columns.items()}
+      job = jax.jit(score, out_shardings=shapes.rows)
+      jobs['evaluation_score', name] = Job([job], (params, rollout, columns))
+  table = None
+  if config.steps_per_call:
+    table = Table(*data.table())
+    jobs['steps'] = many_steps_job(run, table)
+  else:
+    buckets = data.buckets[-1:] if config.replay_groups else data.buckets
+    for P in buckets:
+      jobs |= step_jobs(run, P)
+  return bind(networks, compile_all(jobs), table)
+
+
+def bind(n: Networks, built: dict, table: Table | None) -> Programs:
+  """Programs that take what flows; what stays (rule, reward parameters, the
+  table) is bound to them."""
+
+  def by_name(name):
+    return {key[1:]: f for key, f in built.items() if key[0] == name}
+
+  def sampling(compiled):
+    if not compiled:
+      return None
+
+    def run(state: TrainState, key, prompts: Prompts) -> Rollout:
+      sample = compiled[(prompts.tokens.shape[1],)]
+      return sample(state.policy_params, key, prompts, n.rule, state.step)
+
+    return run
+
+  def evaluation(compiled):
+    return lambda state, key, prompts: compiled(
+      state.policy_params, key, prompts, n.rule, state.step
+    )
+
+  scores = {'device_score': by_name('device_score')}
+  scores['greedy_score'] = by_name('greedy_score')
+
+  def device_score(rollout: Rollout, columns: dict):
+    alone = rollout.mask.shape[0] == rollout.prompts.length.shape[0]
+    greedy = alone and scores['greedy_score']
+    found = scores['greedy_score' if greedy else 'device_score']
+    compiled = found[(rollout.prompts.tokens.shape[1],)]
+    return compiled(n.device_score[1], rollout, columns)
+
+  measures = by_name('reference_kl')
+
+  def reference_kl(state: TrainState, rollout: Rollout):
+    measure = measures[(rollout.prompts.tokens.shape[1],)]
+    return measure(state.reference_params, rollout, n.rule)
+
+  def evaluation_score(compiled):
+    return lambda *args: compiled(n.device_score[1], *args)
+
+  evaluations = {
+    name: evaluation(f) for (name,), f in by_name('evaluation').items()
+  }
+  evaluation_scores = {
+    name: evaluation_score(f)
+    for (name,), f in by_name('evaluation_score').items()
+  }
+  if table is not None:
+    update = bound_steps(n, built['steps'], table)
+  else:
+    update = bound_update(n, by_name('update'))
+  return Programs(
+    sampling(by_name('sample')),
+    sampling(by_name('greedy')),
+    device_score if scores['device_score'] else None,
+    update,
+    evaluations,
+    evaluation_scores,
+    reference_kl if measures else None,
+  )
+
+
+def bound_update(n: Networks, updates: dict) -> Callable:
+  """update(state, Scored) by the program of the fewest columns that hold every
+  chosen token."""
+
+  def update(state: TrainState, scored: Scored):
+    rollout = scored.rollout
+    needed = columns_needed(jax.device_get(rollout.mask))
+    P = rollout.prompts.tokens.shape[1]
+    length = min(T for p, T in updates if p == P and needed <= T)
+    state, metrics, advantage = updates[P, length](state, scored, n.rule)
+    return state, metrics, StepBatch(scored, advantage)
+
+  return update
+
+
+def bound_steps(n: Networks, compiled: Callable, table: Table) -> Callable:
+  """update(state, index [n, C]): whole steps on rows of the table."""
+  placed = put_replicated(jax.sharding.get_mesh(), table)
+
+  def update(state: TrainState, index):
+    with jax.transfer_guard('disallow'):  # nothing comes back in between
+      return compiled(state, placed, index, n.rule, n.device_score[1])
+
+  return update

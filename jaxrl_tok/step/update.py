@@ -64,6 +64,7 @@ def length_metrics(rollout: Rollout) -> dict:
   """Lengths in tokens, and the share of completions that were cut."""
   lengths = rollout.mask.sum(1).astype(jnp.float32)
   return {
+    'completions/tokens': lengths.sum(),
     'completions/mean_length': lengths.mean(),
     'completions/min_length': lengths.min(),
     'completions/max_length': lengths.max(),
@@ -229,9 +230,7 @@ def make_update(
       **length_metrics(rollout),
     }
     if value is not None:
-      metrics |= value_metrics(
-        trajectory.old_value, credit.value_target, mask
-      )
+      metrics |= value_metrics(trajectory.old_value, credit.value_target, mask)
     if algorithm.kl is not None:
       metrics['kl_coef'] = kl_coef
     state = after_update(algorithm, state, moved, metrics, len(mask))

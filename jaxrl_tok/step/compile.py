@@ -1,0 +1,32 @@
+"""Compiling side by side; it knows nothing of the functions it compiles."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxrl_tok.step import memory
+
+
+class Job(NamedTuple):
+  """A program to compile: the first function that fits the device is taken."""
+
+  functions: list[Callable]  # jitted
+  args: tuple  # arrays or ShapeDtypeStructs
+
+
+def compile_all(jobs: dict) -> dict:
+  """{name: Job} -> {name: compiled}, as many at a time as there are pairs of
+  cores: one compilation uses about two. Must run under jax.set_mesh."""
+  mesh = jax.sharding.get_mesh()
+  device = mesh.devices.flat[0]
+
+  def build(job: Job):
+    with jax.set_mesh(mesh):  # it is of the thread
+      return memory.first_that_fits(job.functions, job.args, device)
+
+  threads = max(1, (os.cpu_count() or 2) // 2)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    return dict(zip(jobs, pool.map(build, jobs.values())))
