@@ -2,9 +2,10 @@
 
 golden/make_algorithms.py has the equations as loops in float64 and made
 golden/algorithms.npz: for every preset x aggregation x KL form, and for the
-options, the advantage, the loss and its gradients. What the policy did not
-choose is garbage in what the package is given here. After that come laws that
-hold for any batch: garbage changes nothing, and nothing is ever NaN.
+options, the advantage, the loss and its gradients. Tokens that the policy did
+not choose are garbage in the package's inputs here. After that come laws that
+hold for any batch: garbage changes nothing, nothing is ever NaN, and a row
+that is not valid might as well not be there.
 """
 
 import json
@@ -20,10 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok.credit import advantages, algorithms, losses
-from jaxrl_tok.step.update import penalised, total_loss
-from jaxrl_tok.types import Prompts, Rollout, Scored, TokenStats, Trajectory
+from jaxrl_tok.step.gradient import total_loss
+from jaxrl_tok.step.update import penalised
+from jaxrl_tok.types import (
+  AdvantageInputs,
+  Prompts,
+  Rollout,
+  Scored,
+  TokenStats,
+  Trajectory,
+)
 
 GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
+GOLDEN['valid'] = np.ones(len(GOLDEN['mask']), bool)
 CASES = [json.loads(case) for case in GOLDEN['cases']]
 MASK = GOLDEN['mask']
 T = MASK.shape[1]
@@ -62,11 +72,19 @@ def by(presets):
   return pytest.mark.parametrize('preset', presets, ids=lambda p: p.__name__)
 
 
+def chosen(batch) -> np.ndarray:
+  """Tokens that the policy chose in valid rows."""
+  return batch['mask'] & batch['valid'][:, None]
+
+
 def spoiled(batch: dict, garbage) -> dict:
-  """The batch with garbage in every entry that the policy did not choose."""
-  mask = batch['mask']
+  """The batch with garbage in every entry that may not be read: tokens that
+  the policy did not choose, and rows that are not valid."""
+  mask = chosen(batch)
   out = {k: np.where(mask, batch[k], garbage) for k in TOKENS if k in batch}
-  known = np.concatenate([mask, batch['cut'][:, None]], axis=1)
+  known = np.pad(mask, ((0, 0), (0, 1)))
+  rows = np.flatnonzero(batch['cut'] & mask.any(1))
+  known[rows, [np.flatnonzero(mask[b])[-1] + 1 for b in rows]] = True
   out['V_old'] = np.where(known, batch['V_old'], garbage)
   out = {k: x.astype(np.float32) for k, x in out.items()}
   return batch | out
@@ -79,47 +97,62 @@ def mixed_garbage(B):
 
 def rollout_of(batch, C) -> Rollout:
   prompts = Prompts(jnp.zeros((C, 1), jnp.int32), jnp.ones((C,), jnp.int32))
-  mask = batch['mask']
-  tokens = jnp.zeros(mask.shape, jnp.int32)
-  return Rollout(prompts, tokens, mask, batch['l_roll'], None)
+  mask, ended = batch['mask'], ~batch['cut']
+  tokens, version = jnp.zeros(mask.shape, jnp.int32), jnp.zeros(len(mask), int)
+  return Rollout(prompts, tokens, mask, batch['l_roll'], None, ended, version)
 
 
-def solve(algorithm, batch, reward, weight, carry, on_policy=False):
-  """What an update does between the models and the optimizer."""
+def solve(
+  algorithm, batch, reward, aggregate, ema_baseline=0.0, on_policy=False
+):
+  """Steps of an update between the networks and the optimizer."""
   learned, kl = algorithm.value_loss is not None, algorithm.kl
   rollout = rollout_of(batch, batch['greedy'].shape[0])
-  mask, beta = rollout.mask, 0.0 if kl is None else kl.beta
-  if kl is not None and kl.form == 'reward':
-    reward = penalised(reward, rollout, batch['l_ref'], beta)
+  beta = 0.0 if kl is None else kl.beta
   scored = Scored(
     rollout,
-    reward,
-    batch['cut'],
-    batch['V_old'] if learned else None,
+    {'reward': reward},
+    {'reward': batch['valid']},
+    {'reward': jnp.float32(1)},
     batch['greedy'] if algorithm.greedy else None,
+  )
+  reward = scored.reward
+  if kl is not None and kl.form == 'reward':
+    reward = penalised(reward, rollout, batch['l_ref'], beta)
+  inputs = AdvantageInputs(
+    scored,
+    reward,
+    scored.valid,
+    batch['V_old'] if learned else None,
     batch['l_old'] - batch['l_roll'],
   )
-  advantage, target, carry = algorithm.advantage(scored, carry)
+  carries = {'ema_baseline': jnp.float32(ema_baseline)}
+  credit = algorithm.advantage(inputs, carries)
+  mask, valid = inputs.mask, inputs.valid
   trajectory = Trajectory(
-    rollout,
+    rollout._replace(mask=mask),
     reward,
-    advantage,
-    target,
+    credit.advantage,
+    credit.value_target,
     None if kl is None else batch['l_ref'],
     None if on_policy else batch['l_old'],
     batch['V_old'][:, :-1] if learned else None,
   )
   stats = TokenStats(batch['l'], batch['H'], batch['V'] if learned else None)
+  weights = aggregate(mask, valid), losses.token_mean(mask, valid)
 
   def loss(stats):
-    value_weight = losses.token_mean(mask)
-    return total_loss(algorithm, stats, trajectory, weight, value_weight, beta)
+    return total_loss(algorithm, stats, trajectory, *weights, beta)
 
   (total, metrics), slope = jax.value_and_grad(loss, has_aux=True)(stats)
+  carry = None
+  if 'ema_baseline' in algorithm.carries:
+    ema = algorithm.carries['ema_baseline']
+    carry = ema.after(carries['ema_baseline'], None, credit.metrics)
   return {
     'loss': total,
-    'advantage': advantage,
-    'target': target,
+    'advantage': credit.advantage,
+    'target': credit.value_target,
     'carry': carry,
     'by_l': slope.logp,
     'by_H': slope.entropy,
@@ -169,13 +202,18 @@ def solve_alike(members: list, batch):
   case = CASES[members[0]]
   made = [make(CASES[i]) for i in members]
   ema = case.get('baseline') == 'ema'
-  carry = jnp.float32(GOLDEN['carry_before']) if ema else made[0].init()
   rewards = [batch[CASES[i]['reward']] for i in members]
-  weights = [algorithm.aggregate(MASK) for algorithm in made]
+  weights = [algorithm.aggregate(MASK, batch['valid']) for algorithm in made]
 
   def one(reward, weight):
-    on_policy = case.get('on_policy', False)
-    return solve(made[0], batch, reward, weight, carry, on_policy)
+    return solve(
+      made[0],
+      batch,
+      reward,
+      lambda mask, valid: weight,
+      GOLDEN['carry_before'] if ema else 0.0,
+      case.get('on_policy', False),
+    )
 
   # operation by operation, for whole programs would be compiled to run once;
   # and of one width, so that each operation is compiled once
@@ -190,7 +228,7 @@ def solve_alike(members: list, batch):
 
 
 def compare(found: dict, i: int):
-  """One case with what the file says of it; gradients on their own scale."""
+  """Compares one case with the file's; gradients on their own scale."""
   for name, x in found.items():
     x, want, said = np.asarray(x), GOLDEN[name][i], f'{name} of {CASES[i]}'
     if name in ('loss', 'advantage'):
@@ -208,7 +246,7 @@ def compare(found: dict, i: int):
 
 @cache
 def solver(preset):
-  """solve, jitted, of the preset with all that may be added to it."""
+  """(the preset with all that may be added to it, its `solve`, jitted)."""
   several = preset in (algorithms.ppo, algorithms.nlpo)
   capped = {'importance_cap': 2.0, 'recompute_logp': several}
   algorithm = preset(
@@ -219,28 +257,23 @@ def solver(preset):
     **({} if preset is algorithms.rloo else capped),
   )
   return algorithm, jax.jit(
-    lambda batch: solve(
-      algorithm,
-      batch,
-      batch['outcome'],
-      algorithm.aggregate(batch['mask']),
-      algorithm.init(),
-    )
+    lambda batch: solve(algorithm, batch, batch['outcome'], algorithm.aggregate)
   )
 
 
-def random_batch(seed, mask, cut, G=3) -> dict:
+def random_batch(seed, mask, cut, G=3, valid=None) -> dict:
   rng = np.random.default_rng(seed)
   B = len(mask)
   batch = {k: rng.normal(size=mask.shape) for k in TOKENS if k != 'dense'}
   batch['V_old'] = rng.normal(size=(B, T + 1))
   batch['greedy'] = rng.normal(size=B // G)
   batch = {k: x.astype(np.float32) for k, x in batch.items()}
-  return batch | {'mask': mask, 'cut': cut}
+  valid = np.ones(B, bool) if valid is None else valid
+  return batch | {'mask': mask, 'cut': cut, 'valid': valid}
 
 
 def check_laws(preset, batch, garbage):
-  """Finite, nothing of what was not chosen, and garbage changes no bit."""
+  """Finite, 0 where nothing was chosen, and garbage changes no bit."""
   _, run = solver(preset)
   clean, found = run(spoiled(batch, 0.0)), run(spoiled(batch, garbage))
   jax.tree.map(np.testing.assert_array_equal, found, clean)
@@ -250,8 +283,8 @@ def check_laws(preset, batch, garbage):
     x = np.asarray(x)
     assert np.isfinite(x).all(), name
     if name in ('advantage', 'by_l', 'by_H', 'by_V'):
-      assert (x[~batch['mask']] == 0).all(), name
-  if not batch['mask'].any():
+      assert (x[~chosen(batch)] == 0).all(), name
+  if not chosen(batch).any():
     assert found['loss'] == 0
   return found
 
@@ -261,18 +294,47 @@ def check_laws(preset, batch, garbage):
 @given(
   share=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
   cut=st.sampled_from([0.0, 0.5, 1.0]),
+  valid=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
   garbage=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30]),
   seed=st.integers(0, 1000),
 )
-def test_garbage_changes_nothing(preset, share, cut, garbage, seed):
+def test_garbage_changes_nothing(preset, share, cut, valid, garbage, seed):
   rng = np.random.default_rng(seed)
   mask, cut = rng.random((12, T)) < share, rng.random(12) < cut
-  check_laws(preset, random_batch(seed, mask, cut), garbage)
+  valid = rng.random(12) < valid
+  check_laws(preset, random_batch(seed, mask, cut, valid=valid), garbage)
+
+
+@by(PRESETS)
+@pytest.mark.parametrize('left_out', [(1,), (0, 3)])
+def test_rows_that_are_not_valid_might_as_well_not_be_there(preset, left_out):
+  """One group of five: loss, advantages and gradients of the others are those
+  of a batch that never had the rows."""
+  algorithm, run = solver(preset)
+  rng = np.random.default_rng(5)
+  mask, valid = rng.random((5, T)) < 0.7, np.ones(5, bool)
+  valid[list(left_out)] = False
+  cut = rng.random(5) < 0.5
+  batch = random_batch(5, mask, cut, G=5, valid=valid)
+  found = run(spoiled(batch, np.nan))
+  others = {
+    k: x if k == 'greedy' else x[valid] for k, x in spoiled(batch, 0.0).items()
+  }
+  with jax.disable_jit():
+    want = solve(algorithm, others, others['outcome'], algorithm.aggregate)
+  close(found['loss'], want['loss'], 'loss')
+  for name in ('advantage', 'target', 'by_l', 'by_H', 'by_V', 'kl'):
+    if want[name] is None:
+      continue
+    x, others_x = np.asarray(found[name]), np.asarray(want[name])
+    assert np.abs(others_x).max() > 0, name
+    close(x[valid], others_x, name)
+    assert (x[~valid] == 0).all(), name
 
 
 @by(PRESETS)
 def test_a_group_of_one(preset):
-  """Its mean is itself: advantage 0, and no std of one number is NaN."""
+  """Advantage 0 where a mean is the row itself; a std of one is no NaN."""
   batch = random_batch(0, np.ones((4, T), bool), np.ones(4, bool), G=1)
   if preset in LEAVE_ONE_OUT:
     with pytest.raises(ValueError, match='at least 2 samples'):
@@ -285,8 +347,8 @@ def test_a_group_of_one(preset):
 @pytest.mark.parametrize('reward', [0.0, 1.0, 0.1, -0.7, 3.3, 1e4])
 @by(EQUAL_IS_ZERO)
 def test_equal_rewards_have_no_advantage(preset, reward):
-  """Also where a mean of equal numbers is not that number in float32: what
-  rounding leaves must not be divided by a std that is rounding too."""
+  """Rounding of a mean in float32 must not be divided by a std that is
+  rounding too."""
   length = np.arange(12) % (T - 1) + 1  # none is long enough for a penalty
   mask = np.arange(T) < length[:, None]
   batch = random_batch(0, mask, np.zeros(12, bool))
