@@ -1,14 +1,23 @@
-"""Rows come back as written; the console says text, never markup."""
+"""Rows come back as written; the console prints text, never markup."""
 
 import io
 import json
+import math
+import os
 import struct
 import types
 
+import numpy as np
 import pytest
 import rich.console
 
 from jaxrl_tok.report import logger as module
+from jaxrl_tok.report.files import (
+  atomic_write,
+  iterate_rows,
+  read_metrics,
+  read_rows,
+)
 from jaxrl_tok.report.logger import Logger, duration, trim_jsonl
 
 AWKWARD = '[red]x[/red] [/] é\u2028\x85"\n\\ \U0001f600'
@@ -72,13 +81,55 @@ def test_a_row_is_one_line_of_utf8(tmp_path):
 
 
 def test_numbers_of_any_kind_are_written(tmp_path):
-  import numpy as np
-
   log = Logger(tmp_path)
   log.metrics('eval', 3, {'a': np.float32(0.5), 'b': np.int64(2), 'c': True})
   log.close()
   (row,) = rows_of(tmp_path / 'metrics.jsonl')
   assert (row['a'], row['b'], row['c']) == (0.5, 2.0, 1.0)
+
+
+def strict(line):
+  """JSON as other readers have it: no NaN, no Infinity."""
+
+  def refuse(name):
+    raise AssertionError(name)
+
+  return json.loads(line, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+  log = Logger(tmp_path)
+  values = {'a': math.nan, 'b': np.float32('inf'), 'c': -math.inf, 'd': None}
+  log.metrics('train', 1, {**values, 'e': 2})
+  log.samples([{'step': 1, 'logp': [-math.inf, np.float32('nan'), -0.5]}])
+  log.close()
+  metrics, samples = (
+    strict((tmp_path / f'{name}.jsonl').read_text())
+    for name in ('metrics', 'samples')
+  )
+  assert [metrics[k] for k in 'abcde'] == [None, None, None, None, 2.0]
+  assert samples == {'step': 1, 'logp': [None, None, -0.5]}
+
+
+def test_a_sample_may_hold_anything(tmp_path):
+  log = Logger(tmp_path)
+  row = {
+    'step': 1,
+    'completion': 'half a pair: \ud800, a pair: \U0001f600',
+    'array': np.arange(2.0),
+    'inner': {1: (True, None)},
+    'object': range(3),
+  }
+  log.samples([row])
+  log.close()
+  assert read_rows(tmp_path / 'samples.jsonl') == [
+    {
+      **row,
+      'array': [0.0, 1.0],
+      'inner': {'1': [True, None]},
+      'object': 'range(0, 3)',
+    }
+  ]
 
 
 def test_a_new_logger_adds_to_the_files(tmp_path):
@@ -142,6 +193,56 @@ def test_trim_ends_a_whole_last_line(tmp_path):
   assert path.read_bytes() == line_of(1).encode()
 
 
+ODD = '3', 'null', '[]', '"x"', '{}', '{"step": null}', '{"step": "x"}', 'x'
+NAN_STEP = '{"step": NaN}'
+
+
+def test_lines_that_are_no_rows_are_skipped_and_counted(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  odd = [*ODD, NAN_STEP, '[' * 100_000, '{"step": ' + '9' * 5000 + '}']
+  for line in odd:
+    raw = f'{line_of(1)}{line}\n\n{line_of(2)}'.encode() + b'{"step": 3, "\xc3'
+    path.write_bytes(raw)
+    skipped = []
+    rows = list(iterate_rows(path, skipped.append))
+    assert [row['step'] for row in rows] == [1, 2]
+    assert skipped == [2, 5]
+    assert read_rows(path) == read_metrics(tmp_path) == rows
+    assert trim_jsonl(path, 5) == 1  # the unfinished line is no surprise
+    assert path.read_text() == line_of(1) + line_of(2)
+  assert read_rows(tmp_path / 'none.jsonl') == []
+
+
+def test_a_resume_warns_of_lines_that_are_no_rows(tmp_path, capsys):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('null\n3\n' + line_of(1) + '{"step"')
+  Logger(tmp_path, resume_step=1).close()
+  said = f'warning: {path}: 2 lines that are no rows are dropped\n'
+  assert capsys.readouterr().out == said
+  assert path.read_text() == line_of(1)
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'file'
+  assert atomic_write(path, 'a\r\né\ud800') == path
+  assert path.read_bytes() == 'a\r\né?'.encode()
+
+  def parts():
+    yield 'b'
+    assert path.read_bytes() == 'a\r\né?'.encode()
+    if fails:
+      raise OSError('disk')
+
+  fails = True
+  with pytest.raises(OSError, match='disk'):
+    atomic_write(path, parts())
+  assert path.read_bytes() == 'a\r\né?'.encode()
+  fails = False
+  atomic_write(path, parts())
+  assert path.read_bytes() == b'b'
+  assert os.listdir(tmp_path) == ['file']
+
+
 def test_trim_of_no_file_makes_none(tmp_path):
   trim_jsonl(tmp_path / 'rows.jsonl', 3)
   assert list(tmp_path.iterdir()) == []
@@ -169,13 +270,15 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
   log.metrics('warm_start', 1, {'loss': 2})
   log.metrics('train', 1, {'reward': 0.25})
   log.metrics('train', 2, {'reward': 0.5})
-  log.metrics('eval', 2, {'eval/reward': 1.0})
+  log.metrics('eval', 2, {'eval/reward': 1.0, 'eval/long/reward': 0.75})
+  log.metrics('eval', 3, {'eval/reward': math.nan, 'kl': None})
   log.close()
   assert scalars(tmp_path / 'tb') == {
     ('warm_start/loss', 1): 2.0,
     ('reward', 1): 0.25,
     ('reward', 2): 0.5,
     ('eval/reward', 2): 1.0,
+    ('eval/long/reward', 2): 0.75,
   }
 
 
@@ -186,7 +289,7 @@ def test_other_processes_write_and_say_nothing(tmp_path, capfd):
   log = Logger(tmp_path / 'run', 'tensorboard', resume_step=3, is_main=False)
   log.metrics('train', 1, {'reward': 1})
   log.samples([{'step': 1}])
-  log.say('x')
+  log.message('x')
   log.warn('x')
   with log.doing('x'):
     pass
@@ -213,8 +316,8 @@ def test_without_a_directory_only_the_console_is_used(tmp_path, monkeypatch):
 def test_text_is_never_markup(capsys):
   log = Logger()
   text = '[red]x[/red] [/] [bold :smile: {0} \\[y]'
-  log.say(text)
-  log.say(text, style='bold')
+  log.message(text)
+  log.message(text, style='bold')
   log.warn(text)
   with log.doing(text):
     pass
@@ -228,7 +331,7 @@ def test_text_is_never_markup(capsys):
 
 
 def test_a_long_line_is_not_broken(capsys):
-  Logger().say('word ' * 100)
+  Logger().message('word ' * 100)
   assert capsys.readouterr().out.count('\n') == 1
 
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from jaxrl_tok.report import charts
+from jaxrl_tok.report import charts, figures, files, row_chart
 from jaxrl_tok.report import page as report
 
 HOSTILE = (
@@ -81,9 +82,21 @@ def svg_paths(text):
 @pytest.mark.parametrize('evil', HOSTILE)
 def test_hostile_text_is_shown_and_never_obeyed(tmp_path, evil):
   rows = [
-    sample(evil, split, prompt=evil, answer=evil, tokens=[evil, evil])
+    sample(
+      evil,
+      split,
+      prompt=evil,
+      answer=evil,
+      tokens=[evil, evil],
+      evaluation=evil,
+      components={evil: evil},
+      extra={evil: evil},
+      note=[evil],
+    )
     for split in ('train', 'before', 'after')
   ]
+  messages = [{'role': evil, 'content': evil}, {'content': [{'type': evil}]}]
+  rows.append(sample(messages, 'after', prompt=messages))
   rows.append(
     sample(
       split='train',
@@ -97,7 +110,18 @@ def test_hostile_text_is_shown_and_never_obeyed(tmp_path, evil):
   write_lines(tmp_path / 'samples.jsonl', rows)
   write_lines(
     tmp_path / 'metrics.jsonl',
-    [train_row(0, 0.5, kl=evil), {'step': evil, 'phase': evil}],
+    [
+      train_row(
+        0, 0.5, kl=evil, **{f'rewards/{evil}/mean': 1, 'rewards/b/mean': 1}
+      ),
+      {'step': evil, 'phase': evil},
+      {
+        'step': 1,
+        'phase': 'eval',
+        f'eval/{evil}/reward': 1,
+        f'eval/{evil}/x': 2,
+      },
+    ],
   )
   for name in ('config.yaml', 'command.txt', 'env.json'):
     (tmp_path / name).write_text(evil, errors='replace')
@@ -141,15 +165,19 @@ def test_missing_files_give_a_page(tmp_path, names):
   ]
 
 
-def test_unfinished_lines_are_skipped(tmp_path):
+def test_lines_that_are_no_rows_are_counted(tmp_path):
   rows = [train_row(0, 0.25), train_row(1, 0.75)]
   path = tmp_path / 'metrics.jsonl'
-  write_lines(path, rows, tail='{"step": 2, "phase": "train", "rew')
-  assert list(report.read_rows(path)) == rows
+  write_lines(path, [*rows, 3, None, [], {'phase': 'train'}], tail='{"step": 2')
   with path.open('a') as f:  # the resumed run goes on, on that same line
     f.write(json.dumps(train_row(2, 1.0)) + '\n')
     f.write(json.dumps(train_row(3, 0.5)) + '\n')
-  assert [row['step'] for row in report.read_rows(path)] == [0, 1, 3]
+  write_lines(tmp_path / 'samples.jsonl', [[1], sample()])
+  page = page_of(tmp_path)
+  assert 'and were left out: 6.' in page.text
+  assert ('training steps', '3') in list(
+    report.headline(files.read_metrics(tmp_path)).items()
+  )
 
 
 def test_of_a_repeated_step_the_last_row_wins():
@@ -161,7 +189,7 @@ def test_of_a_repeated_step_the_last_row_wins():
     train_row(1, 0.7),
     train_row(2, 0.8),
   ]
-  assert charts.curve(metrics, 'train', 'reward') == [
+  assert figures.curve(metrics, 'train', 'reward') == [
     (0, 0.1),
     (1, 0.7),
     (2, 0.8),
@@ -197,10 +225,10 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
     for i in range(60)
   ]
   metrics.append(train_row(math.nan, 0.5))
-  text = charts.reward_curve_svg(metrics)
-  assert len(charts.curve(metrics, 'train', 'reward')) == 30
-  assert all(re.fullmatch(r'[MLHhv\d., -]+', d) for d in svg_paths(text))
-  assert charts.panels(metrics) == []
+  text = figures.reward_curve_svg(metrics)
+  assert len(figures.curve(metrics, 'train', 'reward')) == 30
+  assert all(re.fullmatch(r'[MLHVhv\d., -]+', d) for d in svg_paths(text))
+  assert figures.panels(metrics) == []
 
 
 @pytest.mark.parametrize(
@@ -217,10 +245,10 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
 )
 def test_any_range_can_be_drawn(values):
   metrics = [train_row(i, v, kl=v) for i, v in enumerate(values)]
-  text = charts.reward_curve_svg(metrics) + str(charts.panels(metrics))
+  text = figures.reward_curve_svg(metrics) + str(figures.panels(metrics))
   assert 'nan' not in text.replace('nance', '')
   assert 'inf' not in text
-  assert ('no reward recorded' in text) == (not values)
+  assert ('no values recorded' in text) == (not values)
 
 
 @pytest.mark.parametrize('n', [0, 1, 399, 400, 401, 8_000])
@@ -239,7 +267,7 @@ def test_thinning_bounds_the_points_and_keeps_the_mean(n):
 
 def test_a_long_run_gives_a_small_figure():
   metrics = [train_row(i, i % 2) for i in range(20_000)]
-  text = charts.reward_curve_svg(metrics)
+  text = figures.reward_curve_svg(metrics)
   assert max(d.count(',') for d in svg_paths(text)) <= 400
   assert len(text) < 60_000
 
@@ -307,23 +335,181 @@ def test_a_token_says_its_numbers(tmp_path):
   assert '␣4' in page.text
 
 
-def test_before_and_after_are_matched_by_prompt(tmp_path):
-  rows = [
-    sample('5', 'before', prompt='a', reward=0.0, advantage=None),
-    sample('7', 'before', prompt='b', reward=0.0),
-    sample('6', 'after', prompt='b'),
-    sample('4', 'after', prompt='a'),
-  ]
+def compared(tmp_path, rows, unit=''):
   write_lines(tmp_path / 'samples.jsonl', rows)
-  pairs = report.greedy_pairs(report.read_samples(tmp_path / 'samples.jsonl'))
-  assert [
-    [side['completion'] for side in row['sides']] for row in pairs['rows']
-  ] == [['5', '4'], ['7', '6']]
-  assert [side['mark'] for side in pairs['rows'][0]['sides']] == [
-    'wrong',
-    'right',
+  samples = report.read_samples(tmp_path / 'samples.jsonl')
+  return report.comparisons(samples, unit)
+
+
+def texts(side):
+  return [message['text'] for message in side['completion']]
+
+
+PAIRS = [
+  sample('5', 'before', prompt='a', reward=0.0, advantage=None),
+  sample('7', 'before', prompt='b', reward=0.25),
+  sample('6', 'after', prompt='b'),
+  sample('4', 'after', prompt='a'),
+]
+
+
+def test_before_and_after_are_matched_by_prompt(tmp_path):
+  (table,) = compared(tmp_path, PAIRS, '%')
+  assert [[texts(side) for side in row['sides']] for row in table['rows']] == [
+    [['5'], ['4']],
+    [['7'], ['6']],
   ]
-  assert pairs['right'] == [0, 2]
+  sides = table['rows'][0]['sides']
+  assert [side['mark'] for side in sides] == ['wrong', 'right']
+  assert table['summary'] == '0 of 2 right before, 2 of 2 right after'
+
+
+def test_rewards_are_numbers_unless_they_are_shares(tmp_path):
+  (table,) = compared(tmp_path, PAIRS)
+  assert table['summary'] == (
+    'mean reward 0.125 before (of 2), mean reward 1 after (of 2)'
+  )
+  sides = [side for row in table['rows'] for side in row['sides']]
+  assert [side['reward'] for side in sides] == ['0', '1', '0.25', '1']
+  assert {side['mark'] for side in sides} == {None}
+
+
+@pytest.mark.parametrize(
+  ('config', 'shares'),
+  [
+    ("reward_unit: '%'\n", True),
+    ("reward_unit: ''\n", False),
+    ('', False),
+    ('reward_unit: [1]\n', False),
+    ('- reward_unit\n', False),
+    ('{{ 7 * 7 }}: 2020-99-99', False),
+    ('2020-99-99', False),
+    ('[' * 5000, False),
+  ],
+)
+def test_the_run_records_whether_its_reward_is_a_share(
+  tmp_path, config, shares
+):
+  write_lines(tmp_path / 'samples.jsonl', PAIRS)
+  rows = [train_row(0, 0.25), {'step': 1, 'phase': 'eval', 'eval/reward': 0.5}]
+  write_lines(tmp_path / 'metrics.jsonl', rows)
+  (tmp_path / 'config.yaml').write_text(config)
+  text = page_of(tmp_path).text
+  assert ('0 of 2 right before' in text) == shares
+  assert ('✗' in text) == shares
+  assert ('50 % → 50 %' in text) == shares
+  assert ('0.5 → 0.5' in text) != shares
+  picture = (tmp_path / 'reward.svg').read_text()
+  assert ('>100 %<' in picture) == shares
+  assert page_of(tmp_path, unit='%').text.count('0 of 2 right before') == 1
+
+
+def test_several_evaluations_have_a_table_and_a_curve_each(tmp_path):
+  rows = [
+    *PAIRS,
+    sample('x', 'before', prompt='a', evaluation='long', step=0, reward=-3.5),
+    sample('y', 'before', prompt='a', evaluation='long', step=0, reward=-1.5),
+    sample('z', 'after', prompt='c', evaluation='long', step=9),
+  ]
+  first, second = compared(tmp_path, rows)
+  assert (first['evaluation'], second['evaluation']) == ('held-out', 'long')
+  assert second['summary'] == (
+    'mean reward -2.5 before (of 2), mean reward 1 after (of 1)'
+  )
+  a, c = second['rows']  # the first of a prompt's samples; a side may lack
+  assert (texts(a['sides'][0]), a['sides'][1]) == (['x'], None)
+  assert (c['sides'][0], texts(c['sides'][1])) == (None, ['z'])
+  metrics = [
+    {'step': i, 'phase': 'eval', 'eval/reward': i, 'eval/long/reward': 2 * i}
+    for i in range(3)
+  ]
+  metrics += [{'step': 5, 'phase': 'eval', 'eval/long/bleu': 30}]
+  assert figures.evaluation_rewards(metrics) == {
+    'held-out': [(0, 0), (1, 1), (2, 2)],
+    'long': [(0, 0), (1, 2), (2, 4)],
+  }
+  picture = Page(figures.reward_curve_svg(metrics))
+  assert 'held-out: 2' in picture.text
+  assert 'long: 4' in picture.text
+  (panel,) = figures.panels(metrics)
+  assert (panel['heading'], panel['unit']) == ('bleu', 'long')
+  assert figures.evaluation_rewards([train_row(0, 1)]) == {}
+
+
+def test_an_evaluation_that_comes_again_replaces_its_samples(tmp_path):
+  rows = [
+    sample('old', 'after', prompt='a', step=5),
+    sample('new', 'after', prompt='b', step=9),
+  ]
+  (table,) = compared(tmp_path, rows)
+  (row,) = table['rows']
+  assert [side and texts(side) for side in row['sides']] == [None, ['new']]
+
+
+def test_components_of_the_reward_are_named(tmp_path):
+  more = {'components': {'rhyme': 0.123456, 'short': None}, 'note': 'still'}
+  row = sample(split='after', reward=7.25, extra={'parsed': [1, 'b']}, **more)
+  write_lines(tmp_path / 'samples.jsonl', [row, row | {'split': 'train'}])
+  shown = report.shown_sample(row)
+  assert shown['reward'] == '7.25'
+  assert shown['components'] == [('rhyme', '0.123'), ('short', '–')]
+  assert shown['extra'] == [('parsed', '[1, "b"]'), ('note', 'still')]
+  text = ' '.join(page_of(tmp_path).text.split())
+  assert text.count('rhyme 0.123') == text.count('note: still') == 2
+  means = [
+    train_row(i, 3.0, **{'rewards/rhyme/mean': 1, 'rewards/a/b/mean': 2})
+    for i in range(2)
+  ]
+  headings = [p['heading'] for p in figures.panels(means)]
+  assert headings == ['rhyme', 'a/b']
+  alone = [train_row(0, 3.0, **{'rewards/rhyme/mean': 1})]
+  assert figures.panels(alone) == []  # it is the reward
+
+
+def test_a_prompt_of_messages_is_a_conversation(tmp_path):
+  parts = [{'type': 'text', 'text': 'Look:'}, {'type': 'image'}]
+  prompt = [
+    {'role': 'system', 'content': 'Be brief.'},
+    {'role': 'user', 'content': parts},
+  ]
+  assert report.conversation(prompt) == [
+    {'role': 'system', 'text': 'Be brief.'},
+    {'role': 'user', 'text': 'Look: [image]'},
+  ]
+  assert report.conversation('a') == [{'role': '', 'text': 'a'}]
+  for odd in ([], [1], ['x', {'role': 'user'}], None, 3, {'role': 'x'}):
+    assert report.conversation(odd) == [{'role': '', 'text': report.clip(odd)}]
+  rows = [sample(prompt=prompt), sample('5', prompt=prompt)]
+  write_lines(tmp_path / 'samples.jsonl', rows)
+  (step,) = report.credit(report.read_samples(tmp_path / 'samples.jsonl'))[
+    'steps'
+  ]
+  (group,) = step['groups']  # one prompt, two samples
+  assert len(group['rows']) == 2
+  text = page_of(tmp_path).text
+  assert text.count('Be brief.') == 1
+  assert "{'role'" not in text
+
+
+@pytest.mark.parametrize('answer', ['4', None])
+def test_an_answer_is_a_column_only_where_there_is_one(tmp_path, answer):
+  rows = [sample(split=split, answer=answer) for split in ('before', 'after')]
+  write_lines(tmp_path / 'samples.jsonl', rows)
+  assert ('answer' in page_of(tmp_path).text) == (answer is not None)
+
+
+def test_a_notebook_shows_the_page_in_a_frame(tmp_path):
+  write_lines(tmp_path / 'samples.jsonl', [sample('<script>"\'&amp;')])
+  path = report.write_report(tmp_path)
+  shown = report.Report(path)
+  assert str(shown) == str(path)
+  assert Path(shown).read_text() == path.read_text()
+  frame = Page(shown._repr_html_())
+  assert frame.elements == {'iframe'}
+  attributes = dict(frame.attributes)
+  assert attributes['srcdoc'] == path.read_text()
+  assert attributes['sandbox'] is None  # the strictest
+  assert frame.text == ''
 
 
 def test_time_shares_add_up():
@@ -340,6 +526,82 @@ def test_time_shares_add_up():
   ]
 
 
+@pytest.mark.parametrize(
+  ('x', 'unit', 'shown'),
+  [
+    (0.123456, '', '0.123'),
+    (-3.14159, '', '-3.14'),
+    (1234.5, '', '1234'),
+    (12_345, '', '12.3k'),
+    (0.000123456, '', '0.000123'),
+    (1.23456e-5, '', '1.23e-5'),
+    (0.7551, '%', '75.5 %'),
+    (1, '%', '100 %'),
+    (0, '%', '0 %'),
+    (12, '%', '1200 %'),
+  ],
+)
+def test_figures_have_three_digits(x, unit, shown):
+  assert charts.figure(x, unit) == shown
+
+
+def test_a_scale_maps_its_ends_and_its_middle():
+  across = charts.Scale(-1, 3, 100, 500)
+  assert [across(v) for v in (-1, 1, 3)] == [100, 300, 500]
+  up = charts.Scale(1, 100, 90, 10, log=True)
+  assert [up(v) for v in (1, 10, 100)] == pytest.approx([90, 50, 10])
+  assert charts.decades(0.2, 30) == pytest.approx([0.1, 1, 10, 100])
+  assert charts.decades(10, 10) == [10, 100]
+
+
+def test_an_axis_has_a_line_and_a_number_at_each_mark():
+  scale = charts.Scale(0, 2, 100, 300)
+  page = Page(''.join(charts.x_axis(scale, [0, 1, 2], 10, 50)))
+  assert page.text == '012'
+  assert [v for k, v in page.attributes if k == 'd'] == [
+    'M100.0,10V50',
+    'M200.0,10V50',
+    'M300.0,10V50',
+  ]
+  page = Page(''.join(charts.y_axis(scale, [1], 10, 50, '{}!'.format)))
+  assert page.text == '1!'
+  assert ('d', 'M10,200.0H50') in page.attributes
+
+
+def test_a_band_lies_around_its_curve():
+  low, mean, high = ([(0, y), (10, y)] for y in (0.2, 0.5, 0.8))
+  curve = charts.Curve('a', mean, band=(low, high))
+  drawn = charts.chart([curve], 'title', (300, 150), unit='%')
+  frame = charts.make_frame([curve], (300, 150), False, '%')
+  ring = charts.path_data([frame.place(*p) for p in high + low[::-1]]) + 'Z'
+  assert ring in svg_paths(drawn)
+  assert (frame.y.low, frame.y.high) == (0, 1)
+
+
+def test_dots_lie_in_their_rows():
+  dots = [
+    row_chart.Dot('a', 1.0, title='<b>'),
+    row_chart.Dot('b', 3.0, error=1.0, shift=5),
+    row_chart.Dot('b', 2.0, bar=True),
+  ]
+  panel = row_chart.Panel('x', dots, width=400, origin=0, guide=2.0)
+  drawn = row_chart.row_chart(['a', 'b'], [panel], 'title', {'b': 'never'})
+  page = Page(drawn)
+  circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+  assert circles == [('290.0', '44.0'), ('490.0', '73.0')]
+  assert {'M390.0,73.0H590.0', 'M390.0,60.0v16'} <= set(svg_paths(drawn))
+  assert 'never' in page.text
+  assert '<b>' in page.text
+  assert 'b' not in page.elements
+  empty = row_chart.row_chart(['a'], [row_chart.Panel('x', [])], 'title')
+  assert 'nan' not in empty
+
+
 def test_a_report_needs_no_jax():
-  code = "import sys, jaxrl_tok.report; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+  code = (
+    'import sys, jaxrl_tok.report.page, jaxrl_tok.report.logger, '
+    'jaxrl_tok.report.row_chart;'
+    "sys.exit('jax' in sys.modules)"
+  )
+  done = subprocess.run([sys.executable, '-c', code], check=False)
+  assert done.returncode == 0
