@@ -13,20 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIG, changed, look, scored, sharpened
+from conftest import CONFIG, changed, look, sharpened
 
 from jaxrl_tok import distribution, masked
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import completion_hidden, evaluate
-from jaxrl_tok.step.update import init_state, make_update
-from jaxrl_tok.types import Prompts, Rollout
+from jaxrl_tok.step.state import init_state
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.types import (
+  Advantage,
+  AdvantageInputs,
+  Carry,
+  Prompts,
+  Rollout,
+  Scored,
+)
 
 END, T = 2, 3
 POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))
 RULE = distribution.make_rule(3, [END])
 GREEDY = 0.3  # the reward of the greedy completion
-# hands out the gradient itself: init_state's parameters, g as the "update"
+# hands out the gradient itself, as its state
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
   lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g),
@@ -49,12 +57,27 @@ N = len(TOKENS)
 
 
 def rollout_of(index):
-  """Rollout of the groups index [C, G] of sequences."""
+  """Rollout of groups of sequences, by their numbers index [C, G]."""
   C = len(index)
   flat = index.reshape(-1)
   prompts = Prompts(np.full((C, 2), 1, np.int32), np.full((C,), 2, np.int32))
   tokens, mask = jnp.asarray(TOKENS[flat]), jnp.asarray(MASK[flat])
-  return Rollout(prompts, tokens, mask, jnp.zeros(mask.shape), None)
+  ended, version = (tokens == END).any(1), jnp.zeros(len(flat), jnp.int32)
+  logp = jnp.zeros(mask.shape)
+  return Rollout(prompts, tokens, mask, logp, None, ended, version)
+
+
+def scored(rollout, reward, greedy_reward=None):
+  """Scored, whose one reward applies to every row."""
+  every = jnp.ones(rollout.mask.shape[0], bool)
+  one = {'reward': jnp.float32(1)}
+  rewards = {'reward': jnp.asarray(reward)}
+  return Scored(rollout, rewards, {'reward': every}, one, greedy_reward)
+
+
+def inputs_of(scored, value=None):
+  """Inputs of an advantage without a KL in the reward."""
+  return AdvantageInputs(scored, scored.reward, scored.valid, value, None)
 
 
 def token_rewards(kind):
@@ -99,23 +122,26 @@ def true_gradient(everything, value):
 @pytest.fixture(scope='module')
 def ascend(params):
   """advantage [N, T] -> the gradient (as ascent) that `update` computes for
-  one row of each sequence; compiled once, the advantage is the carry."""
+  one row of each sequence. Compiled once, for the advantage is a carry."""
+  zeros = jnp.zeros((N, T))
+  stays = Carry(lambda params: zeros, lambda value, state, metrics: value)
   given = algorithms.reinforce(advantages.no_baseline())._replace(
-    advantage=lambda scored, carry: (carry, None, carry)
+    advantage=lambda inputs, carries: Advantage(carries['given']),
+    carries={'given': stays},
   )
   state = init_state(given, RECORD, params, jax.random.key(0))
   update = jax.jit(make_update(POLICY, given, RECORD))
-  rows = rollout_of(np.arange(N)[:, None])
+  rows = scored(rollout_of(np.arange(N)[:, None]), zeros)
 
   def ascend(advantage):
-    carry = jnp.asarray(advantage, jnp.float32)
-    new, _, _ = update(state.replace(algorithm=carry), rows, carry, RULE)
+    carries = {'given': jnp.asarray(advantage, jnp.float32)}
+    new, _, _ = update(state.replace(carries=carries), rows, RULE)
     return jax.tree.map(lambda g: -np.asarray(g), new.opt_state)
 
   return ascend
 
 
-def expected_gradient(ascend, everything, baseline, reward, G, carry):
+def expected_gradient(ascend, everything, baseline, reward, G, carries):
   """E[gradient of update] over every group of G.
 
   A row's gradient is linear in its advantage, so the rows that hold the same
@@ -129,12 +155,12 @@ def expected_gradient(ascend, everything, baseline, reward, G, carry):
   algorithm = algorithms.reinforce(baseline)
 
   def advantage_of(index):
-    """[G, T]; the whole batch that the baseline sees is this group."""
+    """Advantage [G, T] of a batch that is this group."""
+    mask = jnp.asarray(MASK)[index]
     prompts = Prompts(None, jnp.full((1,), 2))
-    one = Rollout(prompts, None, jnp.asarray(MASK)[index], None, None)
-    rewards = jnp.asarray(reward)[index]
-    seen = scored(one, rewards, greedy_reward=jnp.full((1,), GREEDY))
-    return algorithm.advantage(seen, carry)[0]
+    one = Rollout(prompts, None, mask, None, None, None, None)
+    seen = scored(one, jnp.asarray(reward)[index], jnp.full((1,), GREEDY))
+    return algorithm.advantage(inputs_of(seen), carries).advantage
 
   advantage = np.asarray(jax.jit(jax.vmap(advantage_of))(groups), np.float64)
   summed = np.zeros((N, T))
@@ -169,16 +195,16 @@ def test_expected_gradient_is_exact(
   ascend, everything, baseline, G, share, kind
 ):
   reward = token_rewards(kind)
-  carry = jnp.float32(0.4)  # what an EMA has learnt; no other looks
-  found = expected_gradient(ascend, everything, baseline, reward, G, carry)
+  carries = {'ema_baseline': jnp.float32(0.4)}  # as learnt from other batches
+  found = expected_gradient(ascend, everything, baseline, reward, G, carries)
   want = true_gradient(everything, share * reward.sum(1).astype(np.float64))
   assert_close(found, want)
 
 
 @pytest.mark.parametrize('gae_lambda', [1.0, 0.0])
 def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
-  """A_t = G_t - V(s_t), lambda 1, is unbiased for every V. With lambda 0 it is
-  so for the true V alone."""
+  """A_t = G_t - V(s_t), lambda 1, is unbiased for every V; with lambda 0 for
+  the true V alone."""
   reward = token_rewards('dense')
   logp = np.asarray(everything[0], np.float64)
   prob = np.exp(logp)
@@ -198,10 +224,9 @@ def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
       for n, t in where:
         V[n, t] += noise
   algorithm = algorithms.a2c(gamma=1.0, gae_lambda=gae_lambda)
-  seen = scored(
-    rollout_of(np.arange(N)[:, None]), reward, value=jnp.asarray(V, jnp.float32)
-  )
-  advantage, target, _ = algorithm.advantage(seen, ())
+  seen = scored(rollout_of(np.arange(N)[:, None]), reward)
+  inputs = inputs_of(seen, jnp.asarray(V, jnp.float32))
+  advantage, target, _ = algorithm.advantage(inputs, {})
   weighted = np.asarray(advantage, np.float64) * prob[:, None]
   found = ascend(weighted * N)
   assert_close(found, true_gradient(everything, reward.sum(1).astype(float)))
@@ -213,11 +238,17 @@ def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
 
 
 def test_ema_scores_before_it_learns():
-  baseline = advantages.ema(0.75)
-  returns = jnp.full((2, 2, 3), 4.0)
-  b, carry = baseline.apply(returns, jnp.float32(2.0), None)
-  assert float(b[0, 0, 0]) == 2.0
-  assert float(carry) == pytest.approx(0.75 * 2 + 0.25 * 4)
+  algorithm = algorithms.reinforce(advantages.ema(0.75))
+  rollout = rollout_of(np.arange(4).reshape(2, 2))
+  last = np.asarray(masked.last_chosen(rollout.mask))
+  inputs = inputs_of(scored(rollout, np.where(last, 4.0, 0.0)))
+  ema = algorithm.carries['ema_baseline']
+  before = ema.init(None)
+  assert before == 0
+  out = algorithm.advantage(inputs, {'ema_baseline': before + 2})
+  np.testing.assert_allclose(np.asarray(out.advantage)[rollout.mask], 2.0)
+  after = ema.after(jnp.float32(2), None, out.metrics)
+  assert float(after) == pytest.approx(0.75 * 2 + 0.25 * 4)
 
 
 # --- the KL forms, on-policy -------------------------------------------------
@@ -235,8 +266,8 @@ REFERENCE_KEY = jax.random.key(8)
 
 @pytest.fixture(scope='module')
 def kl_gradients(params, everything):
-  """Gradients of reverse and forward KL per state, visited as pi does, and
-  of the reverse KL between whole sequences."""
+  """Gradients of the reverse and the forward KL per state, in pi's visits, and
+  those of the reverse KL between whole sequences."""
   reference = sharpened(jax.jit(POLICY.init)(REFERENCE_KEY), 2.0)
   prob = jnp.exp(everything[0])[:, None] * MASK  # [N, T] visits
   ref = state_distributions(reference)
@@ -274,12 +305,12 @@ def test_kl_forms_have_the_gradient_of_their_name(
   rollout = rollout._replace(logp=look(POLICY, params, rollout, RULE).logp)
   prob = jnp.exp(everything[0])
   weigh = algorithm._replace(
-    aggregate=lambda mask: mask * prob[:, None]  # the expectation itself
+    aggregate=lambda mask, valid: mask * prob[:, None]  # the expectation
   )
   state = init_state(weigh, RECORD, params, jax.random.key(0))
-  state = state.replace(reference=reference)
+  state = state.replace(carries=state.carries | {'reference': reference})
   update = jax.jit(make_update(POLICY, weigh, RECORD))
-  state, metrics, _ = update(state, rollout, jnp.zeros((N, T)), RULE)
+  state, metrics, _ = update(state, scored(rollout, jnp.zeros((N, T))), RULE)
   assert_close(state.opt_state, wanted[kl], atol=1e-5)
   assert float(metrics['kl']) > 0
 
@@ -303,7 +334,7 @@ def test_k3_times_the_ratio_in_the_loss_is_the_reverse_kl(params, kl_gradients):
 
 
 def test_k1_in_the_loss_would_do_nothing(params, everything):
-  """Why it is no choice: E[grad of log pi - log ref] is 0."""
+  """E[grad of log pi - log ref] is 0, so it is no choice."""
   zero = true_gradient(everything, np.ones(N))
   assert max(np.abs(g).max() for g in jax.tree.leaves(zero)) < 1e-5
   d = jnp.linspace(-2, 2, 9)
