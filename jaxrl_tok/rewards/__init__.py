@@ -10,7 +10,14 @@ list with one entry a completion:
 Nothing here imports jax: reward functions may run in other processes.
 """
 
+from jaxrl_tok.rewards.adapters import (
+  from_reasoning_gym,
+  from_tunix,
+  from_verifiers,
+  from_verl,
+)
 from jaxrl_tok.rewards.arithmetic import digits, exact_match
+from jaxrl_tok.rewards.combine import gated, product
 from jaxrl_tok.rewards.functions import (
   ARGUMENTS,
   RewardError,
@@ -21,6 +28,7 @@ from jaxrl_tok.rewards.functions import (
   unwrap,
   user_traceback,
 )
+from jaxrl_tok.rewards.load import load_reward, load_rewards
 from jaxrl_tok.rewards.scoring import (
   HostScores,
   TrainerState,
@@ -37,10 +45,18 @@ __all__ = [
   'check_functions',
   'digits',
   'exact_match',
+  'from_reasoning_gym',
+  'from_tunix',
+  'from_verifiers',
+  'from_verl',
+  'gated',
   'get_name',
   'lift',
+  'load_reward',
+  'load_rewards',
   'make_scorer',
   'name_rewards',
+  'product',
   'unwrap',
   'user_traceback',
 ]

@@ -6,10 +6,14 @@ A call passes by name the arguments that a signature accepts, and no others:
     trainer_state=, log_extra=, log_metric=, environments=)
 """
 
+import asyncio
+import concurrent
 import difflib
 import functools
+import importlib
 import inspect
 import math
+import os
 import traceback
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -26,9 +30,13 @@ ARGUMENTS = (
   'environments',
 )
 SHOWN = 60  # characters of a text or a value in a message
-PACKAGE = str(Path(__file__).parent.parent)
+PACKAGE = f'{Path(__file__).parent.parent}{os.sep}'
 # files whose frames say nothing to the author of a reward function
-MACHINERY = (PACKAGE, '<frozen importlib', str(Path(inspect.__file__).parent))
+MACHINERY = (
+  PACKAGE,
+  '<frozen importlib',
+  *(str(Path(m.__file__).parent) for m in (asyncio, concurrent, importlib)),
+)
 
 
 def shorten(text) -> str:
@@ -104,11 +112,8 @@ def name_rewards(rewards, taken: Iterable[str] = ()) -> tuple[dict, dict]:
   """
   functions, weights = {}, {}
   for name, function, weight in _entries(rewards):
-    _check_callable(name, function)
-    name, number = name or get_name(function), 2
-    free = name
-    while free in functions or free in taken:
-      free, number = f'{name}_{number}', number + 1
+    check_callable(function, f'reward {name}' if name else 'a reward')
+    free = free_name(name or get_name(function), {*functions, *taken})
     functions[free] = function
     weights[free] = check_weight(weight, free)
   if not functions:
@@ -140,8 +145,16 @@ def _entries(rewards):
     yield None, rewards, 1.0
 
 
-def _check_callable(name: str | None, function) -> None:
-  said = f'reward {name}' if name else 'a reward'
+def free_name(name: str, taken: Collection[str]) -> str:
+  """name, or the first of name_2, name_3, ... that is not taken."""
+  free, number = name, 2
+  while free in taken:
+    free, number = f'{name}_{number}', number + 1
+  return free
+
+
+def check_callable(function, said: str = 'a reward') -> None:
+  """Refuses everything but functions and callable objects."""
   if isinstance(function, type):
     raise ValueError(
       f'{said} is the class {function.__name__}; pass an object of it, '
@@ -155,6 +168,7 @@ def _check_callable(name: str | None, function) -> None:
 
 
 def check_weight(weight, name: str) -> float:
+  """A weight as a float. Raises ValueError."""
   try:
     if isinstance(weight, bool):
       raise TypeError
@@ -217,6 +231,23 @@ def _signature(function: Callable, follow_wrapped: bool) -> Accepted | None:
   return Accepted(
     frozenset(names), tuple(required), any_name, tuple(positional)
   )
+
+
+def make_signature(
+  required: Iterable[str], optional: Iterable[str] = (), any_name: bool = True
+) -> inspect.Signature:
+  """Signature of a function that is made of others, for check_functions."""
+  required = sorted(set(required))
+  parameters = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in required
+  ] + [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    for name in sorted(set(optional) - set(required))
+  ]
+  if any_name:
+    kind = inspect.Parameter.VAR_KEYWORD
+    parameters.append(inspect.Parameter('columns', kind))
+  return inspect.Signature(parameters)
 
 
 def check_functions(

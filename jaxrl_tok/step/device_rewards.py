@@ -205,8 +205,9 @@ def _names_read(
   for column in sorted(has.names & kinds.keys() - tokens - numbers):
     raise ValueError(
       f'@on_device reward {name} reads the column {column}, which is text or '
-      f'does not fit int32, float32 or bool; name it as the answers (Task(answers={column!r})) to read its tokens, '
-      f'or make it numbers (it can read: {known})'
+      'does not fit int32, float32 or bool; name it as the answers '
+      f'(Task(answers={column!r})) to read its tokens, or make it numbers '
+      f'(it can read: {known})'
     )
   return has.names & (numbers | tokens) | (numbers if has.any_name else set())
 
