@@ -34,7 +34,7 @@ from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.types import Prompts, Scored
+from jaxrl_tok.types import AdvantageInputs, Prompts, Rollout, Scored
 
 CONFIG = TransformerConfig(
   vocab_size=11,
@@ -102,15 +102,41 @@ def reward(tiny):
   return np.where(np.asarray(tiny.rollout.mask), noise, 0)
 
 
-def scored(rollout, reward, **more) -> Scored:
-  """What an advantage sees of a rollout whose rows all ended by themselves."""
-  fields = {
-    'cut': jnp.zeros(rollout.mask.shape[0], bool),
-    'value': None,
-    'greedy_reward': None,
-    'log_change': None,
+def make_rollout(prompts, tokens, mask, logp=None, **fields) -> Rollout:
+  """A rollout whose rows ended by themselves, sampled by version 0."""
+  mask = jnp.asarray(mask, bool)
+  defaults = {
+    'num_kept': None,
+    'ended': jnp.ones(mask.shape[0], bool),
+    'version': jnp.zeros(mask.shape[0], jnp.int32),
   }
-  return Scored(rollout, jnp.asarray(reward), **{**fields, **more})
+  tokens = jnp.asarray(tokens, jnp.int32)
+  logp = jnp.zeros(mask.shape) if logp is None else jnp.asarray(logp)
+  return Rollout(prompts, tokens, mask, logp, **{**defaults, **fields})
+
+
+def make_scored(
+  rollout, reward, greedy_reward=None, applies=None, weight=1.0
+) -> Scored:
+  """A rollout with one reward [B, T]; applies None: to every row."""
+  if applies is None:
+    applies = jnp.ones(rollout.mask.shape[0], bool)
+  return Scored(
+    rollout,
+    {'reward': jnp.asarray(reward, jnp.float32)},
+    {'reward': jnp.asarray(applies)},
+    {'reward': jnp.float32(weight)},
+    greedy_reward,
+  )
+
+
+def advantage_inputs(
+  rollout, reward, value=None, log_change=None, **more
+) -> AdvantageInputs:
+  """An advantage's inputs, without a KL in the reward. more: of
+  make_scored."""
+  scored = make_scored(rollout, reward, **more)
+  return AdvantageInputs(scored, scored.reward, scored.valid, value, log_change)
 
 
 def changed(record, **fields):
