@@ -10,34 +10,35 @@ import jax.numpy as jnp
 
 
 def fill(x: jax.Array, mask: jax.Array, value=0.0) -> jax.Array:
-  """x where chosen, `value` elsewhere; garbage off-mask never reaches maths."""
+  """Returns x where chosen, `value` elsewhere: garbage never reaches maths."""
   return jnp.where(mask, x, value)
 
 
 def total(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-  """sum_t m_t x_t."""
+  """Sum of chosen values, sum_t m_t x_t."""
   return jnp.sum(fill(x.astype(jnp.float32), mask), axis=axis)
 
 
 def count(mask: jax.Array, axis=None) -> jax.Array:
-  """How many are chosen, float32, at least 1 so that it may divide."""
+  """Number of chosen tokens, float32, at least 1 so that it may divide."""
   return jnp.maximum(jnp.sum(mask.astype(jnp.float32), axis=axis), 1.0)
 
 
 def mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-  """sum_t m_t x_t / sum_t m_t; 0 when nothing is chosen."""
+  """Mean, sum_t m_t x_t / sum_t m_t; 0 when nothing is chosen."""
   return total(x, mask, axis) / count(mask, axis)
 
 
 def var(x: jax.Array, mask: jax.Array, ddof: int = 0) -> jax.Array:
-  """sum_t m_t (x_t - mean)^2 / (sum_t m_t - ddof); 0 for too few tokens."""
+  """Variance, sum_t m_t (x_t - mean)^2 / (sum_t m_t - ddof); 0 for too few
+  tokens."""
   squares = total((x - mean(x, mask)) ** 2, mask)
   freedom = jnp.sum(mask.astype(jnp.float32)) - ddof
   return jnp.where(freedom > 0, squares / jnp.maximum(freedom, 1.0), 0.0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, ddof: int = 0, eps=1e-8) -> jax.Array:
-  """(x - mean) / (std + eps) on chosen tokens, 0 elsewhere.
+  """Whitening, (x - mean) / (std + eps) on chosen tokens, 0 elsewhere.
 
   One chosen token, or equal values, gives 0 and never NaN.
   """
@@ -52,7 +53,7 @@ def whiten(x: jax.Array, mask: jax.Array, ddof: int = 0, eps=1e-8) -> jax.Array:
 
 
 def last_chosen(mask: jax.Array) -> jax.Array:
-  """bool [..., T]: True at the last chosen token of each row only.
+  """Mask of the last chosen token of each row, bool [..., T].
 
   # mask [1 1 1 0]  ->  [0 0 1 0];  [1 0 1 0] -> [0 0 1 0];  none -> none
   """

@@ -1,15 +1,15 @@
-"""Makes tests/golden/algorithms.npz: what each algorithm's equations say.
+"""Makes tests/golden/algorithms.npz: results of each algorithm's equations.
 
 One small batch (C=3 prompts, G=4 samples of each, T=6 columns) goes through
 every preset x aggregation x KL form x kind of reward, and through the options
-that a preset may be given. This is the equations a second time, as loops over
+that a preset may be given. The equations are here a second time, as loops over
 rows and tokens in float64, from the papers' definitions and nothing else:
 
 1. reward_of      token rewards: the penalty for length, KL in the reward
 2. advantage_of   returns, GAE, baselines, division by std, whitening
 3. weights_of     how per-token losses become a scalar
-4. loss_of        the scalar. It reads the log-probs twice, as what may move
-                  and as what is held, and so honours each stop-gradient
+4. loss_of        the scalar. It reads the log-probs twice, the ones that may
+                  move and the ones that are held, to honour stop-gradients
 5. slope          the gradient, by central differences of 4.
 
 An entry that the policy did not choose is NaN here, so that a number which
@@ -39,8 +39,8 @@ import numpy as np
 OUT = Path(__file__).parent / 'algorithms.npz'
 C, G, T = 3, 4, 6
 B = C * G
-CARRY = 0.4  # of the EMA baseline, before the batch
-STEP = 1e-5  # of the central differences
+CARRY = 0.4  # EMA baseline before the batch
+STEP = 1e-5  # central differences
 NAN = float('nan')
 MASK = np.array(
   [
@@ -154,7 +154,7 @@ SEQUENCE = {'gamma': 0.9, 'lam': 0.8, 'rho_bar': 1.2, 'c_bar': 0.9}
 
 
 def make_inputs() -> dict:
-  """The batch, in numbers that float32 holds; NaN where not chosen."""
+  """Inputs, in numbers that float32 holds; NaN where not chosen."""
   rng = np.random.default_rng(0)
   l = -rng.uniform(0.1, 3.0, (B, T))
   change = rng.normal(0, 0.25, (B, T))  # l - l_old
@@ -167,12 +167,12 @@ def make_inputs() -> dict:
   change[10, 1], change[0, 0] = -0.9, 0.26  # dapo clips at 1.28, ppo at 1.2
   change[7, 1] = 0.22
   l_old = l - change
-  reference_kl = rng.normal(0, 0.5, (B, T))  # l_old - l_roll; log(2) is 0.69
+  log_change = rng.normal(0, 0.5, (B, T))  # l_old - l_roll; log(2) is 0.69
   V_old = rng.normal(0, 1, (B, T + 1))
   data = {
     'l': l,
     'l_old': l_old,
-    'l_roll': l_old - reference_kl,
+    'l_roll': l_old - log_change,
     'l_ref': l - rng.normal(0, 0.5, (B, T)),
     'H': rng.uniform(0.1, 2.0, (B, T)),
     'V': V_old[:, :T] + rng.normal(0, 0.3, (B, T)),
@@ -187,12 +187,12 @@ def make_inputs() -> dict:
   before = np.where(MASK, V_old[:, :T], NAN)
   data['V_old'] = np.concatenate([before, last[:, None]], axis=1)
   data['greedy'] = np.array(GREEDY)
-  # what the file holds in float32 is exactly what the loops below read
+  # the loops below read exactly the float32 numbers of the file
   return {k: x.astype(np.float32).astype(float) for k, x in data.items()}
 
 
 def chosen(b) -> list:
-  """The columns of row b that the policy chose."""
+  """Columns of row b that the policy chose."""
   return [t for t in range(T) if MASK[b, t]]
 
 
@@ -200,7 +200,7 @@ def chosen(b) -> list:
 
 
 def overlong_penalty(n, longest, buffer) -> float:
-  """0 up to longest - buffer tokens, then linear, -1 at the longest."""
+  """Penalty: 0 up to longest - buffer tokens, linear to -1 at the longest."""
   if n <= longest - buffer:
     return 0.0
   return ((longest - buffer) - n) / buffer
@@ -237,7 +237,7 @@ def reward_to_go(r, gamma) -> list:
 
 
 def held_return(togo, columns) -> list:
-  """The return of a row that is over stays what it was at its last token."""
+  """Returns, with the last token's held after it."""
   if not columns:
     return [0.0] * T
   return [togo[min(t, columns[-1])] for t in range(T)]
@@ -293,12 +293,12 @@ def std(values, ddof) -> float:
 
 
 def group(b) -> list:
-  """The rows that answer the prompt of row b."""
+  """Rows that answer the prompt of row b."""
   return [b // G * G + g for g in range(G)]
 
 
 def baseline_of(case, data, held, b, t) -> float:
-  """What is subtracted from the return of row b in column t."""
+  """Number to subtract from the return of row b in column t."""
   match case['baseline']:
     case 'none':
       return 0.0
@@ -329,9 +329,9 @@ def advantage_of(case, data):
           reward[b], V, last, columns, case['gamma'], case['lam']
         )
       else:
-        reference_kl = data['l_old'][b] - data['l_roll'][b]
+        log_change = data['l_old'][b] - data['l_roll'][b]
         advantage[b], target[b] = vtrace(
-          reward[b], V, last, reference_kl, columns, case
+          reward[b], V, last, log_change, columns, case
         )
   else:
     held = [
@@ -362,7 +362,7 @@ def advantage_of(case, data):
 
 
 def weights_of(aggregate) -> list:
-  """w[b]: the scalar is the sum of w[b] times the loss of a chosen token."""
+  """Weights w[b]: the scalar sums w[b] times the loss of a chosen token."""
   tokens = sum(len(chosen(b)) for b in range(B))
   lengths = [max(len(chosen(b)), 1) for b in range(B)]
   return {
@@ -386,7 +386,7 @@ def clipped(A, ratio, case) -> float:
 
 
 def policy_loss(case, A, l, l_held, l_old, b, t) -> float:
-  """The surrogate of one chosen token."""
+  """Surrogate of one chosen token."""
   columns = chosen(b)
   match case['surrogate']:
     case 'plain':
@@ -428,7 +428,7 @@ def value_loss(case, V, V_old, target) -> float:
 
 
 def loss_of(case, data, A, target, l, H, V, l_held) -> float:
-  """The scalar. l may move; l_held is l under a stop-gradient."""
+  """Scalar loss. l may move; l_held is l under a stop-gradient."""
   l_old = l_held if case['on_policy'] else data['l_old']
   weights = weights_of(case['aggregate'])
   value_weights = weights_of('token_mean')
@@ -437,8 +437,8 @@ def loss_of(case, data, A, target, l, H, V, l_held) -> float:
     for t in chosen(b):
       loss = policy_loss(case, A, l, l_held, l_old, b, t)
       if case['importance_cap']:
-        reference_kl = l_old[b, t] - data['l_roll'][b, t]
-        loss *= min(math.exp(reference_kl), case['importance_cap'])
+        log_change = l_old[b, t] - data['l_roll'][b, t]
+        loss *= min(math.exp(log_change), case['importance_cap'])
       loss += kl_loss(case, data, l, l_held, l_old, b, t)
       loss -= case['entropy_coef'] * H[b, t]
       total += weights[b] * loss
@@ -465,7 +465,7 @@ def slope(function, x) -> np.ndarray:
 
 
 def solve(case, data) -> dict:
-  """Everything that the file says of one case."""
+  """Results of one case, as the file has them."""
   case = PLAIN | PRESETS[case['preset']] | case
   A, target, carry = advantage_of(case, data)
   l, H, V = data['l'], data['H'], data['V']
@@ -491,13 +491,13 @@ def solve(case, data) -> dict:
 
 
 def make_cases() -> list:
-  """A preset's name and what is changed of it, one dict a case."""
+  """Cases, each a preset's name and its changes."""
   cases = [
     {'preset': preset, 'reward': reward, 'aggregate': aggregate} | KLS[kl]
     for preset, reward, kl, aggregate in product(
       PRESETS, KINDS, KLS, AGGREGATIONS
     )
-    # of rloo's one loss a row there is no mean over tokens
+    # rloo has one loss a row, so no mean over tokens
     if preset != 'rloo' or 'sum' in aggregate
   ]
   for preset, reward in product(PRESETS, KINDS):
@@ -531,7 +531,7 @@ def make_cases() -> list:
 
 
 def check_inputs(data):
-  """The batch visits both sides of each bound, and none of them closely."""
+  """Refuses a batch that misses a side of a bound or comes close to one."""
   change = (data['l'] - data['l_old'])[MASK]
   ratio = np.exp(change)
   A, target, _ = advantage_of(PLAIN | PPO | {'reward': 'dense'}, data)
@@ -554,10 +554,10 @@ def check_inputs(data):
     side = np.exp(sums) < bound
     assert 0 < side.sum() < len(rows), bound
     assert abs(np.exp(sums) - bound).min() > 1e-3, bound
-  reference_kl = np.exp((data['l_old'] - data['l_roll'])[MASK])
+  weight = np.exp((data['l_old'] - data['l_roll'])[MASK])
   for bound in (SEQUENCE['c_bar'], SEQUENCE['rho_bar'], 2.0):
-    assert (reference_kl > bound).any(), bound
-    assert (reference_kl < bound).any(), bound
+    assert (weight > bound).any(), bound
+    assert (weight < bound).any(), bound
   move = (data['V'] - data['V_old'][:, :T])[MASK]
   error = (data['V'] - target)[MASK]
   for sign in (1, -1):  # out of the bound, towards the target and from it
@@ -578,11 +578,11 @@ def main():
     r = [data['dense'][b, t] if MASK[b, t] else 0.0 for t in range(T)]
     last = data['V_old'][b, T] if CUT[b] else 0.0
     V, columns = data['V_old'][b], chosen(b)
-    reference_kl = data['l_old'][b] - data['l_roll'][b]
+    log_change = data['l_old'][b] - data['l_roll'][b]
     togo.append(reward_to_go(r, numbers['gamma']))
     found.append(
       gae(r, V, last, columns, numbers['gamma'], numbers['lam'])
-      + vtrace(r, V, last, reference_kl, columns, numbers)
+      + vtrace(r, V, last, log_change, columns, numbers)
     )
   names = ('gae_advantage', 'gae_target', 'vtrace_advantage', 'vtrace_target')
   out |= {name: np.array(x) for name, x in zip(names, zip(*found))}
