@@ -406,7 +406,8 @@ def test_the_run_records_whether_its_reward_is_a_share(
 
 def test_several_evaluations_have_a_table_and_a_curve_each(tmp_path):
   rows = [
-    *PAIRS,
+    *(row | {'evaluation': 'held_out'} for row in PAIRS[:2]),
+    *PAIRS[2:],
     sample('x', 'before', prompt='a', evaluation='long', step=0, reward=-3.5),
     sample('y', 'before', prompt='a', evaluation='long', step=0, reward=-1.5),
     sample('z', 'after', prompt='c', evaluation='long', step=9),

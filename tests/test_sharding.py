@@ -1,5 +1,8 @@
 """The mesh changes no number; rules place parameters and moments alike."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,13 @@ import pytest
 from conftest import CONFIG, END, changed, random_prompts, sharpened
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_tok import distribution, sharding
+from jaxrl_tok import distribution, mesh_spec, sharding
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import make_sampler
-from jaxrl_tok.step.update import init_state, make_update
+from jaxrl_tok.step.state import init_state
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.types import Carry, Scored
 
 ALGORITHM = algorithms.reinforce(advantages.leave_one_out())
 # sizes that tensor=2 and fsdp=2 divide, an odd vocabulary that they do not
@@ -26,7 +31,8 @@ RECORD = optax.GradientTransformation(
 
 @pytest.fixture(scope='module')
 def step(tiny):
-  """step(mesh spec, devices) -> what one sample and update give there."""
+  """step(mesh spec, devices) -> (params, rollout, metrics, gradient, placed
+  state) of one sample and update there."""
   prompts = random_prompts(8)
   config = changed(tiny.config, max_completion_length=5)
 
@@ -46,18 +52,20 @@ def step(tiny):
       rollout = sample(
         state.params, jax.random.key(5), sharding.put_rows(mesh, prompts), rule
       )
-      reward = np.random.default_rng(0).normal(size=rollout.tokens.shape)
+      rng, B = np.random.default_rng(0), len(rollout.tokens)
+      reward = rng.normal(size=rollout.tokens.shape).astype(np.float32)
+      rows = {'r': reward}, {'r': np.arange(B) != 3}  # one is not applicable
+      scored = Scored(
+        rollout,
+        *sharding.put_rows(mesh, rows),
+        sharding.put_replicated(mesh, {'r': np.float32(0.5)}),
+      )
       update = jax.jit(
         make_update(POLICY, ALGORITHM, RECORD, parts),
         donate_argnums=0,
       )
       params = jax.device_get(state.params)
-      new, metrics, _ = update(
-        state,
-        rollout,
-        sharding.put_rows(mesh, reward.astype(np.float32)),
-        rule,
-      )
+      new, metrics, _ = update(state, scored, rule)
       found = jax.device_get((rollout, metrics, new.opt_state))
     return params, *found, placed
 
@@ -96,16 +104,18 @@ def test_devices_change_nothing(step, alone, spec, devices, parts):
 def test_moments_lie_where_their_parameters_do():
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  copied = Carry(lambda params: params, lambda value, state, metrics: value)
+  algorithm = ALGORITHM._replace(carries={'reference': copied})
 
   def make(key):
     params = POLICY.init(key)
-    return init_state(ALGORITHM, optimizer, params, key, True, critic=params)
+    return init_state(algorithm, optimizer, params, key, critic=params)
 
   state, _ = sharding.born_sharded(
     make, mesh, POLICY.partition_rules, jax.random.key(0)
   )
   adam = state.opt_state[1][0]
-  for tree in (*adam.mu, *adam.nu, state.reference, state.critic):
+  for tree in (*adam.mu, *adam.nu, state.carries['reference'], state.critic):
     jax.tree.map(
       lambda p, m: np.testing.assert_equal(p.sharding, m.sharding),
       state.params,
@@ -129,7 +139,7 @@ def test_moments_lie_where_their_parameters_do():
     ('data=-1,fsdp=-1', 'two sizes of -1'),
     ('rows=2', 'is not axis=size'),
     ('data=0', 'is not axis=size'),
-    ('data=2,data=4', 'given twice'),
+    ('data=2,data=4', 'has axis data twice'),
     ('', 'is not axis=size'),
   ],
 )
@@ -138,11 +148,33 @@ def test_a_mesh_that_cannot_be_is_refused(spec, fault):
     sharding.make_mesh(spec)
 
 
+@pytest.mark.parametrize(
+  ('spec', 'devices', 'sizes'),
+  [
+    (mesh_spec.DEFAULT, 8, (8, 1, 1)),
+    ('fsdp=2', 2, (1, 2, 1)),
+    (' tensor=2 , data=-1', 8, (4, 1, 2)),
+    ('data=2,fsdp=-1,tensor=2', 8, (2, 2, 2)),
+  ],
+)
+def test_a_size_of_minus_one_takes_the_rest(spec, devices, sizes):
+  found = mesh_spec.mesh_sizes(spec, devices)
+  assert found == dict(zip(mesh_spec.AXES, sizes))
+
+
+def test_the_grammar_needs_no_jax():
+  code = "import sys, jaxrl_tok.mesh_spec; sys.exit('jax' in sys.modules)"
+  done = subprocess.run([sys.executable, '-c', code], check=False)
+  assert done.returncode == 0
+
+
 def test_mesh_axes_are_auto_and_minus_one_takes_the_rest():
   mesh = sharding.make_mesh('tensor=2,data=-1')
   assert dict(mesh.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
   assert sharding.row_shards(mesh) == 4
+  entries = None, 'tensor', 'fsdp', ('data', 'fsdp'), ('data', 'tensor')
+  assert [sharding.num_shards(mesh, e) for e in entries] == [1, 2, 1, 4, 8]
 
 
 @pytest.mark.parametrize(

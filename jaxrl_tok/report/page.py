@@ -81,6 +81,8 @@ def read_samples(
     split, step = row.get('split'), number(row['step'])
     if split in ('before', 'after'):
       evaluation = str(row.get('evaluation') or HELD_OUT)
+      if evaluation == 'held_out':  # the default, as its metrics are named
+        evaluation = HELD_OUT
       sides = samples.held_out.setdefault(
         evaluation, {'before': [], 'after': []}
       )
