@@ -1,21 +1,16 @@
-"""A model as a Hugging Face directory: in, out, and back in, bitwise.
+"""Hugging Face directories of a model: in, out, and back in, bitwise.
 
 1. `open_model` reads everything but the weights' bytes and checks it all:
    configuration, tensor names and shapes, tokenizer, end and pad ids.
 2. `read_params` (weights.py) brings the bytes straight to their devices.
-3. `save` writes the same names, shapes and configuration keys; what belongs to
-   the tokenizer is copied.
-
-  python -m jaxrl_tok.hub.directory export RUN_DIR OUT_DIR [--step N]
+3. `save` writes the names, shapes and configuration keys that it came with;
+   files of the tokenizer are copied.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -23,19 +18,16 @@ import jax
 import jax.numpy as jnp
 import jinja2
 
-from jaxrl_tok.hub import families, lora
-from jaxrl_tok.hub import fetch as hub
+from jaxrl_tok.hub import families, fetch
+from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.weights import (
   SHARD_BYTES,
-  Model,
   check_tensors,
-  param_structs,
-  read_params,
   stored_tensors,
   write_weights,
 )
 
-# tokenizers are all that we want of it; it advises on torch at import
+# transformers is imported for its tokenizers; it advises on torch otherwise
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 CARD = Path(__file__).with_name('card.md.jinja')
@@ -44,14 +36,16 @@ VOCABULARIES = 'tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt'
 
 
 def versions() -> dict[str, str]:
+  """{package: version} of the packages that a result depends on."""
   names = ('jaxrl_tok', 'jax', 'flax', 'optax', 'orbax-checkpoint')
   return {name: metadata.version(name) for name in names}
 
 
-# --- in: everything but the bytes --------------------------------------------
+# --- reading -----------------------------------------------------------------
 
 
 def _read_json(path: Path) -> dict:
+  """Reads a JSON object. Raises ValueError, in one line, for anything else."""
   try:
     found = json.loads(path.read_text())
   except (ValueError, RecursionError) as e:  # not UTF-8; too deep, too long
@@ -64,6 +58,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_tokenizer(directory: Path, vocab_size: int):
+  """Reads the tokenizer, runs no code of its own. Raises ValueError, in one
+  line, where there is none or it has more ids than the model has rows."""
   from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
   # without any, transformers makes an empty tokenizer of some families
@@ -74,14 +70,14 @@ def _read_tokenizer(directory: Path, vocab_size: int):
     )
   settings = directory / 'tokenizer_config.json'
   named = settings.is_file() and _read_json(settings).get('tokenizer_class')
-  # of some families AutoTokenizer takes a class that rewrites tokenizer.json,
+  # for some families AutoTokenizer takes a class that rewrites tokenizer.json,
   # even where the generic one is named
   kind = PreTrainedTokenizerFast if named in GENERIC else AutoTokenizer
   try:
     tokenizer = kind.from_pretrained(
       directory, local_files_only=True, trust_remote_code=False
     )
-  except Exception as e:  # of many kinds, with pages of advice
+  except Exception as e:  # many kinds, with pages of advice
     said = ' '.join(str(e).split())[:200]
     raise ValueError(
       f'no tokenizer could be read ({said}); put the tokenizer files of the '
@@ -100,9 +96,11 @@ def special_tokens(
   directory: Path, hf_config: dict, tokenizer, vocab_size: int
 ):
   """(end ids, pad id): generation_config.json's, else config.json's, else the
-  tokenizer's. A pad that is missing or no row of the model is the first end:
-  the mask is recorded, so pad may equal end. ValueError for an end that is no
-  row."""
+  tokenizer's.
+
+  A pad that is missing or no row of the model is the first end: the mask is
+  recorded, so pad may equal end. Raises ValueError for an end that is no row.
+  """
   file = directory / 'generation_config.json'
   generation = _read_json(file) if file.is_file() else {}
 
@@ -133,14 +131,6 @@ def _is_row(i, vocab_size: int) -> bool:
   return type(i) is int and 0 <= i < vocab_size
 
 
-def with_value_head(model: Model) -> Model:
-  """The model with a value head: of a policy, a critic."""
-  return model._replace(
-    config=dataclasses.replace(model.config, value_head=True),
-    hf_config=model.hf_config | {'jaxrl_tok_value_head': True},
-  )
-
-
 def open_model(
   model: str | Path,
   revision: str | None = None,
@@ -151,7 +141,7 @@ def open_model(
 
   Args:
     model: directory with config.json, safetensors and tokenizer files, or id.
-    revision: of the hub: a branch, tag or commit.
+    revision: a branch, tag or commit of the hub.
     value_head: give it one where it has none (a critic from a policy).
     weights: False: a directory that may be without them.
 
@@ -159,7 +149,7 @@ def open_model(
   cure, for an unknown architecture, a pickle, missing, extra, misshapen or
   truncated weights, code of its own, a tokenizer of another model.
   """
-  directory = hub.locate(str(model), revision, weights=False)
+  directory = fetch.locate(str(model), revision, weights=False)
   if not (directory / 'config.json').is_file():
     raise FileNotFoundError(
       f'{directory} is no model directory (no config.json); '
@@ -177,9 +167,9 @@ def open_model(
       config, hf_config, tokenizer, ends, pad, str(model), directory
     )
     if value_head and not config.value_head:
-      found = with_value_head(found)
+      found = found.with_value_head()
     if weights:
-      stored = stored_tensors(hub.locate(str(model), revision))
+      stored = stored_tensors(fetch.locate(str(model), revision))
       found = found._replace(tensors=check_tensors(found, stored))
   except ValueError as e:
     said = str(e)
@@ -188,11 +178,11 @@ def open_model(
   return found
 
 
-# --- out ---------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------
 
 
 def write_description(out: Path, model: Model, dtype: str | None = None):
-  """config.json, generation_config.json and the tokenizer: all but weights."""
+  """Writes config.json, generation_config.json and the tokenizer."""
   hf_config = dict(model.hf_config)
   if dtype:
     old = 'torch_dtype' in hf_config and 'dtype' not in hf_config
@@ -208,7 +198,7 @@ def write_description(out: Path, model: Model, dtype: str | None = None):
     files['generation_config.json'] = {**ids, 'do_sample': True}
     model.tokenizer.save_pretrained(out)
   else:
-    for pattern in hub.COMPANIONS:
+    for pattern in fetch.COMPANIONS:
       for file in model.directory.glob(pattern):
         shutil.copyfile(file, out / file.name)
   for name, content in files.items():
@@ -216,7 +206,7 @@ def write_description(out: Path, model: Model, dtype: str | None = None):
 
 
 def write_card(out: Path, card: dict | None, library='transformers') -> None:
-  """README.md: the model card. Fields as in `save`."""
+  """Writes README.md, the model card. Fields as in `save`."""
   fields = {
     'title': out.name.removesuffix('.partial'),
     'base_model': None,
@@ -229,7 +219,7 @@ def write_card(out: Path, card: dict | None, library='transformers') -> None:
   text = template.render(
     versions=versions(),
     library=library,
-    on_hub=hub.is_hub_id(str(fields['base_model'])),
+    on_hub=fetch.is_hub_id(str(fields['base_model'])),
     **fields,
   )
   (out / 'README.md').write_text(text)
@@ -245,7 +235,7 @@ def atomic_directory(out: str | Path, replace: bool = False):
   if out.exists() and not replace:
     raise FileExistsError(f'{out} exists; give another directory')
   part = out.with_name(out.name + '.partial')
-  shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+  shutil.rmtree(part, ignore_errors=True)  # a save that was killed left it
   part.mkdir(parents=True)
   try:
     yield part
@@ -273,146 +263,3 @@ def save(
     write_description(part, model, str(widest))
     write_card(part, card)
   return Path(out)
-
-
-# --- a run's checkpoint, later -----------------------------------------------
-
-
-def _restored_params(run_dir: Path, step: int | None, like):
-  """(step, the `params` of a checkpoint), on the first device."""
-  import orbax.checkpoint as ocp
-
-  manager = ocp.CheckpointManager(
-    run_dir.absolute() / 'checkpoints',
-    options=ocp.CheckpointManagerOptions(read_only=True),
-  )
-  steps = sorted(manager.all_steps())
-  if not steps or (step is not None and step not in steps):
-    raise ValueError(
-      f'{run_dir} has no checkpoint{"" if step is None else f" of step {step}"}'
-      f'; there are: {", ".join(map(str, steps)) or "none"}'
-    )
-  step = steps[-1] if step is None else step
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  tree = {
-    'params': jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
-    )
-  }
-  restoring = ocp.args.PyTreeRestore(
-    tree,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-    partial_restore=True,
-  )
-  try:
-    found = manager.restore(step, args=ocp.args.Composite(state=restoring))
-  except Exception as e:  # of many kinds, with pages of advice
-    said = ' '.join(str(e).split())[:200]
-    raise ValueError(
-      f'checkpoint {step} of {run_dir} cannot be read ({said}); pass another '
-      f'--step of {", ".join(map(str, steps))}'
-    ) from None
-  return step, found.state['params']
-
-
-def _model_of_run(run_dir: Path, flags: dict) -> Model:
-  """The model that a run began with, or else what the run kept of it."""
-  if flags['model'] is not None:
-    try:  # it knows the names that its tensors came with
-      return open_model(flags['model'], flags['model_commit'])
-    except (ValueError, OSError):
-      if flags['adapter'] is not None:
-        raise
-  if not (run_dir / 'model').is_dir():
-    raise FileNotFoundError(f'{run_dir} has no model; give a newer run')
-  return open_model(run_dir / 'model', weights=False)
-
-
-# what config.yaml must say of a run
-RUN_SETTINGS = (
-  'model',
-  'model_commit',
-  'adapter',
-  'param_dtype',
-  'compute_dtype',
-  'data',
-  'algorithm',
-  'value_head',
-)
-
-
-def export_run(
-  run_dir: str | Path, out: str | Path, step: int | None = None
-) -> Path:
-  """A checkpoint of a run as a Hugging Face directory.
-
-  Adapters are joined to the model that the run began with, which must still
-  be where it was. step: None: the newest.
-  """
-  import yaml
-
-  run_dir = Path(run_dir)
-  file = run_dir / 'config.yaml'
-  if not file.is_file():
-    raise FileNotFoundError(f'{run_dir} is no run directory (no config.yaml)')
-  if Path(out).exists():
-    raise FileExistsError(f'{out} exists; give another directory')
-  try:
-    flags = dict(yaml.safe_load(file.read_text()))
-  except (yaml.YAMLError, TypeError, ValueError):
-    raise ValueError(f'{file}: no flags of a run; give its directory') from None
-  missing = [name for name in RUN_SETTINGS if name not in flags]
-  if missing:
-    raise ValueError(f'{file} has no {", ".join(missing)}; give a newer run')
-  model = _model_of_run(run_dir, flags)
-  if flags['value_head'] and not model.config.value_head:
-    model = with_value_head(model)
-  asked = flags['param_dtype']
-  dtype = None if asked == 'auto' else asked
-  if flags['adapter'] is None:
-    like = param_structs(model, dtype or 'float32')
-    step, params = _restored_params(run_dir, step, like)
-  else:
-    adapter = lora.LoraConfig(**flags['adapter'])
-    modules = lora.targeted(model.config, model.family, adapter.targets)
-    like = jax.eval_shape(
-      lambda key: lora.init(modules, adapter.rank, key), jax.random.key(0)
-    )
-    step, adapters = _restored_params(run_dir, step, like)
-    merge_params = lora.make_merge_params(
-      model.config, model.family, adapter.scale, flags['compute_dtype']
-    )
-    params = jax.jit(merge_params)(adapters, read_params(model, dtype=dtype))
-  card = {
-    'title': Path(out).name,
-    'base_model': flags['model'],
-    'data': flags['data'],
-    'algorithm': flags['algorithm'],
-    'metrics': {'steps': step},
-  }
-  return save(out, model, params, card)
-
-
-def main(argv=None) -> None:
-  parser = argparse.ArgumentParser(
-    'python -m jaxrl_tok.hub.directory', description=export_run.__doc__
-  )
-  parser.add_argument('command', choices=['export'])
-  parser.add_argument('run_dir')
-  parser.add_argument('out_dir')
-  parser.add_argument('--step', type=int, help='default: the newest')
-  parser.add_argument('--push_to_hub', metavar='OWNER/NAME')
-  given = parser.parse_args(argv)
-  try:
-    if given.push_to_hub:
-      hub.push_token()
-    print(export_run(given.run_dir, given.out_dir, given.step))
-    if given.push_to_hub:
-      print(hub.push(given.out_dir, given.push_to_hub))
-  except (ValueError, OSError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-if __name__ == '__main__':
-  main()

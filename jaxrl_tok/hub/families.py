@@ -1,14 +1,17 @@
-"""Hugging Face decoder families: what their config.json means.
+"""Meaning of the config.json of Hugging Face's families.
 
-One entry a family: a function that reads the configuration and a table of
-names (layout.py). transformers' own configuration classes supply defaults and
-translate older keys.
+One entry a family: the architecture, a function that reads the configuration,
+and a table of names (layout.py). transformers' own configuration classes
+supply defaults and translate older keys.
 """
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
-from jaxrl_tok.hub.layout import DECODER, GPT2, GPT_NEOX, POST_NORMED, Family
+from jaxrl_tok.hub.architecture import TRANSFORMER, Architecture
+from jaxrl_tok.hub.layout import DECODER, GPT2, GPT_NEOX, POST_NORMED
 from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, TransformerConfig
 
@@ -19,6 +22,21 @@ ACTIVATIONS = {  # theirs -> ours
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
+
+
+class Family(NamedTuple):
+  """Models whose config.json has one model_type."""
+
+  hf_class: str  # config.json's architectures[0]
+  example: str  # a hub id
+  read: Callable  # transformers' configuration -> the architecture's
+  names: dict = DECODER
+  # how q, k and v are one tensor. None: they are three; 'rows': all of q, then
+  # k, then v; 'heads': q k v of each head in turn; 'columns': rows, [in, out]
+  fused: str | None = None
+  transposed: bool = True  # matrices are stored [out, in]
+  buffers: str = r'rotary_emb\.inv_freq$'  # of older files: no parameters
+  architecture: Architecture = TRANSFORMER
 
 
 def _refuse_unless(j, **wanted) -> None:
@@ -42,13 +60,13 @@ def _head_dim(j) -> int:
 
 
 def _declared(j, name: str, default):
-  """A setting that the family has; what another's key says is not for it."""
+  """Reads a setting that the family has; another family's key is ignored."""
   known = {field.name for field in dataclasses.fields(j)}
   return getattr(j, name) if name in known else default
 
 
 def _layers(j) -> tuple:
-  """What rope_parameters, layer_types and no_rope_layers say of each layer."""
+  """Reads rope_parameters, layer_types and no_rope_layers: a Layer each."""
   L, window = j.num_hidden_layers, _declared(j, 'sliding_window', None)
   if not _declared(j, 'use_sliding_window', True):
     window = None
@@ -73,7 +91,7 @@ def _layers(j) -> tuple:
 
 
 def _read(j, **own) -> TransformerConfig:
-  """What all families with rotary positions share, and what is `own`."""
+  """Reads what all families with rotary positions share; `own` replaces."""
   if _declared(j, 'use_bidirectional_attention', None):
     raise ValueError('use_bidirectional_attention is not supported')
   N = j.num_attention_heads
@@ -233,7 +251,8 @@ FAMILIES = {
 
 
 def family_of(hf_config: dict) -> Family:
-  """The entry for a config.json, or ValueError with the families there are."""
+  """Looks up the family of a config.json. Raises ValueError, with the families
+  there are, for any other model_type."""
   kind = hf_config.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise ValueError(
@@ -262,7 +281,10 @@ SIZES = REQUIRED + (
 
 
 def _check_sizes(hf_config: dict, theirs: dict) -> None:
-  """theirs: {a size: what this family calls it}."""
+  """Raises ValueError for a size that is missing or not above zero.
+
+  theirs: {size: its name in this family}.
+  """
   for size in SIZES:
     for name in (size, theirs.get(size, size)):
       found = hf_config.get(name)
@@ -276,10 +298,25 @@ def _check_sizes(hf_config: dict, theirs: dict) -> None:
       raise ValueError(f'config.json has no {name!r}; fetch it again')
 
 
-def read_config(hf_config: dict) -> TransformerConfig:
-  """config.json as a dict -> TransformerConfig.
+def _is_classifier(hf_config: dict, family: Family) -> bool:
+  """Tells a classifier from a model that writes, by config.json's
+  architectures; ValueError for any other."""
+  name = hf_config.get('architectures') or family.hf_class
+  if isinstance(name, list):
+    name = name[0]
+  classifier = str(name).endswith('ForSequenceClassification')
+  if not classifier and name != family.hf_class:
+    raise ValueError(
+      f'architecture {name} is not supported; supported: '
+      f'{family.hf_class} and ForSequenceClassification of one label'
+    )
+  return classifier
 
-  Raises ValueError, in one line, for what it lacks or we do not do.
+
+def read_config(hf_config: dict):
+  """config.json as a dict -> configuration of the family's architecture.
+
+  Raises ValueError, in one line, for a key that is missing or not supported.
   """
   from transformers import CONFIG_MAPPING
   from transformers.utils import logging
@@ -288,7 +325,7 @@ def read_config(hf_config: dict) -> TransformerConfig:
   if hf_config.get('auto_map'):
     raise ValueError(
       'config.json asks for code of its own (auto_map), which is never run; '
-      f'remove auto_map where the weights are those of a {family.architecture}'
+      f'remove auto_map where the weights are those of a {family.hf_class}'
     )
   if hf_config.get('quantization_config'):
     raise ValueError(
@@ -297,15 +334,7 @@ def read_config(hf_config: dict) -> TransformerConfig:
     )
   kind = CONFIG_MAPPING[hf_config['model_type']]
   _check_sizes(hf_config, kind.attribute_map)
-  architecture = hf_config.get('architectures') or family.architecture
-  if isinstance(architecture, list):
-    architecture = architecture[0]
-  classifier = str(architecture).endswith('ForSequenceClassification')
-  if not classifier and architecture != family.architecture:
-    raise ValueError(
-      f'architecture {architecture} is not supported; supported: '
-      f'{family.architecture} and ForSequenceClassification of one label'
-    )
+  classifier = _is_classifier(hf_config, family)
   said = logging.get_verbosity()
   logging.set_verbosity_error()  # advice on its own classes
   try:

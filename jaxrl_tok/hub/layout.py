@@ -1,8 +1,9 @@
-"""Where a file's tensors lie inside our parameters, by name tables.
+"""Places of a file's tensors inside the transformer's parameters.
 
-A `Weight` gives views of one of our parameters, in the file's order: filled
-from the file they load it, read out they save it, so each way undoes the
-other bitwise.
+A `ParamMapping` gives views of one of our parameters, in the file's order:
+filled from the file they load it, read out they save it, so each way undoes
+the other bitwise. A family (families.py) differs by a table of names and by
+how its file fuses and turns matrices.
 """
 
 import math
@@ -13,15 +14,18 @@ from jaxrl_tok.models.transformer import TransformerConfig
 
 
 class ParamMapping(NamedTuple):
-  """Where one of our parameters lies in the file.
+  """Place of one of our parameters in the file.
 
   `views` maps the parameter to one tuple of views for each tensor; flattened
-  and joined, they are the tensor.
+  and joined, they are the tensor. It keeps to this with any number of rows in
+  place of the input axes, which an adapter's factor [r, ...] needs.
   """
 
   path: str  # of our parameter, 'layer_0/attention/qkv'
   tensors: tuple  # of (name, shape) in the file
   views: Callable  # parameter -> tuple, one of views for each tensor
+  in_axes: int = 0  # leading axes that a product sums over; 0: no such matrix
+  transposed: bool = True  # the file's matrices are [out, in]
 
 
 # --- names: ours -> the file's ----------------------------------------------
@@ -80,19 +84,7 @@ GPT_NEOX = {
 }
 
 
-class Family(NamedTuple):
-  architecture: str  # config.json's architectures[0]
-  example: str  # a hub id
-  read: Callable  # transformers' configuration -> TransformerConfig
-  names: dict = DECODER
-  # how q, k and v are one tensor. None: they are three; 'rows': all of q, then
-  # k, then v; 'heads': q k v of each head in turn; 'columns': rows, [in, out]
-  fused: str | None = None
-  transposed: bool = True  # matrices are stored [out, in]
-  buffers: str = r'rotary_emb\.inv_freq$'  # of older files: no parameters
-
-
-# --- weights -----------------------------------------------------------------
+# --- parameters --------------------------------------------------------------
 
 
 def _vector(path: str, name: str, *shape: int) -> ParamMapping:
@@ -101,15 +93,17 @@ def _vector(path: str, name: str, *shape: int) -> ParamMapping:
   return ParamMapping(path, (tensor,), lambda x: ((x,),))
 
 
-def _matrix(path: str, name: str, n_in: int, n_out: int, transposed: bool):
+def _matrix(
+  path: str, name: str, n_in: int, n_out: int, transposed: bool, in_axes=1
+):
   """A matrix of ours, [in, out] when its axes are joined."""
   shape = (n_out, n_in) if transposed else (n_in, n_out)
 
   def views(x):
-    x = x.reshape(n_in, n_out)
+    x = x.reshape(-1, n_out)
     return ((x.T if transposed else x,),)
 
-  return ParamMapping(path, ((name, shape),), views)
+  return ParamMapping(path, ((name, shape),), views, in_axes, transposed)
 
 
 def _norms(c: TransformerConfig, path: str, name: str):
@@ -118,7 +112,7 @@ def _norms(c: TransformerConfig, path: str, name: str):
     yield _vector(f'{path}/bias', f'{name}.bias', c.d_model)
 
 
-def _qkv(c: TransformerConfig, family: Family, path: str, base: str):
+def _qkv(c: TransformerConfig, family, path: str, base: str):
   """q/k/v [D, K, M + 2, H] and its bias [K, M + 2, H]."""
   D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
   M, fused = N // K, family.fused
@@ -143,13 +137,15 @@ def _qkv(c: TransformerConfig, family: Family, path: str, base: str):
     (f'{name}.weight', (D, out) if fused == 'columns' else (out, D))
     for name, out in zip(names, outs)
   ]
-  yield ParamMapping(f'{path}/qkv', tuple(kernels), kernel_views)
+  yield ParamMapping(
+    f'{path}/qkv', tuple(kernels), kernel_views, 1, family.transposed
+  )
   if c.qkv_bias:
     biases = [(f'{name}.bias', (out,)) for name, out in zip(names, outs)]
     yield ParamMapping(f'{path}/qkv_bias', tuple(biases), bias_views)
 
 
-def _attention(c: TransformerConfig, family: Family, i: int, base: str):
+def _attention(c: TransformerConfig, family, i: int, base: str):
   path, names = f'layer_{i}/attention', family.names
   K, M, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
   yield from _qkv(c, family, path, base)
@@ -159,14 +155,15 @@ def _attention(c: TransformerConfig, family: Family, i: int, base: str):
       theirs = f'{base}{names[name]}.weight'
       yield _vector(f'{path}/{name}/scale', theirs, n, H)
   out = base + names['out']
+  n_in, transposed = K * M * H, family.transposed
   yield _matrix(
-    f'{path}/out', f'{out}.weight', K * M * H, c.d_model, family.transposed
+    f'{path}/out', f'{out}.weight', n_in, c.d_model, transposed, in_axes=3
   )
   if c.out_bias:
     yield _vector(f'{path}/out_bias', f'{out}.bias', c.d_model)
 
 
-def _gate_up(c: TransformerConfig, family: Family, path: str, base: str):
+def _gate_up(c: TransformerConfig, family, path: str, base: str):
   """gate/up [D, 2, F] and its bias [2, F]: two tensors, or one of all rows."""
   names, joined = family.names, 'gate_up' in family.names
   used = ['gate_up'] if joined else ['gate', 'up']
@@ -180,6 +177,7 @@ def _gate_up(c: TransformerConfig, family: Family, path: str, base: str):
     f'{path}/gate_up',
     tuple(kernels),
     lambda x: halves(x[:, 0].T, x[:, 1].T),
+    in_axes=1,
   )
   if c.mlp_bias:
     biases = [(f'{base}{names[n]}.bias', (rows,)) for n in used]
@@ -188,7 +186,7 @@ def _gate_up(c: TransformerConfig, family: Family, path: str, base: str):
     )
 
 
-def _feed_forward(c: TransformerConfig, family: Family, i: int, base: str):
+def _feed_forward(c: TransformerConfig, family, i: int, base: str):
   path, D, F = f'layer_{i}/mlp', c.d_model, c.d_ff
   if c.gated:
     yield from _gate_up(c, family, path, base)
@@ -202,7 +200,7 @@ def _feed_forward(c: TransformerConfig, family: Family, i: int, base: str):
       yield _vector(f'{path}/{side}_bias', f'{name}.bias', n_out)
 
 
-def _experts(c: TransformerConfig, family: Family, i: int, base: str):
+def _experts(c: TransformerConfig, family, i: int, base: str):
   """Router [D, E], gate/up [E, D, 2, F], down [E, F, D]: a file has three
   tensors for each expert."""
   path, names = f'layer_{i}/experts', family.names
@@ -225,7 +223,7 @@ def _experts(c: TransformerConfig, family: Family, i: int, base: str):
   )
 
 
-def _block(c: TransformerConfig, family: Family, i: int):
+def _block(c: TransformerConfig, family, i: int):
   names = family.names
   base = names['base'] + names['layer'].format(i)
   for norm, there in (('norm', c.pre_norm), ('post_norm', c.post_norm)):
@@ -237,8 +235,11 @@ def _block(c: TransformerConfig, family: Family, i: int):
   yield from inner(c, family, i, base)
 
 
-def weights(c: TransformerConfig, family: Family) -> list[ParamMapping]:
-  """Every parameter of the decoder, and where it lies in the file."""
+def param_mappings(c: TransformerConfig, family) -> list[ParamMapping]:
+  """Places of all parameters of a transformer in a family's file.
+
+  family: has names, fused and transposed (families.Family).
+  """
   names, V = family.names, c.vocab_size
 
   def table(path, name, rows):

@@ -1,8 +1,9 @@
-"""A model's weights: from its files straight to the devices, and back.
+"""Weights of a model: from its files straight to the devices, and back.
 
 Each tensor is read once, in pieces, into one of our parameters, and that is
 placed on its devices by its sharding: beyond what is placed, host memory holds
-one parameter and one piece. What is written has the names it came with.
+one parameter and one piece. Tensors are written under the names that they came
+with.
 """
 
 import contextlib
@@ -12,51 +13,19 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import numpy as np
 
 from jaxrl_tok import sharding
-from jaxrl_tok.hub import families, layout
-from jaxrl_tok.hub import fetch as hub
-from jaxrl_tok.models.transformer import (
-  PARTITION_RULES,
-  TransformerConfig,
-  make_policy,
-)
+from jaxrl_tok.hub import fetch
+from jaxrl_tok.hub.model import Model, TensorInfo
 
 READ_BYTES = 16 * 2**20  # of a tensor, at a time
 SHARD_BYTES = 5 * 10**9  # of a file
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 VALUE_HEAD = 'v_head.weight'
-
-
-class Model(NamedTuple):
-  """A model as its directory describes it, without its weights."""
-
-  config: TransformerConfig
-  hf_config: dict  # config.json
-  tokenizer: Any
-  end_tokens: tuple
-  pad_token: int
-  origin: str  # hub id or directory; 'random weights'
-  directory: Path | None = None  # None: random weights
-  tensors: dict = {}  # noqa: RUF012  {name: Stored}; read only
-
-  @property
-  def family(self) -> layout.Family:
-    return families.family_of(self.hf_config)
-
-
-class TensorInfo(NamedTuple):
-  """A tensor in a file."""
-
-  file: Path
-  name: str  # in the file; some files leave out the family's first word
-  shape: tuple
-  dtype: str
 
 
 @contextlib.contextmanager
@@ -71,15 +40,15 @@ def _opened(file: Path):
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorInfo]:
-  """The tensors of model.safetensors, or of the shards that an index names."""
-  single, index = directory / hub.SINGLE, directory / hub.INDEX
+  """Lists the tensors of model.safetensors, or of the shards of an index."""
+  single, index = directory / fetch.SINGLE, directory / fetch.INDEX
   if single.is_file():
     files = [single]
   elif index.is_file():
-    files = sorted(directory / f for f in set(hub.weight_map(index).values()))
+    files = sorted(directory / f for f in set(fetch.weight_map(index).values()))
   else:
     raise FileNotFoundError(
-      f'{directory} has no {hub.SINGLE} and no {hub.INDEX}; convert the '
+      f'{directory} has no {fetch.SINGLE} and no {fetch.INDEX}; convert the '
       'weights to safetensors (pickles are never read)'
     )
   found = {}
@@ -97,8 +66,8 @@ def stored_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def fingerprint(model: Model) -> str | None:
-  """Tells one set of weight files from another: names, sizes, and the first
-  and last MiB of each. None for random weights."""
+  """Hashes names, sizes, and the first and last MiB of the weight files, to
+  tell one set from another. None for random weights."""
   if not model.tensors:
     return None
   digest, edge = hashlib.sha256(), 2**20
@@ -113,9 +82,10 @@ def fingerprint(model: Model) -> str | None:
 
 
 def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
-  """{the family's name: Stored} of what the decoder needs; else ValueError.
+  """{the family's name: TensorInfo} of the tensors that the model needs.
 
-  A missing value head is no fault: it begins at zero.
+  Raises ValueError for tensors that are missing, misshapen or too many. A
+  missing value head is no fault: it begins at zero.
   """
   family, base = model.family, model.family.names['base']
   if not any(name.startswith(base) for name in stored):
@@ -126,8 +96,8 @@ def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
       for name, s in stored.items()
     }
   found, missing, wrong = {}, [], []
-  for weight in layout.weights(model.config, family):
-    for name, shape in weight.tensors:
+  for mapping in model.param_mappings:
+    for name, shape in mapping.tensors:
       if name not in stored:
         missing.append(name)
       elif stored[name].shape != shape:
@@ -164,23 +134,25 @@ def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
 
 
 def _some(names: list) -> str:
+  """Lists the first names, and the number of the others."""
   rest = f' and {len(names) - 5} more' if len(names) > 5 else ''
   return ', '.join(names[:5]) + rest
 
 
 def param_structs(model: Model, dtype: str | None = None):
-  """ShapeDtypeStructs of the decoder's parameters.
+  """ShapeDtypeStructs of the model's parameters.
 
   dtype: None: the file's, or float32 where it does not have them.
   """
-  shapes = jax.eval_shape(make_policy(model.config).init, jax.random.key(0))
+  policy = model.make_policy(attention='xla')
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
   flat = flax.traverse_util.flatten_dict(shapes, sep='/')
-  for weight in layout.weights(model.config, model.family):
-    stored = [model.tensors.get(name) for name, _ in weight.tensors]
+  for mapping in model.param_mappings:
+    stored = [model.tensors.get(name) for name, _ in mapping.tensors]
     kinds = {DTYPES[s.dtype] if s else 'float32' for s in stored}
     theirs = kinds.pop() if len(kinds) == 1 else 'float32'  # loses nothing
-    struct = jax.ShapeDtypeStruct(flat[weight.path].shape, dtype or theirs)
-    flat[weight.path] = struct
+    struct = jax.ShapeDtypeStruct(flat[mapping.path].shape, dtype or theirs)
+    flat[mapping.path] = struct
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -197,25 +169,26 @@ def _fill(part, views: tuple) -> None:
       row = end
 
 
-def _read_weight(model: Model, weight, struct, files: dict) -> np.ndarray:
+def _read_param(model: Model, mapping, struct, files: dict) -> np.ndarray:
+  """Reads one parameter; zeros for a value head that the files lack."""
   array = np.zeros(struct.shape, struct.dtype)
-  for (name, _), views in zip(weight.tensors, weight.views(array)):
+  for (name, _), views in zip(mapping.tensors, mapping.views(array)):
     stored = model.tensors.get(name)
-    if stored:  # else a value head that the file does not have: zero
+    if stored:
       _fill(files[stored.file].get_slice(stored.name), views)
   return array
 
 
-def read_params(
-  model: Model, mesh=None, dtype: str | None = None, rules=PARTITION_RULES
-):
-  """Parameters of the decoder, each placed on `mesh` by `rules` as it is read.
+def read_params(model: Model, mesh=None, dtype: str | None = None):
+  """Reads the parameters, each placed on `mesh` by the partition rules of its
+  network before the next is read.
 
   Args:
     mesh: None: the first device.
     dtype: of the parameters; None: the file's.
   """
   structs = param_structs(model, dtype)
+  rules = model.make_policy(attention='xla').partition_rules
   mesh = mesh or sharding.make_mesh('data=1', jax.devices()[:1])
   places = sharding.tree_shardings(mesh, structs, rules)
   structs, places = (
@@ -227,11 +200,11 @@ def read_params(
       file: stack.enter_context(_opened(file))
       for file in {stored.file for stored in model.tensors.values()}
     }
-    for weight in layout.weights(model.config, model.family):
-      array = _read_weight(model, weight, structs[weight.path], files)
-      flat[weight.path] = jax.block_until_ready(
+    for mapping in model.param_mappings:
+      array = _read_param(model, mapping, structs[mapping.path], files)
+      flat[mapping.path] = jax.block_until_ready(
         jax.make_array_from_callback(
-          array.shape, places[weight.path], array.__getitem__
+          array.shape, places[mapping.path], array.__getitem__
         )
       )
       del array
@@ -240,7 +213,7 @@ def read_params(
 
 
 def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
-  """The tensor of the file whose parts the views are."""
+  """Joins the views of a parameter to the tensor of the file."""
   out, at = np.empty(math.prod(shape), dtype), 0
   for view in views:
     out[at : at + view.size].reshape(view.shape)[...] = view
@@ -249,8 +222,8 @@ def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
 
 
 def _on_host(leaf) -> np.ndarray:
-  """Read through another jax.Array of the same buffers: what jax reads back of
-  an array it keeps as long as that."""
+  """Copies an array to the host through another jax.Array of its buffers: jax
+  keeps a copy as long as the array that it was read through."""
   if isinstance(leaf, jax.Array):
     leaf = jax.make_array_from_single_device_arrays(
       leaf.shape, leaf.sharding, [s.data for s in leaf.addressable_shards]
@@ -258,14 +231,15 @@ def _on_host(leaf) -> np.ndarray:
   return np.asarray(leaf)
 
 
-def _tensors_of(weight, array: np.ndarray, model: Model) -> dict:
+def _tensors_of(mapping, array: np.ndarray, model: Model) -> dict:
+  """{name in the file: tensor} of one parameter."""
   found = {}
-  for (name, shape), views in zip(weight.tensors, weight.views(array)):
+  for (name, shape), views in zip(mapping.tensors, mapping.views(array)):
     stored = model.tensors.get(name)  # under the name it came with
     name = stored.name if stored else name
     found[name] = _flattened(views, shape, array.dtype)
   head = model.tensors.get(f'{model.family.names["head"]}.weight')
-  if weight.path == 'embed/embedding' and model.config.tie_embeddings and head:
+  if mapping.path == 'embed/embedding' and model.config.tie_embeddings and head:
     found[head.name] = array  # it came with the tied head repeated
   return found
 
@@ -277,27 +251,27 @@ def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
 
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   shards, size = [[]], 0
-  for weight in layout.weights(model.config, model.family):
-    leaf = flat.pop(weight.path)
+  for mapping in model.param_mappings:
+    leaf = flat.pop(mapping.path)
     if shards[-1] and size + leaf.nbytes > shard_bytes:
       shards.append([])
       size = 0
-    shards[-1].append((weight, leaf))
+    shards[-1].append((mapping, leaf))
     size += leaf.nbytes
   if flat:
     raise ValueError(f'no place in the file for {", ".join(sorted(flat))}')
   index, total = {}, 0
   for number, shard in enumerate(shards, 1):
-    file = hub.SINGLE
+    file = fetch.SINGLE
     if len(shards) > 1:
       file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     content = {}
-    for weight, leaf in shard:
+    for mapping, leaf in shard:
       total += leaf.nbytes
-      content |= _tensors_of(weight, _on_host(leaf), model)
+      content |= _tensors_of(mapping, _on_host(leaf), model)
       gc.collect(0)  # of what jax read
     save_file(content, out / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(content, file)
   if len(shards) > 1:
-    hf_config = {'metadata': {'total_size': total}, 'weight_map': index}
-    (out / hub.INDEX).write_text(json.dumps(hf_config, indent=2) + '\n')
+    content = {'metadata': {'total_size': total}, 'weight_map': index}
+    (out / fetch.INDEX).write_text(json.dumps(content, indent=2) + '\n')

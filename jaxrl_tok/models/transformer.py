@@ -162,6 +162,20 @@ class Norm(nn.Module):
     return y.astype(x.dtype)
 
 
+def project(module: nn.Module, name: str, product: Callable, x, w):
+  """x times a matrix, plus (x A) B where the matrix has an adapter.
+
+  The adapter's products and the sum are in float32: a change below the last
+  bit of the compute dtype is rounded together with what it is added to.
+  """
+  if not module.has_variable('params', f'{name}_lora'):
+    return product(x, w)
+  lora = module.get_variable('params', f'{name}_lora')
+  low_BxtxR = x.astype(jnp.float32) @ lora['a']
+  y = product(x, w, preferred_element_type=jnp.float32)
+  return (y + jnp.tensordot(low_BxtxR, lora['b'], 1)).astype(x.dtype)
+
+
 class Attention(nn.Module):
   config: TransformerConfig
   layer: Layer
@@ -178,7 +192,8 @@ class Attention(nn.Module):
     qkv = self.param('qkv', fan_in(0), (c.d_model, K, M + 2, H))
     # in the order of the product, then transposed: asked for as bkmth, XLA
     # transposes the matrix instead, at every token
-    y = jnp.einsum('btd,dkmh->btkmh', x, qkv.astype(x.dtype))
+    product = functools.partial(jnp.einsum, 'btd,dkmh->btkmh')
+    y = project(self, 'qkv', product, x, qkv.astype(x.dtype))
     if c.qkv_bias:
       bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
       y = y + bias.astype(x.dtype)[None, None]
@@ -215,7 +230,8 @@ class Attention(nn.Module):
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
     # one axis to sum over: of three, XLA would transpose the matrix each step
     mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
-    x = mixed @ out.astype(x.dtype).reshape(-1, c.d_model)
+    out = out.astype(x.dtype).reshape(-1, c.d_model)
+    x = project(self, 'out', jnp.matmul, mixed, out)
     return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
 
 
@@ -237,15 +253,18 @@ class FeedForward(nn.Module):
     D, F, activation = c.d_model, c.d_ff, ACTIVATIONS[c.activation]
     if c.gated:
       gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
-      y = jnp.einsum('btd,dgf->btgf', x, gate_up.astype(x.dtype))
+      product = functools.partial(jnp.einsum, 'btd,dgf->btgf')
+      y = project(self, 'gate_up', product, x, gate_up.astype(x.dtype))
       if c.mlp_bias:
         bias = self.param('gate_up_bias', nn.initializers.zeros, (2, F))
         y = y + bias.astype(x.dtype)[None, None]
       y = activation(y[:, :, 0]) * y[:, :, 1]
     else:
-      y = x @ self.param('up', fan_in(0), (D, F)).astype(x.dtype)
+      up = self.param('up', fan_in(0), (D, F)).astype(x.dtype)
+      y = project(self, 'up', jnp.matmul, x, up)
       y = activation(with_bias(self, 'up_bias', y) if c.mlp_bias else y)
-    x = y @ self.param('down', fan_in(0), (F, D)).astype(x.dtype)
+    down = self.param('down', fan_in(0), (F, D)).astype(x.dtype)
+    x = project(self, 'down', jnp.matmul, y, down)
     return with_bias(self, 'down_bias', x) if c.mlp_bias else x
 
 

@@ -1,0 +1,25 @@
+"""Architectures: networks of which the families are configurations.
+
+A family (families.py) names one; whoever has a loaded model needs no more than
+its functions, and a network of another kind is another value.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxrl_tok.hub import layout
+from jaxrl_tok.models import transformer
+
+
+class Architecture(NamedTuple):
+  """Functions of a network's configuration, a frozen dataclass.
+
+  Its fields or properties that others read: vocab_size, max_length (prompt and
+  completion), tie_embeddings, lm_head (False: a classifier) and value_head.
+  """
+
+  make_policy: Callable  # (config, dtype, remat, attention) -> Policy
+  param_mappings: Callable  # (config, family) -> [ParamMapping]
+
+
+TRANSFORMER = Architecture(transformer.make_policy, layout.param_mappings)

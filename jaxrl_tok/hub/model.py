@@ -1,0 +1,70 @@
+"""A model as its Hugging Face directory describes it, without its weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxrl_tok.hub import families
+from jaxrl_tok.hub.layout import ParamMapping
+from jaxrl_tok.types import Policy
+
+
+class TensorInfo(NamedTuple):
+  """A tensor in a file."""
+
+  file: Path
+  name: str  # in the file; some files leave out the family's first word
+  shape: tuple
+  dtype: str  # safetensors' name: F32
+
+
+class Model(NamedTuple):
+  """Configuration, tokenizer and special tokens; where the weights are."""
+
+  config: Any  # of the family's architecture
+  hf_config: dict  # config.json
+  tokenizer: Any
+  end_tokens: tuple
+  pad_token: int
+  origin: str  # hub id or directory; 'random weights'
+  directory: Path | None = None  # None: random weights
+  tensors: dict = {}  # noqa: RUF012  {name: TensorInfo}; read only
+
+  @property
+  def family(self) -> families.Family:
+    return families.family_of(self.hf_config)
+
+  @property
+  def vocab_size(self) -> int:
+    return self.config.vocab_size
+
+  @property
+  def max_length(self) -> int:
+    """Largest number of tokens of a prompt and its completion together."""
+    return self.config.max_length
+
+  @property
+  def is_classifier(self) -> bool:
+    """Tells a model that scores text (a reward model) from one that writes."""
+    return not self.config.lm_head
+
+  @property
+  def param_mappings(self) -> list[ParamMapping]:
+    """Places of all parameters in the files."""
+    return self.family.architecture.param_mappings(self.config, self.family)
+
+  def make_policy(
+    self, dtype=jnp.float32, remat: str = 'none', attention: str = 'auto'
+  ) -> Policy:
+    """Network of this configuration; arguments as transformer.make_policy."""
+    make_policy = self.family.architecture.make_policy
+    return make_policy(self.config, dtype, remat, attention)
+
+  def with_value_head(self) -> 'Model':
+    """Gives the model a value head: of a policy, a critic."""
+    return self._replace(
+      config=dataclasses.replace(self.config, value_head=True),
+      hf_config=self.hf_config | {'jaxrl_tok_value_head': True},
+    )

@@ -1,0 +1,141 @@
+"""Trainable: which parameters of a model an optimizer changes, how they are
+read, and how they become a directory again.
+
+`full` trains all of a model, `adapted` low-rank adapters beside a frozen base
+(models/lora.py). Whoever trains calls a Trainable's functions and need not know
+which it is.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxrl_tok import sharding
+from jaxrl_tok.hub import adapters as peft
+from jaxrl_tok.hub.directory import atomic_directory, save, write_card
+from jaxrl_tok.hub.model import Model
+from jaxrl_tok.hub.weights import param_structs, read_params
+from jaxrl_tok.models import lora
+from jaxrl_tok.types import first_argument
+
+
+class Trainable(NamedTuple):
+  """Functions of (trained, frozen) parameters; frozen None: there are none."""
+
+  structs: Callable  # () -> (trained, frozen) as ShapeDtypeStructs
+  init: Callable  # key -> trained parameters that nobody has trained, traced
+  load: Callable  # mesh -> (trained, frozen), read and placed
+  load_frozen: Callable  # mesh -> frozen: the part that no checkpoint holds
+  merge: Callable  # (trained, frozen) -> params: Policy.merge_params
+  # (out, trained, frozen, card, dtype='float32', replace=False) -> out: a
+  # model directory of its own; `dtype` as in lora.make_full_params
+  save: Callable
+  # (run_dir, trained, frozen, card, dtype) -> run_dir/export, written anew;
+  # adapters also as run_dir/adapter
+  export: Callable
+
+
+def full(
+  model: Model, param_dtype: str | None = 'float32', seed: int = 0
+) -> Trainable:
+  """Trains all parameters.
+
+  Args:
+    param_dtype: None: that of the files.
+    seed: makes the weights of a model that has no files.
+  """
+  policy = model.make_policy(attention='xla')
+
+  def load(mesh):
+    if model.directory is not None:
+      return read_params(model, mesh, param_dtype), None
+    rules, key = policy.partition_rules, jax.random.key(seed)
+    return sharding.born_sharded(policy.init, mesh, rules, key)[0], None
+
+  def save_as(
+    out, trained, frozen, card=None, dtype='float32', replace=False
+  ) -> Path:
+    # a shared critic's head, which the model began without
+    headed = 'value_head' in trained and not model.config.value_head
+    described = model.with_value_head() if headed else model
+    return save(out, described, trained, card, replace=replace)
+
+  def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
+    out = Path(run_dir) / 'export'
+    return save_as(out, trained, frozen, card, dtype, replace=True)
+
+  return Trainable(
+    structs=lambda: (param_structs(model, param_dtype), None),
+    init=policy.init,
+    load=load,
+    load_frozen=lambda mesh: None,
+    merge=first_argument,
+    save=save_as,
+    export=export,
+  )
+
+
+def adapted(
+  model: Model,
+  config: lora.LoraConfig,
+  param_dtype: str | None = None,
+  seed: int = 0,
+  directory: str | Path | None = None,
+) -> Trainable:
+  """Trains adapters; the model stays as it is.
+
+  Args:
+    config: rank, scale and the matrices that have one; with `directory`,
+      adapters.load_config(directory).
+    param_dtype: of the frozen base; None: that of its files.
+    seed: makes new adapters.
+    directory: with adapters to begin from, as PEFT stores them.
+
+  Raises ValueError, in one line, for a target that is no matrix of the model.
+  """
+  mappings = model.param_mappings
+  modules = lora.targeted(mappings, config.targets)
+  full_params = lora.make_full_params(mappings, config.scale)
+
+  def init(key):
+    return lora.init(modules, config.rank, key)
+
+  def load_frozen(mesh):
+    return read_params(model, mesh, param_dtype)
+
+  def load(mesh):
+    if directory is None:
+      trained = jax.jit(init)(jax.random.key(seed))
+    else:
+      trained = peft.load(directory, config, mappings)
+    return sharding.put_replicated(mesh, trained), load_frozen(mesh)
+
+  def structs():
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return shapes, param_structs(model, param_dtype)
+
+  def save_as(
+    out, trained, frozen, card=None, dtype='float32', replace=False
+  ) -> Path:
+    merged = jax.jit(full_params, static_argnums=2)(trained, frozen, dtype)
+    return save(out, model, merged, card, replace=replace)
+
+  def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
+    run_dir, transposed = Path(run_dir), model.family.transposed
+    with atomic_directory(run_dir / 'adapter', replace=True) as part:
+      peft.save(part, config, trained, model.origin, transposed)
+      write_card(part, card, library='peft')
+    out = run_dir / 'export'
+    return save_as(out, trained, frozen, card, dtype, replace=True)
+
+  return Trainable(
+    structs=structs,
+    init=init,
+    load=load,
+    load_frozen=load_frozen,
+    merge=lora.make_merge_params(mappings, config.scale),
+    save=save_as,
+    export=export,
+  )
