@@ -361,7 +361,9 @@ def test_before_and_after_are_matched_by_prompt(tmp_path):
   ]
   sides = table['rows'][0]['sides']
   assert [side['mark'] for side in sides] == ['wrong', 'right']
-  assert table['summary'] == '0 of 2 right before, 2 of 2 right after'
+  assert table['summary'] == (
+    '0 of 2 right before, 2 of 2 right after; right: a reward above 0.5'
+  )
 
 
 def test_rewards_are_numbers_unless_they_are_shares(tmp_path):

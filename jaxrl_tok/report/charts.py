@@ -266,7 +266,7 @@ def make_frame(
   elif y_low > 0.8 * y_high > 0:  # small noise should look small
     y_low = 0
   y_ticks = ticks(y_low, y_high, size[1] // 50)
-  left, top, right, bottom = (52, 34, 118, 42) if large else (50, 8, 62, 22)
+  left, top, right, bottom = (52, 34, 124, 42) if large else (50, 8, 62, 22)
   return Frame(
     Scale(
       min([x_low, *x_ticks]), max([x_high, *x_ticks]), left, size[0] - right

@@ -72,7 +72,7 @@ def reward_curves(metrics: list[dict]) -> list[Curve]:
         thin(points),
         colours[i % len(colours)],
         dots=True,
-        end=name if len(name) <= 12 else f'{name[:11]}…',
+        end=name if len(name) <= 10 else f'{name[:9]}…',
       )
       for i, (name, points) in enumerate(evaluation_rewards(metrics).items())
     ),

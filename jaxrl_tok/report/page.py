@@ -257,7 +257,8 @@ def comparisons(samples: Samples, unit: str = '') -> list[dict]:
     found.append(
       {
         'evaluation': clip(evaluation, 60),
-        'summary': ', '.join(in_words(s, r, unit) for s, r in sides.items()),
+        'summary': ', '.join(in_words(s, r, unit) for s, r in sides.items())
+        + ('; right: a reward above 0.5' if unit == '%' else ''),
         'rows': table,
         'answers': any(row['answer'] for row in table),
         'more': len(order) - len(table),
