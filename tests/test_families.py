@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, PAD
+from conftest import GOLDEN, PAD, make_rollout
 
 from jaxrl_tok import distribution
-from jaxrl_tok.hub import directory as hf
 from jaxrl_tok.hub import families
+from jaxrl_tok.hub.directory import open_model
+from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.models import rope
-from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step import device_rewards
-from jaxrl_tok.types import Prompts, Rollout
+from jaxrl_tok.types import Prompts
 
 LORAS = sorted(p.name for p in GOLDEN.glob('*_lora'))
 CLASSIFIERS = sorted(p.name for p in GOLDEN.glob('*_classifier'))
@@ -29,11 +29,11 @@ P, TOLERANCE = 7, 1e-4
 @functools.cache
 def opened(name: str):
   """(model, parameters, policy, expected) of a fixture."""
-  model = hf.open_model(GOLDEN / name)
-  params = hf.read_params(model)
+  model = open_model(GOLDEN / name)
+  params = read_params(model)
   with np.load(GOLDEN / name / 'expected.npz') as file:
     expected = dict(file)
-  return model, params, make_policy(model.config), expected
+  return model, params, model.make_policy(), expected
 
 
 def test_every_family_has_a_fixture():
@@ -75,7 +75,7 @@ def every_way(policy, sample, params, tokens, rule):
 @pytest.mark.parametrize('name', DECODERS)
 def test_logits_are_torchs(name):
   model, params, policy, expected = opened(name)
-  V = model.config.vocab_size
+  V = model.vocab_size
   rule = distribution.make_rule(V, [V - 1], forbidden=np.arange(V) >= 256)
   T = expected['greedy'].shape[1]
   sample = make_sampler(policy, SamplerConfig(1, T, PAD, greedy=True, chunk=3))
@@ -95,11 +95,11 @@ def test_logits_are_torchs(name):
 def test_scores_are_torchs(name):
   model, params, policy, expected = opened(name)
   tokens, S = expected['tokens'], expected['tokens'].shape[1]
-  assert not model.config.lm_head
+  assert model.is_classifier
   lengths = np.array([P, S], np.int32)  # the second completion is cut short
   mask = np.arange(S - P)[None] < (lengths - P + 1)[:, None]
   prompts = Prompts(tokens[:, :P], np.full(2, P, np.int32))
-  rollout = Rollout(prompts, tokens[:, P:], mask, jnp.zeros(mask.shape), None)
+  rollout = make_rollout(prompts, tokens[:, P:], mask)
   reward = jax.jit(device_rewards.reward_model(policy))(params, rollout)
   want = np.zeros((2, S - P), np.float32)
   want[0, 0], want[1, -1] = expected['scores'][0, P], expected['scores'][1, -1]
