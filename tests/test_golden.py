@@ -241,6 +241,34 @@ def compare(found: dict, i: int):
       assert (x[~MASK] == 0).all(), said
 
 
+def test_functions_of_one_sequence():
+  """Returns, GAE and V-trace of the dense reward, row by row."""
+  numbers = json.loads(str(GOLDEN['sequence']))
+  batch = spoiled(GOLDEN, mixed_garbage(len(MASK)))
+  gamma, lam = numbers['gamma'], numbers['lam']
+  value, reward = batch['V_old'], batch['dense']
+  log_rho = jnp.where(MASK, batch['l_old'] - batch['l_roll'], 0.0)
+  last = jnp.where(batch['cut'], value[:, T], 0.0)
+  given = reward, value[:, :T], MASK, last
+  with jax.disable_jit():
+    togo = jax.vmap(advantages.reward_to_go, (0, 0, None))(reward, MASK, gamma)
+    gae = jax.vmap(advantages.gae_advantage, (0,) * 4 + (None,) * 2)(
+      *given, gamma, lam
+    )
+    advantage, target = jax.vmap(
+      advantages.vtrace_advantage, (0,) * 5 + (None,) * 4
+    )(
+      *(*given, jnp.exp(log_rho), gamma, lam),
+      *(numbers['rho_bar'], numbers['c_bar']),
+    )
+  close(togo, GOLDEN['togo'], 'togo')
+  close(gae, GOLDEN['gae_advantage'], 'GAE')
+  gae_target = np.where(MASK, gae + value[:, :T], 0)
+  close(gae_target, GOLDEN['gae_target'], "GAE's target")
+  close(advantage, GOLDEN['vtrace_advantage'], 'V-trace')
+  close(target, GOLDEN['vtrace_target'], "V-trace's target")
+
+
 # --- laws that hold for any batch --------------------------------------------
 
 
