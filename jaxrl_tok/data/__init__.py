@@ -1,0 +1,56 @@
+"""From a source of records to batches of prompts.
+
+  order       which record stands at which position
+  records     one record; many
+  sources     files, the hub, data sets, lists, functions -> records
+  held_out    training and held-out records
+  tokenizers  text <-> ids
+  prompts     records -> batches of a few lengths
+
+Nothing here imports jax, transformers or datasets before it is used.
+"""
+
+from jaxrl_tok.data.held_out import Split, split
+from jaxrl_tok.data.order import record_index, record_indices
+from jaxrl_tok.data.prompts import (
+  LONG_PROMPTS,
+  PromptSet,
+  batch_at,
+  choose_buckets,
+  prompt_set,
+)
+from jaxrl_tok.data.records import (
+  RESERVED,
+  ROLES,
+  Records,
+  data_fingerprint,
+)
+from jaxrl_tok.data.sources import open_records, read_jsonl
+from jaxrl_tok.data.tokenizers import (
+  byte_tokenizer,
+  decode_all,
+  encode_prompts,
+  prompt_ids,
+)
+
+__all__ = [
+  'LONG_PROMPTS',
+  'RESERVED',
+  'ROLES',
+  'PromptSet',
+  'Records',
+  'Split',
+  'batch_at',
+  'byte_tokenizer',
+  'choose_buckets',
+  'data_fingerprint',
+  'decode_all',
+  'encode_prompts',
+  'open_records',
+  'prompt_ids',
+  'prompt_set',
+  'read_jsonl',
+  'record_index',
+  'record_indices',
+  'split',
+]
