@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxrl_tok import rewards
 from jaxrl_tok.rewards import digits, exact_match, lift, make_scorer
 
 END = 9
@@ -67,9 +68,12 @@ def test_an_integer_first_does_not_cut_token_fractions():
     ([1, 2, 3], 'returned 3 rewards for 4 completions'),
     ([1, 2, 3, 4, 5], 'returned 5 rewards for 4 completions'),
     ([], 'returned 0 rewards for 4 completions'),
-    (None, 'returned NoneType rewards'),
-    (1.0, 'returned float rewards'),
-    ((x for x in range(4)), 'returned generator rewards'),
+    (None, 'returned nothing for 4 completions'),
+    (1.0, 'returned a float for 4 completions'),
+    (np.float32(1), 'returned a ndarray for 4 completions'),
+    ((x for x in range(4)), 'returned a generator'),
+    ({0: 1, 1: 1, 2: 1, 3: 1}, 'returned a dict'),
+    ('1234', 'returned a str'),
     ([0, [1, 2], 0, 0], '2 token rewards for completion 1, which has 3'),
     ([0, [1, 2, 3, 4], 0, 0], '4 token rewards for completion 1'),
     ([0, [], 0, 0], '0 token rewards for completion 1'),
@@ -81,7 +85,6 @@ def test_an_integer_first_does_not_cut_token_fractions():
     ([[0, np.nan, 0], 0, 0, 0], 'gave nan for completion 0'),
     (['good', 0, 0, 0], "gave 'good' for completion 0"),
     (['1', 0, 0, 0], "gave '1' for completion 0"),
-    ('1234', "gave '1' for completion 0"),
     ([['1', '2', '3'], 0, 0, 0], "gave '1' for completion 0"),
     ([[1, None, 3], 0, 0, 0], 'gave None for completion 0'),
     ([{'score': 1}, 0, 0, 0], "gave {'score': 1} for completion 0"),
@@ -112,44 +115,61 @@ EXAMPLES = [
 ]
 
 
+def scored(functions, tokens=TOKENS, mask=MASK_OF_TOKENS, examples=EXAMPLES):
+  """HostScores of functions by name, or of a list of them."""
+  if not isinstance(functions, dict):
+    functions, _ = rewards.name_rewards(functions)
+  return make_scorer(functions, decode, [END])(tokens, mask, examples)
+
+
 def spy(calls):
-  def look(**kwargs):
-    calls.append(kwargs)
-    return [0.0] * len(kwargs['completions'])
+  def look(prompts, completions, completion_ids, **columns):
+    for name in ('trainer_state', 'log_extra', 'log_metric'):
+      del columns[name]
+    calls.append((prompts, completions, completion_ids, columns))
+    return [0.0] * len(completions)
 
   return look
 
 
 def test_a_function_sees_every_completion_with_its_columns():
   calls = []
-  score = make_scorer([spy(calls)], decode, [END])
-  scores = score(TOKENS, MASK_OF_TOKENS, EXAMPLES)
+  scores = scored(spy(calls))
   # the end token is no text and is an id; the data's own completions are gone
   assert calls == [
-    {
-      'prompts': ['p', 'p', 'q', 'q'],
-      'completions': ['ab', 'cdef', '', 'gh'],
-      'completion_ids': [[0, 1, END], [2, 3, 4, 5], [END], [6, 7]],
-      'answer': [1, 1, 2, 2],
-    }
+    (
+      ['p', 'p', 'q', 'q'],
+      ['ab', 'cdef', '', 'gh'],
+      [[0, 1, END], [2, 3, 4, 5], [END], [6, 7]],
+      {'answer': [1, 1, 2, 2]},
+    )
   ]
-  assert scores.completions == ['ab', 'cdef', '', 'gh']
+  assert scores.texts == ['ab', 'cdef', '', 'gh']
 
 
 def test_only_the_last_end_token_is_cut():
-  calls = []
-  score = make_scorer([spy(calls)], decode, [4, 5])
-  score(np.array([[4, 0, 5], [4, 5, 0]]), np.ones((2, 3), bool), EXAMPLES)
-  assert calls[0]['completions'] == ['ea', 'efa']
+  score = make_scorer({}, decode, [4, 5])
+  tokens = np.array([[4, 0, 5], [4, 5, 0]])
+  scores = score(tokens, np.ones((2, 3), bool), EXAMPLES)
+  assert scores == ({}, {}, ['ea', 'efa'], {}, {})
+
+
+def test_special_tokens_are_kept_on_demand():
+  def decode_all(rows, skip_special_tokens=True):
+    return [f'{len(row)} {skip_special_tokens}' for row in rows]
+
+  for keep in (False, True):
+    score = make_scorer({}, decode_all, [END], keep_special_tokens=keep)
+    scores = score(TOKENS, MASK_OF_TOKENS, EXAMPLES)
+    assert scores.texts == [f'{n} {not keep}' for n in (2, 4, 0, 2)]
 
 
 def test_tokens_that_were_not_chosen_are_neither_text_nor_ids():
   calls = []
   mask = np.array([[1, 0, 1, 1], [0, 1, 1, 0]], bool)
   tokens = np.array([[0, 1, 2, END], [0, 1, 2, 3]])
-  make_scorer([spy(calls)], decode, [END])(tokens, mask, EXAMPLES)
-  assert calls[0]['completions'] == ['ac', 'bc']
-  assert calls[0]['completion_ids'] == [[0, 2, END], [1, 2]]
+  scored(spy(calls), tokens, mask)
+  assert calls[0][1:3] == (['ac', 'bc'], [[0, 2, END], [1, 2]])
 
 
 def test_a_column_that_a_record_lacks_is_none_wherever_it_stands():
@@ -158,12 +178,11 @@ def test_a_column_that_a_record_lacks_is_none_wherever_it_stands():
     ([{'prompt': 'q', 'hint': 1}, {'prompt': 'p'}], [1, None]),
   ):
     calls = []
-    score = make_scorer([spy(calls)], decode, [END])
-    score(np.array([[0], [1]]), np.ones((2, 1), bool), examples)
-    assert calls[0]['hint'] == want
+    scored(spy(calls), np.array([[0], [1]]), np.ones((2, 1), bool), examples)
+    assert calls[0][3]['hint'] == want
 
 
-def test_functions_are_weighted_and_named():
+def test_components_are_kept_by_name():
   def length(completions, **columns):
     return [len(c) for c in completions]
 
@@ -173,43 +192,50 @@ def test_functions_are_weighted_and_named():
   def each(completion_ids, **columns):
     return [[0.5] * len(ids) for ids in completion_ids]
 
-  functions = [length, first, each]
-  score = make_scorer(functions, decode, [END], weights=[1, -2, 0.5])
-  scores = score(TOKENS, MASK_OF_TOKENS, EXAMPLES)
-  np.testing.assert_array_equal(
-    scores.reward,
-    [
-      [0.25, 0.25, 2 - 2 + 0.25, 0],
-      [0.25, 0.25, 0.25, 4 - 2 + 0.25],
-      [0.25, 0, 0, 0],
-      [0.25, 2 - 2 + 0.25, 0, 0],
-    ],
-  )
-  assert scores.reward.dtype == np.float32
-  # before the weights; None is not counted as 0
-  assert scores.metrics == {
-    'rewards/length/mean': 2.0,
-    'rewards/first/mean': 1.0,
-    'rewards/each/mean': 0.5 * (3 + 4 + 1 + 2) / 4,
+  scores = scored([length, first, each])
+  want = {
+    'length': [[0, 0, 2, 0], [0, 0, 0, 4], [0, 0, 0, 0], [0, 2, 0, 0]],
+    'first': [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]],
+    'each': MASK_OF_TOKENS / 2,
   }
-  plain = make_scorer(functions, decode, [END])(
-    TOKENS, MASK_OF_TOKENS, EXAMPLES
+  assert list(scores.rewards) == list(want)
+  for name, values in want.items():
+    np.testing.assert_array_equal(scores.rewards[name], values)
+    assert scores.rewards[name].dtype == np.float32
+  applies = {name: a.tolist() for name, a in scores.applies.items()}
+  assert applies == {
+    'length': [True] * 4,
+    'first': [True, True, False, True],
+    'each': [True] * 4,
+  }
+  assert scores.metrics == pytest.approx(
+    {
+      'rewards/length/mean': 2.0,
+      'rewards/length/std': np.std([2, 4, 0, 2], ddof=1),
+      'rewards/first/mean': 1.0,  # None is not counted as 0
+      'rewards/first/std': 0.0,
+      'rewards/first/not_applicable': 1,
+      'rewards/each/mean': 0.5 * (3 + 4 + 1 + 2) / 4,
+      'rewards/each/std': np.std([1.5, 2, 0.5, 1], ddof=1),
+    }
   )
-  np.testing.assert_array_equal(plain.reward[1], [0.5, 0.5, 0.5, 4 + 1 + 0.5])
 
 
 def test_a_function_that_never_applies_has_mean_zero():
   def silent(completions, **columns):
     return [None] * len(completions)
 
-  scores = make_scorer([silent], decode, [END])(
-    TOKENS, MASK_OF_TOKENS, EXAMPLES
-  )
-  assert scores.metrics == {'rewards/silent/mean': 0.0}
-  assert not scores.reward.any()
+  scores = scored(silent)
+  assert scores.metrics == {
+    'rewards/silent/mean': 0.0,
+    'rewards/silent/std': 0.0,
+    'rewards/silent/not_applicable': 4.0,
+  }
+  assert not scores.rewards['silent'].any()
+  assert not scores.applies['silent'].any()
 
 
-def test_a_scorer_names_the_function_that_is_wrong():
+def test_a_scorer_names_the_function_and_the_completion_that_are_wrong():
   def right(completions, **columns):
     return [0.0] * len(completions)
 
@@ -217,14 +243,27 @@ def test_a_scorer_names_the_function_that_is_wrong():
     def __call__(self, completions, **columns):
       return [0.0]
 
-  score = make_scorer([right, Wrong()], decode, [END])
   with pytest.raises(ValueError, match='Wrong returned 1 rewards for 4'):
-    score(TOKENS, MASK_OF_TOKENS, EXAMPLES)
+    scored([right, Wrong()])
+
+  def dark(completions):
+    return [np.nan if c.startswith('cd') else 0 for c in completions]
+
+  with pytest.raises(ValueError, match=r"dark gave nan for .* 1 \('cdef'\)"):
+    scored([right, dark])
 
 
-def test_a_scorer_needs_a_weight_for_each_function():
-  with pytest.raises(ValueError, match='3 reward weights for 1 reward'):
-    make_scorer([exact_match], decode, [END], weights=[1, 2, 3])
+def test_a_long_completion_is_quoted_on_one_line():
+  mask = np.ones((1, 100), bool)
+  with pytest.raises(ValueError, match='rhyme gave inf') as e:
+    lift([np.inf], mask, 'rhyme', ['two\nlines ' * 20])
+  assert repr(('two\nlines ' * 20)[:60]) + '…' in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_completions_that_no_prompt_has_are_refused():
+  with pytest.raises(ValueError, match='4 completions of 3 prompts'):
+    scored({}, examples=[{'prompt': 'p'}] * 3)
 
 
 # --- exact_match and digits

@@ -1,9 +1,12 @@
-"""Reward functions that were written for other trainers, a line each.
+"""Reward functions that were written for other trainers, a line each:
 
-  main(Task('gsm8k.parquet', from_verl(compute_score)), model=...)
+  Task('gsm8k.parquet', from_verl(compute_score))
+  Task('gsm8k.jsonl', from_tunix(check_answer, tmvp_config=config))
+  Task(records, from_reasoning_gym(dataset.score_answer))
+  Task('qa.jsonl', {from_verifiers(correct, parser=parser): 0.8})
 
 Each adapter takes a function of one convention and returns a reward function
-of ours with the same name.
+(prompts, completions, ...) of its name.
 """
 
 import inspect

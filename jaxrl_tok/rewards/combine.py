@@ -53,8 +53,9 @@ def _times(a, b):
   """a b of numbers, and of lists with one number for each token."""
   if np.ndim(a) and np.ndim(b) and len(a) != len(b):
     raise ValueError(
-      f'two rewards of a product give {len(b)} and {len(a)} values for the '
-      'tokens of one completion; give one for each token'
+      f'rewards of a product give {min(len(a), len(b))} and '
+      f'{max(len(a), len(b))} values for the tokens of one completion; give '
+      'one for each token'
     )
   if not np.ndim(a) and not np.ndim(b):
     return a * b

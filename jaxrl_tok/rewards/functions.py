@@ -193,6 +193,7 @@ class Accepted(NamedTuple):
   required: tuple
   any_name: bool  # it has **kwargs
   positional_only: tuple  # required ones that no name reaches
+  first: str | None  # the name of what may be passed first by position
 
   def choose(self, arguments: dict) -> dict:
     if self.any_name:
@@ -205,11 +206,13 @@ def accepted(function: Callable) -> Accepted:
   Without a signature (some builtins) it is every name."""
   outer, inner = _signature(function, False), _signature(function, True)
   if outer is None:
-    return inner or Accepted(frozenset(), (), True, ())
+    return inner or Accepted(frozenset(), (), True, (), None)
   if not outer.any_name or inner is None:
     return outer
   return outer._replace(
-    names=outer.names | inner.names, any_name=inner.any_name
+    names=outer.names | inner.names,
+    any_name=inner.any_name,
+    first=outer.first or inner.first,
   )
 
 
@@ -218,7 +221,7 @@ def _signature(function: Callable, follow_wrapped: bool) -> Accepted | None:
     signature = inspect.signature(function, follow_wrapped=follow_wrapped)
   except (TypeError, ValueError):
     return None
-  names, required, positional, any_name = set(), [], [], False
+  names, required, positional, any_name, first = set(), [], [], False, None
   for name, p in signature.parameters.items():
     needed = p.default is p.empty
     if p.kind is p.VAR_KEYWORD:
@@ -228,8 +231,10 @@ def _signature(function: Callable, follow_wrapped: bool) -> Accepted | None:
     elif p.kind is not p.VAR_POSITIONAL:
       names.add(name)
       required += [name] * needed
+      if p.kind is p.POSITIONAL_OR_KEYWORD and first is None:
+        first = name
   return Accepted(
-    frozenset(names), tuple(required), any_name, tuple(positional)
+    frozenset(names), tuple(required), any_name, tuple(positional), first
   )
 
 

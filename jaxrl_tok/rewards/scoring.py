@@ -267,7 +267,7 @@ def make_scorer(
       there are the texts.
     decode: token ids of each completion, end token left out -> texts.
     end_tokens: ids that end a completion.
-    keep_special_tokens: calls decode(ids, keep_special_tokens=True).
+    keep_special_tokens: calls decode(ids, skip_special_tokens=False).
     reserved: names that log_metric and log_extra may not use.
 
   `examples` are the C records of the prompts, each with its prompt and other
@@ -276,7 +276,7 @@ def make_scorer(
   ends = set(end_tokens)
   takes = {name: accepted(f) for name, f in functions.items()}
   if keep_special_tokens:
-    decode = functools.partial(decode, keep_special_tokens=True)
+    decode = functools.partial(decode, skip_special_tokens=False)
 
   def score(
     tokens: np.ndarray,

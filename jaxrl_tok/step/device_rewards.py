@@ -181,10 +181,12 @@ def make_columns(
 def _column_arguments(function: Callable) -> Accepted:
   """Arguments after the first, which is the rollout."""
   has = accepted(function)
-  if has.positional_only or not has.required:
+  if has.positional_only:
     return has
-  first, *rest = has.required
-  return has._replace(names=has.names - {first}, required=tuple(rest))
+  return has._replace(
+    names=has.names - {has.first},
+    required=tuple(name for name in has.required if name != has.first),
+  )
 
 
 def _names_read(
