@@ -17,6 +17,13 @@ MASK = np.array(
 # --- lift
 
 
+class OnGpu:
+  """As a tensor that is not on the host."""
+
+  def __array__(self, dtype=None, copy=None):
+    raise TypeError("can't convert it to numpy")
+
+
 def test_an_outcome_sits_on_the_last_chosen_token():
   lifted = lift([2.5, -1, 0.25, 4], MASK)
   assert lifted.dtype == np.float32
@@ -86,6 +93,9 @@ def test_an_integer_first_does_not_cut_token_fractions():
     (['good', 0, 0, 0], "gave 'good' for completion 0"),
     (['1', 0, 0, 0], "gave '1' for completion 0"),
     ([['1', '2', '3'], 0, 0, 0], "gave '1' for completion 0"),
+    ([[1, [2], 3], 0, 0, 0], 'gave [2] for completion 0'),
+    ([[1, 10**400, 3], 0, 0, 0], 'gave inf for completion 0'),
+    (OnGpu(), "a OnGpu that numpy cannot read (can't convert"),
     ([[1, None, 3], 0, 0, 0], 'gave None for completion 0'),
     ([{'score': 1}, 0, 0, 0], "gave {'score': 1} for completion 0"),
   ],

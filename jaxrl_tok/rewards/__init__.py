@@ -7,6 +7,15 @@ list with one entry a completion:
     return [...]  # a float each, None where it does not apply,
                   # or a list each: one reward for every token
 
+It gets the arguments that it names, of ARGUMENTS and the columns; `async def`
+functions wait side by side.
+
+  functions.py   names, weights, arguments: what can be called
+  scoring.py     calls, values, metrics: a rollout -> HostScores
+  combine.py     gated, product: rewards of rewards
+  adapters.py    verl, Tunix, reasoning-gym, verifiers
+  load.py        FILE:NAME=WEIGHT of a command line
+
 Nothing here imports jax: reward functions may run in other processes.
 """
 

@@ -20,6 +20,8 @@ from jaxrl_tok.rewards.functions import (
   shorten,
 )
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 class HostScores(NamedTuple):
   """A rollout as reward functions saw it."""
@@ -60,10 +62,10 @@ def lift(
     if value is None or not len(columns):
       continue
     where = f'completion {b}' + (f' ({quote(texts[b])})' if texts else '')
-    if isinstance(value, str | bytes | dict | set) or np.ndim(value) == 0:
+    if not _is_list(value):
       out[b, columns[-1]] = _number(value, name, where)
     elif len(value) == len(columns):
-      out[b, columns] = [_number(v, name, where) for v in value]
+      out[b, columns] = _numbers(value, name, where)
     else:
       raise ValueError(
         f'reward function {name} gave {len(value)} token rewards for '
@@ -72,10 +74,24 @@ def lift(
   return out
 
 
+def _is_list(value) -> bool:
+  if hasattr(value, 'ndim'):  # an array, also of 0 dimensions
+    return value.ndim > 0
+  return hasattr(value, '__len__') and not isinstance(
+    value, str | bytes | dict | set
+  )
+
+
 def _as_rows(values, B: int, name: str) -> Sequence:
   """The B values of a function: a sequence, or anything that is an array."""
   if hasattr(values, '__array__'):
-    values = np.asarray(values)
+    try:
+      values = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as e:  # as a GPU's tensors do
+      raise ValueError(
+        f'reward function {name} returned a {type(values).__name__} that '
+        f'numpy cannot read ({shorten(e)}); return a list of numbers'
+      ) from None
   is_rows = isinstance(values, Sequence) and not isinstance(values, str | bytes)
   if not (is_rows or (isinstance(values, np.ndarray) and values.ndim)):
     kind = 'nothing' if values is None else f'a {type(values).__name__}'
@@ -91,6 +107,15 @@ def _as_rows(values, B: int, name: str) -> Sequence:
   return values
 
 
+def _numbers(values, name: str, where: str) -> Sequence:
+  """Rewards of one completion's tokens; lists of floats at once."""
+  if {type(v) for v in values} == {float}:
+    found = np.array(values)
+    if np.all(np.abs(found) <= LARGEST):
+      return found
+  return [_number(v, name, where) for v in values]
+
+
 def _number(value, name: str, where: str) -> float:
   try:
     if isinstance(value, str | bytes):  # float('1') would take it
@@ -103,7 +128,7 @@ def _number(value, name: str, where: str) -> float:
     ) from None
   except OverflowError:
     number = np.inf
-  if not abs(number) <= float(np.finfo(np.float32).max):
+  if not abs(number) <= LARGEST:
     raise ValueError(
       f'reward function {name} gave {number} for {where}; '
       'rewards must be finite (return None where it does not apply)'
