@@ -1,4 +1,4 @@
-"""What a reward function says lands on the right token, or is refused."""
+"""Values of a reward function land on the right token, or are refused."""
 
 import numpy as np
 import pytest
