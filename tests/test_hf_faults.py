@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_tok.hub import directory as hf
 from jaxrl_tok.hub import families
+from jaxrl_tok.hub.directory import open_model
+from jaxrl_tok.hub.weights import read_params
 
 GOLDEN = Path(__file__).parent / 'golden/families'
 
@@ -41,7 +42,7 @@ def edit_tensors(directory, **changes):
 
 def assert_fault(directory, *facts, kind=ValueError):
   with pytest.raises(kind) as e:
-    hf.open_model(directory)
+    open_model(directory)
   said = str(e.value)
   assert type(e.value) is kind
   assert '\n' not in said
@@ -215,10 +216,10 @@ def test_a_repeated_tied_head_and_rotary_buffers_are_passed_over(broken):
   ]
   buffer = 'model.layers.0.self_attn.rotary_emb.inv_freq'
   edit_tensors(directory, **{'lm_head.weight': table, buffer: np.ones(2, 'f')})
-  assert 'head' not in hf.read_params(hf.open_model(directory))
+  assert 'head' not in read_params(open_model(directory))
 
 
-@pytest.mark.parametrize('kept', [0, 4, 8, 100, 5000, 90_000, -1])
+@pytest.mark.parametrize('size', [0, 4, 8, 100, 5000, 90_000, -1])
 @pytest.mark.parametrize(
   ('name', 'file'),
   [
@@ -226,10 +227,10 @@ def test_a_repeated_tied_head_and_rotary_buffers_are_passed_over(broken):
     ('llama_linear', 'model-00002-of-00003.safetensors'),
   ],
 )
-def test_a_truncated_file_is_named(broken, name, file, num_kept):
+def test_a_truncated_file_is_named(broken, name, file, size):
   path = broken(name) / file
   whole = path.read_bytes()
-  path.write_bytes(whole[: min(num_kept, len(whole) - 1)])
+  path.write_bytes(whole[: min(size, len(whole) - 1)])
   assert_fault(path.parent, f'{file} is damaged', 'fetch it again')
 
 
@@ -329,4 +330,4 @@ def test_a_pad_that_is_no_row_is_the_end(broken, pad):
   directory = broken()
   fields = {'eos_token_id': [7, 257], 'pad_token_id': pad}
   (directory / 'generation_config.json').write_text(json.dumps(fields))
-  assert hf.open_model(directory).pad_token == 7
+  assert open_model(directory).pad_token == 7

@@ -29,9 +29,9 @@ from test_hf import (
   tensors_of,
 )
 
-from jaxrl_tok.hub import directory as hf
 from jaxrl_tok.hub import families
-from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.hub.directory import open_model, save, write_card
+from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.types import Prompts
 
 CARD = {
@@ -49,7 +49,7 @@ def saved(request, tmp_path_factory):
   model = model_of(DESCRIBED[request.param])
   params = random_params(model)
   out = tmp_path_factory.mktemp('hf') / 'policy'
-  return model, params, hf.save(out, model, params, CARD)
+  return model, params, save(out, model, params, CARD)
 
 
 # --- the weights
@@ -99,18 +99,18 @@ def test_projections_are_the_parts_of_our_fused_parameter(saved):
 
 
 def test_a_value_head_that_is_not_there_begins_at_zero(tmp_path):
-  model = hf.open_model(GOLDEN / 'qwen2', value_head=True)
-  params = hf.read_params(model)
+  model = open_model(GOLDEN / 'qwen2', value_head=True)
+  params = read_params(model)
   head = params.pop('value_head')['embedding']
   assert_same(head, np.zeros((1, 24), np.float32))
-  assert_same(params, hf.read_params(hf.open_model(GOLDEN / 'qwen2')))
+  assert_same(params, read_params(open_model(GOLDEN / 'qwen2')))
   params['value_head'] = {'embedding': head + 3}
-  out = hf.save(tmp_path / 'critic', model, params)
+  out = save(tmp_path / 'critic', model, params)
   assert_same(tensors_of(out)['v_head.weight'], head + 3)
-  loaded = hf.open_model(out)
+  loaded = open_model(out)
   assert loaded.config == model.config
   assert loaded.config.value_head
-  assert_same(hf.read_params(loaded), params)
+  assert_same(read_params(loaded), params)
 
 
 def test_names_without_the_familys_prefix_are_kept(tmp_path):
@@ -120,12 +120,12 @@ def test_names_without_the_familys_prefix_are_kept(tmp_path):
   bare = {name.removeprefix('transformer.'): x for name, x in named}
   masks = {f'h.{i}.attn.bias': np.ones((1, 1, 4, 4), np.float32) for i in '01'}
   save_file(bare | masks, source / 'model.safetensors')
-  model = hf.open_model(source)
-  params = hf.read_params(model)
-  assert_same(params, hf.read_params(hf.open_model(GOLDEN / 'gpt2')))
-  out = hf.save(tmp_path / 'out', model, params)
+  model = open_model(source)
+  params = read_params(model)
+  assert_same(params, read_params(open_model(GOLDEN / 'gpt2')))
+  out = save(tmp_path / 'out', model, params)
   assert_same(tensors_of(out), bare)
-  assert_same(hf.read_params(hf.open_model(out)), params)
+  assert_same(read_params(open_model(out)), params)
 
 
 # --- what is beside them
@@ -167,7 +167,7 @@ def test_the_model_card_says_what_it_is(saved):
 
 
 def test_a_model_card_without_fields_invents_nothing(tmp_path):
-  hf.write_card(tmp_path, None)
+  write_card(tmp_path, None)
   card = (tmp_path / 'README.md').read_text()
   assert 'base_model:' not in card
   assert '| base model | none: trained from random weights |' in card
@@ -177,7 +177,7 @@ def test_a_model_card_without_fields_invents_nothing(tmp_path):
 
 def test_several_end_ids_survive(tmp_path):
   model = model_of(PLAIN, (5, 257), 5)
-  loaded = hf.open_model(hf.save(tmp_path / 'out', model, random_params(model)))
+  loaded = open_model(save(tmp_path / 'out', model, random_params(model)))
   assert (loaded.end_tokens, loaded.pad_token) == ((5, 257), 5)
 
 
@@ -186,7 +186,7 @@ def test_where_end_and_pad_are_looked_for(tmp_path):
   generation = at / 'generation_config.json'
 
   def ids():
-    loaded = hf.open_model(at)
+    loaded = open_model(at)
     return loaded.end_tokens, loaded.pad_token
 
   def edit(file, **changes):
@@ -206,7 +206,7 @@ def test_where_end_and_pad_are_looked_for(tmp_path):
   assert ids() == ((257,), 257)  # no pad: the end
   edit('tokenizer_config.json', eos_token=None)
   with pytest.raises(ValueError, match=r'no end token .*; add eos_token_id'):
-    hf.open_model(at)
+    open_model(at)
 
 
 LLAMA3 = {
@@ -310,8 +310,8 @@ class Qwen2:
 @pytest.mark.parametrize('saved', ['tied', 'value'], indirect=True)
 def test_a_loaded_policy_is_qwen2_as_defined(saved):
   config, out = saved[0].config, saved[2]
-  params = hf.read_params(hf.open_model(out))
-  policy = make_policy(config)
+  model = open_model(out)
+  params, policy = read_params(model), model.make_policy()
   P, T = 7, 4
   tokens = np.random.default_rng(1).integers(0, V, P + T)
   theirs = Qwen2(out)
@@ -345,16 +345,16 @@ def test_a_loaded_policy_is_qwen2_as_defined(saved):
 
 
 def test_a_tied_head_that_came_repeated_is_written_again(tmp_path):
-  model = hf.open_model(GOLDEN / 'llama_linear')
+  model = open_model(GOLDEN / 'llama_linear')
   name = 'model.embed_tokens.weight'
-  single = hf.save(tmp_path / 'single', model, hf.read_params(model))
+  single = save(tmp_path / 'single', model, read_params(model))
   tensors = load_file(single / 'model.safetensors')
   tensors['lm_head.weight'] = tensors[name].copy()
   save_file(tensors, single / 'model.safetensors', metadata={'format': 'pt'})
-  again = hf.open_model(single)
-  params = jax.tree.map(lambda x: 2 * x, hf.read_params(again))
+  again = open_model(single)
+  params = jax.tree.map(lambda x: 2 * x, read_params(again))
   found = load_file(
-    hf.save(tmp_path / 'again', again, params) / 'model.safetensors'
+    save(tmp_path / 'again', again, params) / 'model.safetensors'
   )
   assert found.keys() == tensors.keys()
   np.testing.assert_array_equal(found['lm_head.weight'], 2 * tensors[name])
@@ -365,6 +365,6 @@ def test_a_tied_head_that_came_repeated_is_written_again(tmp_path):
   [{'sliding_window': 4}, {'layer_types': ['sliding_attention'] * 2}],
 )
 def test_another_familys_settings_mean_nothing(foreign):
-  hf_config = hf.open_model(GOLDEN / 'llama').hf_config
+  hf_config = open_model(GOLDEN / 'llama').hf_config
   read = families.read_config
   assert read(hf_config | foreign) == read(hf_config)

@@ -14,8 +14,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.hub import fetch as hub
+from jaxrl_tok.hub import export, fetch
+from jaxrl_tok.hub.directory import open_model
 
 GOLDEN = Path(__file__).parent / 'golden/families'
 COMMIT = 'a' * 40
@@ -64,7 +64,7 @@ def fault(kind=ConnectionError, model='some/model', revision=None):
   """What is said, within 5 seconds."""
   begun = time.monotonic()
   with pytest.raises(kind) as e:
-    hub.locate(model, revision)
+    fetch.locate(model, revision)
   assert time.monotonic() - begun < 5
   assert type(e.value) is kind
   assert '\n' not in str(e.value)
@@ -158,7 +158,7 @@ def test_a_cached_model_is_opened_offline(cache, monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   where = put_in(cache, 'qwen2')
   for revision in (None, 'main', COMMIT):
-    found = hf.open_model('some/model', revision)
+    found = open_model('some/model', revision)
     assert (found.directory, found.origin) == (where, 'some/model')
     assert len(found.tensors) == 38
   assert 'HF_HUB_OFFLINE is set; pass --model' in fault(revision='v9')
@@ -167,7 +167,7 @@ def test_a_cached_model_is_opened_offline(cache, monkeypatch):
 
 def test_a_cached_model_is_opened_when_the_hub_is_out_of_reach(cache):
   where = put_in(cache, 'llama_linear')
-  found = hf.open_model('some/model')
+  found = open_model('some/model')
   assert found.directory == where
   assert {s.file.parent for s in found.tensors.values()} == {where}
 
@@ -188,10 +188,10 @@ def test_only_what_is_read_is_asked_for_and_of_one_commit(
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
   monkeypatch.setattr(huggingface_hub.HfApi, 'model_info', lambda *a, **b: 1)
-  assert hub.locate('some/model', weights=False) == where
-  assert hub.locate('some/model') == where
-  about = {'config.json', hub.INDEX, *hub.COMPANIONS}
-  assert not [p for p in about if '.safetensors' in p and p != hub.INDEX]
+  assert fetch.locate('some/model', weights=False) == where
+  assert fetch.locate('some/model') == where
+  about = {'config.json', fetch.INDEX, *fetch.COMPANIONS}
+  assert not [p for p in about if '.safetensors' in p and p != fetch.INDEX]
   weights = {p.name for p in where.glob('*.safetensors')}
   assert asked == [(None, about)] * 2 + [(COMMIT, weights)]
 
@@ -199,10 +199,10 @@ def test_only_what_is_read_is_asked_for_and_of_one_commit(
 def test_nothing_is_sent_without_a_token(cache, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(huggingface_hub, 'HfApi', None)  # is not even made
   with pytest.raises(ValueError, match='set HF_TOKEN'):
-    hub.push(tmp_path, 'me/policy')
+    fetch.push(tmp_path, 'me/policy')
   run = [str(tmp_path / 'run'), str(tmp_path / 'out')]
   with pytest.raises(SystemExit):
-    hf.main(['export', *run, '--push_to_hub', 'me/policy'])
+    export.main([*run, '--push_to_hub', 'me/policy'])
   said = capsys.readouterr().err
   assert said.startswith('error: --push_to_hub needs a token with write access')
   assert said.count('\n') == 1
@@ -226,7 +226,7 @@ def test_the_directory_is_sent_with_the_token_of_the_environment(
 
   monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
   monkeypatch.setenv('HF_TOKEN', 'hf_secret')
-  assert hub.push(tmp_path, 'me/policy') == 'https://hub/me/policy'
+  assert fetch.push(tmp_path, 'me/policy') == 'https://hub/me/policy'
   sent = ('me/policy', str(tmp_path))
   assert done == ['hf_secret', ('me/policy', True, True), sent]
 
@@ -242,7 +242,7 @@ def test_an_upload_that_fails_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
   monkeypatch.setenv('HF_TOKEN', 'hf_secret')
   with pytest.raises(ConnectionError) as e:
-    hub.push(tmp_path, 'me/policy')
+    fetch.push(tmp_path, 'me/policy')
   said = str(e.value)
   assert said.startswith('nothing was uploaded to me/policy (403 no rights)')
   assert said.endswith(f'it is in {tmp_path}')

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxrl_tok import sharding
+from jaxrl_tok.checkpoint import open_checkpoints
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.model import Model
@@ -75,10 +76,7 @@ def _restored_params(run_dir: Path, step: int | None, like, mesh):
   """(step, the `params` of a checkpoint), replicated over the mesh."""
   import orbax.checkpoint as ocp
 
-  manager = ocp.CheckpointManager(
-    run_dir.absolute() / 'checkpoints',
-    options=ocp.CheckpointManagerOptions(read_only=True),
-  )
+  manager = open_checkpoints(run_dir)
   steps = sorted(manager.all_steps())
   if not steps or (step is not None and step not in steps):
     raise ValueError(
