@@ -550,6 +550,9 @@ TEXTBOOK = {
   'group_std': lambda r, group, others, batch, greedy: (
     (r - group.mean()) / (group.std(ddof=1) + 1e-4) if len(others) else 0
   ),
+  'ema / std': lambda r, group, others, batch, greedy: (
+    (r - 0.25) / (group.std(ddof=1) + 1e-4) if len(others) else 0
+  ),
 }
 
 
@@ -568,13 +571,15 @@ def numpy_advantage(kind, R, valid, greedy):
 def advantage_of(kind, whiten):
   if kind == 'group_std':
     algorithm = algorithms.grpo(whiten=whiten)
+  elif kind == 'ema / std':
+    algorithm = algorithms.grpo(whiten=whiten, baseline='ema')
   else:
     algorithm = algorithms.reinforce(kind, whiten=whiten)
   return jax.jit(algorithm.advantage)
 
 
 @pytest.mark.parametrize('whiten', [False, True])
-@pytest.mark.parametrize('kind', [*names.BASELINES, 'group_std'])
+@pytest.mark.parametrize('kind', TEXTBOOK)
 @settings(max_examples=25, deadline=None)
 @given(bits=st.integers(0, 2**B - 1), seed=st.integers(0, 1000))
 def test_rows_that_are_not_valid_are_in_no_statistic(kind, whiten, bits, seed):

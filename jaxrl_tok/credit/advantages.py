@@ -32,7 +32,7 @@ from jaxrl_tok.types import Advantage, AdvantageInputs, Carry
 
 
 def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
-  """G_t = sum_{k >= t} gamma^(k-t) m_k r_k. One sequence, float32 [T]."""
+  """Return G_t = sum_{k >= t} gamma^(k-t) m_k r_k of one sequence [T]."""
   chex.assert_rank([reward, mask], 1)
   gained = masked.fill(reward.astype(jnp.float32), mask)
 
@@ -44,7 +44,7 @@ def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
 
 
 def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
-  """A sequence's returns [T], with the last chosen token's held after it.
+  """Returns [T] of a sequence, with the last chosen token's held after it.
 
   # G [3 2 1 0 0]  mask [1 1 1 0 0]  ->  [3 2 1 1 1]
   """
@@ -101,12 +101,12 @@ def _rows(valid_CxG: jax.Array) -> jax.Array:
 
 
 def no_baseline() -> Baseline:
-  """b = 0: unbiased, and of high variance."""
+  """No baseline, b = 0: unbiased, and of high variance."""
   return _memoryless('none', lambda returns, valid: jnp.zeros((1, 1, 1)))
 
 
 def fixed(value: float) -> Baseline:
-  """b = a number: unbiased."""
+  """Fixed baseline, b = a number: unbiased."""
   return _memoryless(
     f'fixed {value}',
     lambda returns, valid: jnp.full((1, 1, 1), value, jnp.float32),
@@ -114,7 +114,7 @@ def fixed(value: float) -> Baseline:
 
 
 def batch_mean() -> Baseline:
-  """b_t = mean of all B rows. Contains the row's own return, so the expected
+  """Mean of all B rows, b_t. It contains the row's own return, so the expected
   gradient is exactly (B-1)/B of the true one."""
   return _memoryless(
     'batch_mean', lambda returns, valid: _mean(returns, valid, (0, 1))
@@ -122,8 +122,8 @@ def batch_mean() -> Baseline:
 
 
 def group_mean() -> Baseline:
-  """b_t = mean of the prompt's G rows (GRPO's centre, arXiv:2402.03300).
-  Contains the row's own return, so the expected gradient is exactly (G-1)/G
+  """Mean of the prompt's G rows, b_t (GRPO's centre, arXiv:2402.03300). It
+  contains the row's own return, so the expected gradient is exactly (G-1)/G
   of the true one; a group of one valid row has nothing left."""
   return _memoryless(
     'group_mean', lambda returns, valid: _mean(returns, valid, 1), min_group=2
@@ -131,8 +131,8 @@ def group_mean() -> Baseline:
 
 
 def leave_one_out() -> Baseline:
-  """b_it = mean_{j != i} G_jt over the prompt's other rows: unbiased.
-  Needs G >= 2; a group of one valid row has nothing left.
+  """Leave-one-out, b_it = mean_{j != i} G_jt over the prompt's other rows:
+  unbiased. It needs G >= 2; a group of one valid row has nothing left.
   RLOO, arXiv:2402.14740."""
 
   def others(returns_CxGxT, valid_CxG):
@@ -149,8 +149,8 @@ def leave_one_out() -> Baseline:
 
 
 def ema(decay: float = 0.9) -> Baseline:
-  """b <- decay b + (1 - decay) mean(R); starts at 0. A batch is scored by the
-  b before it enters, so the estimate is unbiased."""
+  """Moving average, b <- decay b + (1 - decay) mean(R), from 0. A batch is
+  scored by the b before it enters, so the estimate is unbiased."""
 
   def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
     return carries['ema_baseline'][None, None, None]
@@ -164,8 +164,8 @@ def ema(decay: float = 0.9) -> Baseline:
 
 
 def greedy() -> Baseline:
-  """b = the reward of the prompt's greedy completion: unbiased.
-  ReMax, arXiv:2310.10505."""
+  """Greedy baseline, b = the reward of the prompt's greedy completion:
+  unbiased. ReMax, arXiv:2310.10505."""
 
   def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
     return greedy_reward_C[:, None, None]
@@ -194,7 +194,8 @@ def returns(
   gamma: float = 1.0,
   scale: Callable | None = None,
 ) -> Callable:
-  """A_t = m_t (G_t - b_t), Williams 1992; no value target.
+  """Returns minus a baseline, A_t = m_t (G_t - b_t). Williams 1992, Machine
+  Learning 8; no value target.
 
   Args:
     scale: (whole returns_CxG, valid_CxG) -> [C, 1], by which A is divided.
@@ -236,10 +237,12 @@ def gae_advantage(
   gamma: float,
   gae_lambda: float,
 ) -> jax.Array:
-  """delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}.
+  """GAE [T] of one sequence.
 
-  One sequence: reward, value, mask [T]; bootstrap [] is V after the last
-  column. A token that the policy did not choose carries V and A across.
+  delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}
+
+  Reward, value, mask are [T]; bootstrap [] is V after the last chosen token. A
+  token that the policy did not choose carries V and A across.
   arXiv:1506.02438.
   """
   chex.assert_rank([reward, value, mask, bootstrap], [1, 1, 1, 0])

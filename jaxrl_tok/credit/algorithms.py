@@ -440,9 +440,9 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
 def reinforce(
   baseline: advantages.Baseline | Callable | str | None = None, **changes
 ) -> Algorithm:
-  """L_t = -(G_t - b_t) log pi(y_t), summed over the sequence: the true policy
-  gradient. The baseline is leave-one-out; ema() for one sample a prompt.
-  Williams 1992, Machine Learning 8; for language models arXiv:2402.14740."""
+  """REINFORCE, L_t = -(G_t - b_t) log pi(y_t), summed over the sequence: the
+  true policy gradient. The baseline is leave-one-out; ema() for one sample a
+  prompt. Williams 1992, Machine Learning 8; for language models arXiv:2402.14740."""
   own = {
     'credit': advantages.returns,
     'baseline': advantages.leave_one_out(),
@@ -479,8 +479,8 @@ def remax(**changes) -> Algorithm:
 
 
 def a2c(**changes) -> Algorithm:
-  """-A_t l_t + 0.5 (target_t - V_t)^2 - c_e H_t with lambda 1 and gamma 0.99:
-  advantage actor-critic, arXiv:1602.01783, with RL4LMs' numbers."""
+  """Advantage actor-critic, -A_t l_t + 0.5 (target_t - V_t)^2 - c_e H_t with
+  lambda 1 and gamma 0.99. arXiv:1602.01783, with RL4LMs' numbers."""
   own = {
     'credit': advantages.gae,
     'gamma': 0.99,
@@ -532,8 +532,8 @@ _GRPO = {
 
 
 def grpo(**changes) -> Algorithm:
-  """A = (R - mean) / (std + 1e-4) in the prompt's group, PPO's clip, the mean
-  of each sequence's mean. arXiv:2402.03300 (public code has moved to
+  """Group-relative A = (R - mean) / (std + 1e-4), PPO's clip, the mean of each
+  sequence's mean. arXiv:2402.03300 (public code has moved to
   token_mean, and the KL, `forward` there, to 0 as here)."""
   return compose('grpo', _GRPO, changes)
 

@@ -40,7 +40,7 @@ def log_change(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
 
 
 def reinforce() -> Callable:
-  """L_t = -A_t l_t. Williams 1992, Machine Learning 8.
+  """REINFORCE, L_t = -A_t l_t. Williams 1992, Machine Learning 8.
 
   Its value is not a distance and does not fall as the policy learns; its
   gradient is what counts.
@@ -68,7 +68,8 @@ def clip(
   clip_high: float = 0.2,
   dual_clip: float | None = None,
 ) -> Callable:
-  """L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)). PPO, arXiv:1707.06347.
+  """PPO's clip, L_t = max(-A rho, -A clip(rho, 1 - low, 1 + high)).
+  arXiv:1707.06347.
 
   With dual_clip c > 1, where A < 0: min(L_t, -c A), arXiv:1912.09729.
   """
@@ -123,9 +124,10 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Callable:
 
 
 def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0) -> Callable:
-  """L_t = -sg(clip(rho, floor, cap)) A_t l_t: every token keeps its gradient.
+  """CISPO, L_t = -sg(clip(rho, floor, cap)) A_t l_t: every token keeps its
+  gradient.
 
-  The cap is an absolute number, not 1 + epsilon. CISPO, arXiv:2506.13585.
+  The cap is an absolute number, not 1 + epsilon. arXiv:2506.13585.
   """
 
   def loss(stats: TokenStats, trajectory: Trajectory):
@@ -159,7 +161,7 @@ def with_metrics(loss: Callable, name: str) -> Callable:
 
 
 def corrected(loss: Callable, cap: float) -> Callable:
-  """L_t * sg(min(exp(l_old - l_roll), cap)): truncated importance weights, for
+  """Truncated importance weights, L_t * sg(min(exp(l_old - l_roll), cap)), for
   rollouts of a quantised or older policy. Token form of arXiv:2503.14286."""
 
   def with_weight(stats: TokenStats, trajectory: Trajectory):
@@ -173,7 +175,7 @@ def corrected(loss: Callable, cap: float) -> Callable:
 
 
 def with_entropy(loss: Callable, coefficient: float) -> Callable:
-  """L_t - coefficient H_t, an entropy bonus. arXiv:1602.01783."""
+  """Entropy bonus, L_t - coefficient H_t. arXiv:1602.01783."""
 
   def with_bonus(stats: TokenStats, trajectory: Trajectory):
     loss_T, metrics = loss(stats, trajectory)
@@ -184,8 +186,10 @@ def with_entropy(loss: Callable, coefficient: float) -> Callable:
 
 
 def value_error(coefficient: float, value_clip: float | None) -> Callable:
-  """coefficient (V_t - target_t)^2; with a clip c, as in PPO's first code,
-  coefficient max((V - target)^2, (V_old + clip(V - V_old, -c, c) - target)^2).
+  """Value loss, coefficient (V_t - target_t)^2. With a clip c, as in PPO's
+  first code, it is
+
+  coefficient max((V - target)^2, (V_old + clip(V - V_old, -c, c) - target)^2)
 
   Returns loss(stats, trajectory) -> [T], of one sequence.
   """
@@ -214,13 +218,15 @@ def log_ratio(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
 
 
 def k2(d: jax.Array) -> jax.Array:
-  """d^2 / 2: its gradient is that of the reverse KL(pi || ref)."""
+  """Estimator k2 = d^2 / 2: its gradient is that of the reverse KL(pi || ref).
+  Schulman 2020, joschu.net/blog/kl-approx.html."""
   return d**2 / 2
 
 
 def k3(d: jax.Array) -> jax.Array:
-  """exp(-d) + d - 1 >= 0: its value estimates the reverse KL(pi || ref), its
-  gradient on-policy is that of the **forward** KL(ref || pi)."""
+  """Estimator k3 = exp(-d) + d - 1 >= 0: its value estimates the reverse
+  KL(pi || ref), its gradient on-policy is that of the **forward**
+  KL(ref || pi). Schulman 2020, joschu.net/blog/kl-approx.html."""
   return jnp.exp(-d) + d - 1
 
 
@@ -230,7 +236,8 @@ KL_FORMS = {'none': None, 'reward': None, 'reverse': k2, 'forward': k3}
 
 
 def kl_loss(form: str, stats: TokenStats, trajectory: Trajectory) -> jax.Array:
-  """sg(rho) k(d) of one sequence [T], k2 for 'reverse', k3 for 'forward'.
+  """KL loss sg(rho) k(d) of one sequence [T]: k2 for 'reverse', k3 for
+  'forward'.
 
   rho (1 on-policy) keeps each the gradient of its name when a rollout is used
   for several steps.
@@ -243,13 +250,16 @@ def kl_loss(form: str, stats: TokenStats, trajectory: Trajectory) -> jax.Array:
 
 
 def constant(value: float) -> Carry:
-  """A number that stays as it is."""
+  """Carry of a number that stays as it is."""
   return Carry(lambda params: jnp.float32(value), lambda x, state, metrics: x)
 
 
 def adaptive_kl(beta: float, target: float, horizon: float) -> Carry:
-  """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon): a
-  proportional controller of the KL's coefficient. arXiv:1909.08593.
+  """Controller of the KL's coefficient, in proportion to the error:
+
+  beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon)
+
+  arXiv:1909.08593.
 
   Reads the update's metrics `kl` (nats a token) and `rows` (completions).
   """
@@ -303,7 +313,7 @@ def _rows(valid: jax.Array) -> jax.Array:
 def token_mean(
   mask: jax.Array, valid: jax.Array, max_length: int | None = None
 ) -> jax.Array:
-  """1 / (chosen tokens of valid rows): every token counts the same.
+  """Weight 1 / (chosen tokens of valid rows): every token counts the same.
   arXiv:2503.14476."""
   chosen = mask & valid[:, None]
   return chosen / masked.count(chosen)
@@ -312,7 +322,7 @@ def token_mean(
 def seq_mean_token_mean(
   mask: jax.Array, valid: jax.Array, max_length: int | None = None
 ) -> jax.Array:
-  """1 / (valid rows * length): every sequence counts the same.
+  """Weight 1 / (valid rows * length): every sequence counts the same.
   arXiv:2402.03300."""
   chosen = mask & valid[:, None]
   return chosen / masked.count(chosen, axis=1)[:, None] / _rows(valid)
@@ -321,13 +331,14 @@ def seq_mean_token_mean(
 def seq_mean_token_sum(
   mask: jax.Array, valid: jax.Array, max_length: int | None = None
 ) -> jax.Array:
-  """1 / valid rows: the true policy gradient of the expected return."""
+  """Weight 1 / (valid rows): true policy gradient of the expected return."""
   return (mask & valid[:, None]) / _rows(valid)
 
 
 def seq_mean_token_sum_norm(
   mask: jax.Array, valid: jax.Array, max_length: int
 ) -> jax.Array:
-  """1 / (valid rows * max_length), a constant scale of seq_mean_token_sum.
+  """Weight 1 / (valid rows * max_length), a constant scale of
+  seq_mean_token_sum.
   Dr. GRPO, arXiv:2503.20783."""
   return (mask & valid[:, None]) / (_rows(valid) * max_length)
