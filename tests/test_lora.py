@@ -1,50 +1,67 @@
 """Adapters: PEFT's files, PEFT's numbers, and a base that stays as it is."""
 
+import functools
 import json
 import shutil
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import yaml
-from conftest import FOUR, GOLDEN, ONE, random_prompts
+from conftest import (
+  FOUR,
+  GOLDEN,
+  ONE,
+  make_rollout,
+  make_scored,
+  random_prompts,
+)
 from safetensors.numpy import load_file
 from test_families import LORAS, TOLERANCE
+from test_hf import tensors_of
 
 from jaxrl_tok import distribution, sharding
 from jaxrl_tok.credit import advantages, algorithms
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.hub import lora
-from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.run import build
+from jaxrl_tok.hub import adapters as peft
+from jaxrl_tok.hub import export
+from jaxrl_tok.hub.directory import open_model
+from jaxrl_tok.hub.trainable import adapted
+from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.models import lora
+from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.update import make_update
 from jaxrl_tok.types import Prompts
 
+MESH = sharding.make_mesh('data=1', jax.devices()[:1])
 
-def adapted(name: str):
-  """(model, base, adapter configuration, adapters) of a *_lora fixture."""
-  model = hf.open_model(GOLDEN / name.removesuffix('_lora'))
-  config = lora.load_config(GOLDEN / name)
-  adapters = lora.load(GOLDEN / name, config, model.config, model.family)
-  return model, hf.read_params(model), config, adapters
+
+def opened(name: str, dtype: str | None = None):
+  """(model, Trainable, adapters, base) of a *_lora fixture."""
+  model = open_model(GOLDEN / name.removesuffix('_lora'))
+  config = peft.load_config(GOLDEN / name)
+  trainable = adapted(model, config, dtype, directory=GOLDEN / name)
+  return model, trainable, *trainable.load(MESH)
 
 
 def same_bits(a, b) -> bool:
   same = jax.tree.map(
-    lambda x, y: bytes(np.asarray(x)) == bytes(np.asarray(y)), a, b
+    lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b
   )
   return all(jax.tree.leaves(same))
 
 
 def sums(base: dict, adapter, scale: float, transposed: bool) -> dict:
   """The files' tensors, base + scale B A, in float64 NumPy."""
-  sides = load_file(adapter / lora.WEIGHTS_FILE)
+  sides = load_file(adapter / peft.WEIGHTS_FILE)
   found = {}
   for name, x in base.items():
     found[name] = x.astype(np.float64)
-    module = lora.PREFIX + name.removesuffix('.weight')
+    module = peft.PREFIX + name.removesuffix('.weight')
     if name.endswith('.weight') and f'{module}.lora_A.weight' in sides:
       a, b = (
         sides[f'{module}.lora_{s}.weight'].astype(np.float64) for s in 'AB'
@@ -53,120 +70,260 @@ def sums(base: dict, adapter, scale: float, transposed: bool) -> dict:
   return found
 
 
+def logits_of(policy, params, tokens):
+  """Logits [B, T - 1, V] after the first token of each row."""
+  prompts = Prompts(tokens[:, :1], np.ones(len(tokens), np.int32))
+  prefix = policy.encode(params, prompts)
+  hidden, _ = policy.extend(params, prefix, tokens[:, 1:], None, 0)
+  return policy.logits(params, hidden)
+
+
 @pytest.mark.parametrize('name', LORAS)
 def test_logits_are_pefts(name):
-  model, base, config, adapters = adapted(name)
-  policy = make_policy(model.config)
-  merge_params = lora.make_merge_params(
-    model.config, model.family, config.scale
-  )
+  model, trainable, adapters, base = opened(name)
+  policy = model.make_policy()
   with np.load(GOLDEN / name / 'expected.npz') as file:
     tokens, want = file['tokens'], file['logits']
 
+  @jax.jit
   def run(adapters, base):
-    params = merge_params(adapters, base)
-    prompts = Prompts(tokens[:, :1], np.ones(2, np.int32))
-    prefix = policy.encode(params, prompts)
-    hidden, _ = policy.extend(params, prefix, tokens[:, 1:], None, 0)
-    return policy.logits(params, hidden)
+    return logits_of(policy, trainable.merge(adapters, base), tokens)
 
-  got = jax.jit(run)(adapters, base)
+  got = run(adapters, base)
   np.testing.assert_allclose(got, want[:, 1:], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize('name', LORAS)
-def test_the_join_is_the_sum_in_the_file(name, tmp_path):
-  model, base, config, adapters = adapted(name)
-  merge_params = lora.make_merge_params(
-    model.config, model.family, config.scale
-  )
-  out = hf.save(
-    tmp_path / 'joined', model, jax.jit(merge_params)(adapters, base)
-  )
+def test_the_base_stays_as_it_is_beside_its_adapters(name):
+  _, trainable, adapters, base = opened(name)
+  assert trainable.merge(None, base) is base
+  merged = jax.jit(trainable.merge)(adapters, base)
+  found = flax.traverse_util.flatten_dict(merged, sep='/')
+  kept = {k: v for k, v in found.items() if '_lora/' not in k}
+  assert same_bits(kept, flax.traverse_util.flatten_dict(base, sep='/'))
+  beside = [x for k, x in found.items() if '_lora/' in k]
+  assert {x.dtype.name for x in beside} == {'float32'}
+  adapted_layers = {k.split('/')[0] for k in found if '_lora/' in k}
+  assert adapted_layers == {k for k in base if k.startswith('layer_')}
+
+
+@pytest.mark.parametrize('name', LORAS)
+def test_the_export_is_the_sum_in_the_file(name, tmp_path):
+  model, trainable, adapters, base = opened(name)
+  config = peft.load_config(GOLDEN / name)
+  out = trainable.export(tmp_path, adapters, base, {'title': 'sums'})
   before = load_file(model.directory / 'model.safetensors')
   want = sums(before, GOLDEN / name, config.scale, model.family.transposed)
   got = load_file(out / 'model.safetensors')
+  assert out == tmp_path / 'export'
   assert got.keys() == want.keys()
   for key, x in got.items():
     np.testing.assert_allclose(x, want[key], atol=1e-6)
 
 
 @pytest.mark.parametrize('name', LORAS)
-def test_what_is_loaded_is_saved_again(name, tmp_path):
-  model, _, config, adapters = adapted(name)
-  out = lora.save(tmp_path, config, adapters, model.family, '../x')
-  tensors = [load_file(d / lora.WEIGHTS_FILE) for d in (out, GOLDEN / name)]
+def test_adapters_that_were_loaded_are_saved_again(name, tmp_path):
+  _, trainable, adapters, base = opened(name)
+  trainable.export(tmp_path, adapters, base, {'title': 'sums'})
+  out = tmp_path / 'adapter'
+  tensors = [load_file(d / peft.WEIGHTS_FILE) for d in (out, GOLDEN / name)]
   assert tensors[0].keys() == tensors[1].keys()
   assert same_bits(*tensors)
   ours, theirs = (
-    json.loads((d / lora.CONFIG_FILE).read_text()) for d in (out, GOLDEN / name)
+    json.loads((d / peft.CONFIG_FILE).read_text()) for d in (out, GOLDEN / name)
   )
   for key in ('r', 'lora_alpha', 'fan_in_fan_out', 'peft_type', 'bias'):
     assert ours[key] == theirs[key]
   assert sorted(ours['target_modules']) == sorted(theirs['target_modules'])
-  assert lora.load_config(out) == config
-
-
-def test_new_adapters_change_nothing():
-  model, base, config, _ = adapted('qwen2_lora')
-  modules = lora.targeted(model.config, model.family, (lora.EVERYTHING,))
-  assert len(modules) == 7 * model.config.num_layers
-  adapters = lora.init(modules, config.rank, jax.random.key(0))
-  merge_params = lora.make_merge_params(
-    model.config, model.family, config.scale
-  )
-  assert same_bits(jax.jit(merge_params)(adapters, base), base)
+  assert peft.load_config(out) == peft.load_config(GOLDEN / name)
+  assert (out / 'README.md').read_text().count('library_name: peft') == 1
 
 
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
-def test_a_small_change_of_a_bfloat16_base_counts_in_float32(compute, tmp_path):
-  model, _, config, adapters = adapted('qwen2_lora')
-  base = hf.read_params(model, dtype='bfloat16')
-  small = jax.tree.map(lambda x: x * 0.01, adapters)  # B A: 1e-4 of it
-  merge_params = lora.make_merge_params(
-    model.config, model.family, config.scale, compute
+def test_new_adapters_change_nothing(compute):
+  model = open_model(GOLDEN / 'qwen2')
+  trainable = adapted(model, lora.LoraConfig(2, 16.0), seed=3)
+  adapters, base = trainable.load(MESH)
+  assert len(adapters) == 7 * model.config.num_layers
+  assert same_bits(adapters, jax.jit(trainable.init)(jax.random.key(3)))
+  assert all(x['a'].any() and not x['b'].any() for x in adapters.values())
+  policy = model.make_policy(compute)
+  tokens = random_prompts(4, 9, 250).tokens
+
+  @jax.jit
+  def run(adapters, base):
+    return logits_of(policy, trainable.merge(adapters, base), tokens)
+
+  np.testing.assert_allclose(run(adapters, base), run(None, base), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['gpt_neox', 'qwen3_moe', 'gemma2', 'olmo2'])
+def test_beside_the_matrices_is_inside_them(name, tmp_path):
+  """Families without a fixture of PEFT's: q k v of each head in turn, routed
+  layers, norms behind the products."""
+  model = open_model(GOLDEN / name)
+  trainable = adapted(model, lora.LoraConfig(3, 6.0))
+  adapters, base = trainable.load(MESH)
+  noise = np.random.default_rng(0)
+  adapters = jax.tree.map(
+    lambda x: 0.1 * noise.normal(size=x.shape).astype(np.float32), adapters
   )
-  joined = jax.jit(merge_params)(small, base)
+  out = trainable.export(tmp_path, adapters, base, {'title': 'sums'})
+  before = tensors_of(model.directory)
+  want = sums(before, tmp_path / 'adapter', 2.0, model.family.transposed)
+  for key, x in tensors_of(out).items():
+    np.testing.assert_allclose(x, want[key], atol=1e-6)
+  policy, exported = model.make_policy(), read_params(open_model(out))
+  run = jax.jit(functools.partial(logits_of, policy))
+  tokens = random_prompts(4, 9, 250).tokens
+  beside = run(trainable.merge(adapters, base), tokens)
+  np.testing.assert_allclose(beside, run(exported, tokens), atol=TOLERANCE)
+  plain = np.asarray(run(base, tokens))
+  assert np.abs(np.asarray(beside) - plain).max() > 0.1
+
+
+# --- numbers
+
+
+def shrunk(adapters, factor=0.1):
+  """Adapters whose change of a weight is factor^2 of the fixture's."""
+  return jax.tree.map(lambda x: x * factor, adapters)
+
+
+def test_a_change_too_small_for_bfloat16_weights_counts():
+  """The change of hidden states along the one that float32 has: all of it
+  beside bfloat16 matrices, and next to none inside them."""
+  model, trainable, adapters, base = opened('qwen2_lora')
+  base = jax.tree.map(  # numbers of bfloat16, so that both dtypes have one base
+    lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base
+  )
+  config = peft.load_config(GOLDEN / 'qwen2_lora')
+  small = shrunk(adapters, 0.015)
+  full_params = lora.make_full_params(model.param_mappings, config.scale)
+  tokens = random_prompts(128, 30, 250).tokens
+
+  def change(params, compute):
+    policy = model.make_policy(compute)
+    run = jax.jit(lambda params: logits_of(policy, params, tokens))
+    found = (run(p).astype(jnp.float32) for p in (params, base))
+    return np.subtract(*map(np.asarray, found)).ravel().astype(np.float64)
+
+  beside, inside = trainable.merge(small, base), full_params(small, base)
+  rounded = jax.tree.map(
+    lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), inside
+  )
+  want = change(inside, 'float32')
+  np.testing.assert_allclose(change(beside, 'float32'), want, atol=1e-4)
+  share = {
+    name: change(params, 'bfloat16') @ want / (want @ want)
+    for name, params in (('beside', beside), ('inside', rounded))
+  }
+  assert abs(share['beside'] - 1) < 0.2
+  assert abs(share['beside'] - 1) < 0.5 * abs(share['inside'] - 1)
+
+
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_an_export_has_the_wider_dtype(compute, tmp_path):
+  _, trainable, adapters, base = opened('qwen2_lora', 'bfloat16')
+  small = shrunk(adapters)
+  out = trainable.save(tmp_path / 'out', small, base, dtype=compute)
+  model = open_model(out)
+  assert model.hf_config['dtype'] == compute  # the widest: nothing is cast away
+  found = load_file(out / 'model.safetensors')
   module = 'model.layers.0.self_attn.o_proj'
-  delta = config.scale * small[module]['b'] @ small[module]['a']
-  shape = joined['layer_0']['attention']['out'].shape
-  before, after = (
-    np.asarray(p['layer_0']['attention']['out'], np.float64)
-    for p in (base, joined)
+  scale = peft.load_config(GOLDEN / 'qwen2_lora').scale
+  want = np.asarray(base['layer_0']['attention']['out'], np.float64)
+  want = want.reshape(-1, want.shape[-1]).T + scale * np.asarray(
+    small[module]['b'] @ small[module]['a']
   )
   tolerance = 1e-7 if compute == 'float32' else 0.01
-  want = before + delta.T.reshape(shape)
-  np.testing.assert_allclose(after, want, rtol=0, atol=tolerance)
-  assert joined['layer_0']['attention']['out'].dtype == compute
-  assert joined['embed']['embedding'].dtype == 'bfloat16'  # untouched
-  out = hf.save(tmp_path / 'joined', model, joined)
-  hf_config = json.loads((out / 'config.json').read_text())
-  assert hf_config['dtype'] == compute  # the widest: nothing is cast away
+  got = found[f'{module}.weight']
+  assert got.dtype == compute
+  np.testing.assert_allclose(got.astype(float), want, rtol=0, atol=tolerance)
+  assert found['model.embed_tokens.weight'].dtype == 'bfloat16'  # untouched
+
+
+def test_log_probs_are_those_of_evaluate():
+  model, trainable, adapters, base = opened('phi3_lora')
+  policy = model.make_policy()._replace(merge_params=trainable.merge)
+  rule = distribution.make_rule(model.vocab_size, [257])
+
+  @jax.jit
+  def both(adapters, base):
+    params = policy.merge_params(adapters, base)
+    sample = make_sampler(policy, SamplerConfig(2, 6))
+    rollout = sample(params, jax.random.key(0), random_prompts(), rule)
+    return rollout, evaluate(policy, params, rollout, rule)
+
+  rollout, stats = both(adapters, base)
+  np.testing.assert_allclose(rollout.logp, stats.logp, atol=1e-5)
+  _, plain = both(None, base)
+  assert np.abs(np.asarray(plain.logp - stats.logp)).max() > 1e-3
+
+
+def products(jaxpr) -> list[tuple]:
+  """Shapes of everything that a matrix product makes, however deep."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in ('dot_general', 'ragged_dot_general'):
+      found += [x.aval.shape for x in equation.outvars]
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          found += products(inner)
+  return found
+
+
+@pytest.mark.parametrize('name', LORAS)
+def test_no_product_is_as_large_as_a_matrix_of_the_base(name):
+  """Neither a merged copy nor a gradient of what is adapted is ever made.
+
+  Batches of 3 x 50 tokens make no activation of a matrix's size either.
+  """
+  model, trainable, adapters, base = opened(name)
+  policy = model.make_policy()
+  rule = distribution.make_rule(model.vocab_size, [257])
+  tokens = np.ones((3, 50), np.int32)
+  prompts = Prompts(tokens[:, :7], np.full(3, 7, np.int32))
+  rollout = make_rollout(prompts, tokens, tokens > 0)
+
+  def loss(trained, base, merge):
+    params = merge(trained, base)
+    return evaluate(policy, params, rollout, rule, chunk=1).logp.sum()
+
+  def made(merge, trained, base):
+    gradient = jax.grad(functools.partial(loss, merge=merge))
+    return products(jax.make_jaxpr(gradient)(trained, base).jaxpr)
+
+  merged = jax.eval_shape(trainable.merge, adapters, base)
+  flat = flax.traverse_util.flatten_dict(merged, sep='/')
+  sizes = {
+    flat[path.split('_lora/')[0]].size for path in flat if '_lora/' in path
+  }
+  assert not sizes & {
+    int(np.prod(s)) for s in made(trainable.merge, adapters, base)
+  }
+  # the check sees a dense gradient, and a merged copy
+  dense = made(lambda trained, base: trained, base, None)
+  assert sizes <= {int(np.prod(s)) for s in dense}
+  config = peft.load_config(GOLDEN / name)
+  full_params = lora.make_full_params(model.param_mappings, config.scale)
+  assert sizes <= {int(np.prod(s)) for s in made(full_params, adapters, base)}
 
 
 def test_only_adapters_learn():
-  model, base, config, adapters = adapted('qwen2_lora')
-  kept = jax.tree.map(np.array, base)
-  policy = make_policy(model.config)._replace(
-    merge_params=lora.make_merge_params(
-      model.config, model.family, config.scale
-    )
-  )
+  model, trainable, adapters, base = opened('qwen2_lora')
+  kept, begun = jax.tree.map(np.array, (base, adapters))
+  policy = model.make_policy()._replace(merge_params=trainable.merge)
   algorithm = algorithms.reinforce(
     advantages.leave_one_out(), kl='reverse', beta=0.1
   )
   optimizer = optax.adam(1e-2)
-  state = build.make_state(
-    policy,
-    algorithm,
-    optimizer,
-    sharding.make_mesh('data=1', jax.devices()[:1]),
-    0,
-    jax.tree.map(np.copy, adapters),
-    base,
-    keep_reference=True,
+  state = make_state(
+    policy, algorithm, optimizer, MESH, 0, params=adapters, frozen=base
   )
-  assert state.reference is None  # the base is it: no second copy
+  assert 'reference' not in state.carries  # the base is it: no second copy
   trained = sum(x.size for x in jax.tree.leaves(state.params))
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
   assert moments == 2 * trained + 1  # and Adam's count
@@ -174,15 +331,15 @@ def test_only_adapters_learn():
   prompts = random_prompts()
   sample = make_sampler(policy, SamplerConfig(2, 4))
   rollout = jax.jit(sample)(
-    policy.merge_params(*state.weights), state.key, prompts, rule
+    policy.merge_params(*state.policy_params), state.key, prompts, rule
   )
   update = jax.jit(make_update(policy, algorithm, optimizer))
   reward = np.random.default_rng(0).normal(size=rollout.mask.shape)
-  after, metrics, _ = update(state, rollout, reward.astype(np.float32), rule)
+  after, metrics, _ = update(state, make_scored(rollout, reward), rule)
   assert metrics['sampler_logp_gap'] < 1e-5
   assert metrics['kl'] > 1e-3  # the adapters are not the base
   assert same_bits(after.frozen, kept)
-  moved = jax.tree.map(np.array_equal, after.params, adapters)
+  moved = jax.tree.map(np.array_equal, after.params, begun)
   assert not any(jax.tree.leaves(moved))
 
 
@@ -203,7 +360,7 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path, capsys):
   )
   shutil.rmtree(halted / 'export')
   train_fixture('qwen2', FOUR, *flags, resume, out='cut')
-  files = [d / 'adapter' / lora.WEIGHTS_FILE for d in (run, halted)]
+  files = [d / 'adapter' / peft.WEIGHTS_FILE for d in (run, halted)]
   assert files[0].read_bytes() == files[1].read_bytes()
 
   before = load_file(GOLDEN / 'qwen2/model.safetensors')
@@ -216,7 +373,7 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path, capsys):
   assert (run / 'adapter/README.md').read_text().count('library_name: peft')
 
   later = tmp_path / 'later'
-  hf.main(['export', str(run), str(later)])
+  export.main([str(run), str(later)])
   assert same_bits(load_file(later / 'model.safetensors'), after)
 
   again = f'--lora_adapter={run / "adapter"}'
@@ -236,9 +393,9 @@ def test_print_config_says_what_is_trained(train_fixture, capsys):
   with pytest.raises(FileNotFoundError):  # nothing is run or written
     train_fixture('qwen2', ONE, *LORA.split(), '--print_config')
   said = capsys.readouterr().out
-  model = hf.open_model(GOLDEN / 'qwen2')
+  model = open_model(GOLDEN / 'qwen2')
   modules = lora.targeted(
-    model.config, model.family, ('q_proj', 'down_proj')
+    model.param_mappings, ('q_proj', 'down_proj')
   ).values()
   trained = sum(2 * (n_in + n_out) for n_in, n_out in modules)
   assert f'trained parameters: {trained:,} in {4 * trained:,} bytes' in said
@@ -252,8 +409,8 @@ def test_print_config_says_what_is_trained(train_fixture, capsys):
 
 def edited(tmp_path, **changes):
   out = shutil.copytree(GOLDEN / 'qwen2_lora', tmp_path / 'adapter')
-  found = json.loads((out / lora.CONFIG_FILE).read_text()) | changes
-  (out / lora.CONFIG_FILE).write_text(json.dumps(found))
+  found = json.loads((out / peft.CONFIG_FILE).read_text()) | changes
+  (out / peft.CONFIG_FILE).write_text(json.dumps(found))
   return out
 
 
@@ -280,34 +437,34 @@ def edited(tmp_path, **changes):
   ],
 )
 def test_an_adapter_that_does_not_fit_is_named(changes, fact, tmp_path):
-  model = hf.open_model(GOLDEN / 'qwen2')
+  model = open_model(GOLDEN / 'qwen2')
   out = edited(tmp_path, **changes)
   with pytest.raises(ValueError) as raised:  # noqa: PT011
-    lora.load(out, lora.load_config(out), model.config, model.family)
+    peft.load(out, peft.load_config(out), model.param_mappings)
   assert fact in str(raised.value)
   assert '\n' not in str(raised.value)
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-  model = hf.open_model(GOLDEN / 'qwen2')
+  model = open_model(GOLDEN / 'qwen2')
   with pytest.raises(FileNotFoundError, match='give a directory that PEFT'):
-    lora.load_config(tmp_path)
+    peft.load_config(tmp_path)
   out = edited(tmp_path)
-  config = lora.load_config(out)
-  file = out / lora.WEIGHTS_FILE
+  config = peft.load_config(out)
+  file = out / peft.WEIGHTS_FILE
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(ValueError, match='is damaged'):
-    lora.load(out, config, model.config, model.family)
+    peft.load(out, config, model.param_mappings)
   file.rename(out / 'adapter_model.bin')
   with pytest.raises(FileNotFoundError, match='pickles are never read'):
-    lora.load(out, config, model.config, model.family)
-  (out / lora.CONFIG_FILE).write_text('{')
+    peft.load(out, config, model.param_mappings)
+  (out / peft.CONFIG_FILE).write_text('{')
   with pytest.raises(ValueError, match='no adapter configuration'):
-    lora.load_config(out)
+    peft.load_config(out)
 
 
 def test_experts_have_no_adapters():
-  model = hf.open_model(GOLDEN / 'qwen3_moe')
-  modules = lora.targeted(model.config, model.family, (lora.EVERYTHING,))
+  model = open_model(GOLDEN / 'qwen3_moe')
+  modules = lora.targeted(model.param_mappings, (lora.ALL_LINEAR,))
   assert modules
   assert not any('experts' in m or m.endswith('mlp.gate') for m in modules)
