@@ -13,8 +13,8 @@ A part may be a word of the tables below or a function of one's own:
   baseline   (returns [C, G, T], valid [C, G]) -> b | a Baseline
   scale      (whole returns [C, G], valid [C, G]) -> s [C, 1]
 
-One rule tells a loss or a credit from a maker of one: a function whose first
-two parameters have no default is the loss or credit itself; any other is
+One rule tells a loss, credit or aggregation from a maker of one: a function
+whose first two parameters have no default is the part itself; any other is
 called, and returns it. All further parameters are choices:
 
   def mine(stats, trajectory, power=2.0): ...
@@ -95,7 +95,7 @@ _CRITIC = {'value_coef': 0.5, 'value_clip': None, 'critic_warmup_steps': 0}
 
 
 def _lookup(kind: str, word: str, table: dict):
-  """table[word]; raises ValueError with a suggestion."""
+  """Returns table[word]; raises ValueError with a suggestion."""
   if word in table:
     return table[word]
   near = difflib.get_close_matches(word, table, 1)
@@ -104,12 +104,12 @@ def _lookup(kind: str, word: str, table: dict):
 
 
 def by_name(word: str) -> Callable:
-  """The alias of that name, a function of choices -> Algorithm."""
+  """Alias of that name, a function of choices -> Algorithm."""
   return _lookup('algorithm', word, ALIASES)
 
 
 def _word(value) -> Any:
-  """A value for people: a part by its name, a number as it is."""
+  """Value for people: a part by its name, a number as it is."""
   if value is None or isinstance(value, str | int | float | bool):
     return value
   if isinstance(value, functools.partial):
@@ -119,7 +119,7 @@ def _word(value) -> Any:
 
 
 def described(algorithm: Algorithm) -> dict:
-  """The settings in words and numbers, for config.yaml."""
+  """Settings of an algorithm in words and numbers, for config.yaml."""
   return {k: _word(v) for k, v in algorithm.settings.items()}
 
 
@@ -127,8 +127,8 @@ def described(algorithm: Algorithm) -> dict:
 
 
 def _parameters(part: Callable) -> tuple[bool, dict]:
-  """(is it the function itself, {choice that it reads: its default}), by the
-  rule of the module's docstring. A choice without a default has `empty`."""
+  """Returns whether it is the part itself, by the rule of the module's
+  docstring, and {choice that it reads: its default or `empty`}."""
   found = [
     p
     for p in inspect.signature(part).parameters.values()
@@ -140,7 +140,7 @@ def _parameters(part: Callable) -> tuple[bool, dict]:
 
 
 def _make(part: Callable, choices: dict) -> Callable:
-  """The function itself with its choices, or what its maker returns."""
+  """Part itself with its choices, or the result of its maker."""
   itself, reads = _parameters(part)
   given = {k: choices[k] for k in reads}
   return functools.partial(part, **given) if itself else part(**given)
@@ -158,7 +158,7 @@ def _is_learned(own: dict, changes: dict) -> bool:
 
 
 def _from_word(choice: str, value):
-  """The part that a word names; any other value as it is."""
+  """Part that a word names; any other value as it is."""
   if choice not in WORDS or not isinstance(value, str):
     return value
   part = _lookup(choice, value, WORDS[choice])
@@ -395,7 +395,7 @@ def _old_logp(c: dict) -> str:
 
 
 def compose(name: str, own: dict, changes: dict) -> Algorithm:
-  """An Algorithm of an alias's `own` choices and the caller's `changes`.
+  """Makes an Algorithm of an alias's `own` choices and the caller's `changes`.
 
   Raises ValueError, with the cure, for what cannot be or has no effect.
   """
@@ -442,7 +442,8 @@ def reinforce(
 ) -> Algorithm:
   """REINFORCE, L_t = -(G_t - b_t) log pi(y_t), summed over the sequence: the
   true policy gradient. The baseline is leave-one-out; ema() for one sample a
-  prompt. Williams 1992, Machine Learning 8; for language models arXiv:2402.14740."""
+  prompt. Williams 1992, Machine Learning 8; for language models
+  arXiv:2402.14740."""
   own = {
     'credit': advantages.returns,
     'baseline': advantages.leave_one_out(),
