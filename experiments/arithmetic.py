@@ -11,54 +11,12 @@ held-out exact match goes from 42 % to 95 % in 250 steps; it stops at 95 %
 (--stop_at_reward).
 """
 
-import dataclasses
 import random
-from pathlib import Path
 from typing import Literal
 
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok import Task, main
 
 OPERATORS = '+-'
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskFlags:
-  """The problems and their reward."""
-
-  digits: int = 2
-  """Digits of each operand."""
-  num_problems: int = 20_000
-  """Training problems."""
-  data: str | None = None
-  """A jsonl of {"prompt", "answer"} to learn instead; its end is held out."""
-  reward: Literal['exact', 'digits'] = 'exact'
-  """exact: 1 for the right answer; digits: a share for each right token."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-  task: TaskFlags
-  warm_start: flag_layer.WarmStartFlags
-  size: flag_layer.SizeFlags
-  run: flag_layer.RunFlags
-  model: flag_layer.ModelFlags
-  sampling: flag_layer.SamplingFlags
-  algorithm: flag_layer.AlgorithmFlags
-  optimizer: flag_layer.OptimizerFlags
-
-
-DEFAULTS = Flags(
-  TaskFlags(),
-  flag_layer.WarmStartFlags(),
-  flag_layer.SizeFlags(),
-  flag_layer.RunFlags(max_steps=600, stop_at_reward=0.95),
-  flag_layer.ModelFlags(),
-  flag_layer.SamplingFlags(
-    num_prompts=128, num_generations=8, max_completion_length=None
-  ),
-  flag_layer.AlgorithmFlags(),
-  flag_layer.OptimizerFlags(learning_rate=1.5e-3, lr_schedule='linear'),
-)
 
 
 def problem(rng: random.Random, digits: int) -> dict:
@@ -97,93 +55,65 @@ def problems(
   return train, list(held_out.values())
 
 
-def from_file(path: str, num_held_out: int) -> tuple[list[dict], list[dict]]:
-  """(training, held-out) records of a jsonl; the last fifth at most is held
-  out. Raises ValueError, naming the record, where one cannot be used."""
-  from jaxrl_tok import data
+def arithmetic(
+  digits: int = 2,
+  num_problems: int = 20_000,
+  data: str | None = None,
+  reward: Literal['exact', 'digits'] = 'exact',
+  held_out: int | None = None,
+) -> Task:
+  """Addition and subtraction, or problems from a file.
 
-  records = data.read_jsonl(path)
-  for i, record in enumerate(records, 1):
-    if not isinstance(record.get('answer'), str):
-      raise ValueError(f'{path}: record {i} has no "answer" that is text')
-  held_out = min(num_held_out, len(records) // 5)
-  if not held_out:
-    raise ValueError(
-      f'{path} has {len(records)} records; give 5 or more, so that some can '
-      'be held out'
-    )
-  return records[:-held_out], records[-held_out:]
-
-
-def load(flags: Flags):
-  """(flags with a completion length, training and held-out records, and what
-  they are in words). Raises ValueError."""
-  task, number = flags.task, flags.run.eval_prompts
-  if task.data is None:
-    train, held_out = problems(task.digits, task.num_problems, number)
-    words = (
-      f'{len(train):,} generated additions and subtractions of '
-      f'{task.digits}-digit numbers; {len(held_out)} others held out'
-    )
-  else:
-    train, held_out = from_file(task.data, number)
-    words = f'{task.data}: {len(train):,} records; {len(held_out)} held out'
-  answers = [record['answer'] for record in train + held_out]
-  flags = flag_layer.fit_completion_length(flags, answers)
-  return flags, train, held_out, words
-
-
-def check(task: TaskFlags) -> None:
-  """What only this experiment can refuse."""
-  if not 1 <= task.digits <= 9:
-    flag_layer.fail(f'--digits {task.digits} must be in 1..9')
-  if task.data is not None and not Path(task.data).is_file():
-    flag_layer.fail(f'--data {task.data} is no file')
-
-
-def reward_functions() -> dict:
-  """{--reward: (on the host, on the device)}."""
+  Args:
+    digits: Digits of each operand.
+    num_problems: Training problems.
+    data: A jsonl of {"prompt", "answer"} to learn instead; its end is held
+      out.
+    reward: exact: 1 for the right answer; digits: a share for each right
+      token.
+  """
   from jaxrl_tok import rewards
   from jaxrl_tok.step import device_rewards
 
-  return {
+  if not 1 <= digits <= 9:
+    raise ValueError(f'--digits {digits} must be in 1..9')
+  if num_problems < 1:
+    raise ValueError(f'--num_problems {num_problems} must be at least 1')
+  on_host, on_device = {
     'exact': (rewards.exact_match, device_rewards.exact_tokens),
     'digits': (rewards.digits, device_rewards.digit_tokens),
-  }
-
-
-def main(argv=None) -> dict:
-  flags = flag_layer.parse(
-    DEFAULTS, 'python -m experiments.arithmetic', argv, __doc__
-  )
-  check(flags.task)
-
-  from jaxrl_tok import data, rewards
-  from jaxrl_tok.run import launch, warm_start
-
-  try:
-    flags, train, held_out, words = load(flags)
-  except ValueError as e:
-    flag_layer.fail(e)
-  on_host, on_device = reward_functions()[flags.task.reward]
-  return launch.run(
-    launch.Experiment(
-      name='arithmetic',
-      flags=flags,
-      tokenizer=data.byte_tokenizer,
-      train_records=train,
-      held_out_records=held_out,
-      reward_functions=[on_host],
-      device_functions=[on_device],
-      columns=warm_start.answers,
-      judge_functions=[rewards.exact_match],
-      data=words,
-      warm_start=lambda context: warm_start.warm_start(
-        context, flags.warm_start
-      ),
+  }[reward]
+  train, count, words = data, held_out or 512, ''
+  if data is None:
+    train, count = problems(digits, num_problems, count)
+    words = (
+      f'{len(train):,} generated additions and subtractions of {digits}-digit '
+      f'numbers; {len(count)} others held out'
     )
+  return Task(
+    train,
+    on_host,
+    held_out=count,
+    eval_rewards=rewards.exact_match,
+    answers='answer',
+    device_rewards=on_device,
+    description=words,
+    reward_unit='%',
+  )
+
+
+def run(argv=None):
+  return main(
+    arithmetic,
+    argv,
+    max_steps=600,
+    stop_at_reward=0.95,
+    num_prompts=128,
+    num_generations=8,
+    learning_rate=1.5e-3,
+    lr_schedule='linear',
   )
 
 
 if __name__ == '__main__':
-  main()
+  run()

@@ -120,7 +120,7 @@ class StepLog:
   `hold` keeps a step whose update has been dispatched; `flush` waits for it,
   which ends its update phase, and writes it down.
 
-  learning_rate: schedule by step.
+  learning_rate: schedule by step; it may return None.
   """
 
   def __init__(self, logger: Logger, show: Callable, learning_rate: Callable):
@@ -145,13 +145,15 @@ class StepLog:
       return self._write_many(progress, batch, jax.device_get(metrics))
     times = {'time/score': batch.metrics['time/score']}
     times['time/rollout'] = self._elapsed() - times['time/score']
-    rate = float(self._learning_rate(progress.step))
+    rate = self._learning_rate(progress.step)
     progress = dataclasses.replace(
       progress,
       step=progress.step + 1,
       num_tokens=progress.num_tokens + counts.generated + counts.read,
     )
-    found = {**batch.metrics, 'learning_rate': rate}
+    found = dict(batch.metrics)
+    if rate is not None:
+      found['learning_rate'] = rate
     self._held = progress, counts.generated, metrics, found, times
     return progress
 
@@ -174,7 +176,9 @@ class StepLog:
     taken = self._elapsed() / n
     for i in range(n):
       row = {name: value[i] for name, value in metrics.items()}
-      row['learning_rate'] = float(self._learning_rate(progress.step))
+      rate = self._learning_rate(progress.step)
+      if rate is not None:
+        row['learning_rate'] = rate
       generated = round(float(row['completions/tokens']))
       progress = dataclasses.replace(
         progress,
@@ -244,7 +248,7 @@ def train(
   config: LoopConfig,
   logger: Logger,
   save: Callable = lambda state, cursor, progress: None,
-  learning_rate: Callable = lambda step: 0.0,
+  learning_rate: Callable = lambda step: None,
 ) -> tuple[TrainState, dict, Progress, str]:
   """Runs steps until something says stop; see the module docstring.
 

@@ -1,34 +1,23 @@
-"""The algorithm's flags: an alias, and every choice of it.
-
-flags.py collects all groups of flags; nothing here imports jax.
-"""
+"""Settings of the algorithm: an alias, and every choice of it; without jax."""
 
 import dataclasses
 from typing import Literal
 
-ALGORITHMS = (
-  'reinforce',
-  'rloo',
-  'remax',
-  'a2c',
-  'ppo',
-  'grpo',
-  'dr_grpo',
-  'dapo',
-  'gspo',
-  'cispo',
-  'reinforce_pp',
-  'reinforce_pp_baseline',
-  'nlpo',
+from jaxrl_tok.credit.names import (
+  AGGREGATIONS,
+  ALGORITHMS,
+  BASELINES,
+  CREDITS,
+  LOSSES,
+  SCALES,
 )
-
 
 # other defaults that an algorithm has: NLPO masks by the sampling rule
 OF_ALGORITHM = {'nlpo': {'top_p': 0.9}}
 
 
 @dataclasses.dataclass(frozen=True)
-class AlgorithmFlags:
+class AlgorithmSettings:
   """The algorithm: an alias, and what is changed of it. None: the alias's own
   choice (--print_config shows it)."""
 
@@ -36,18 +25,13 @@ class AlgorithmFlags:
   """The alias."""
   compat: Literal['none', 'trl', 'verl', 'openrlhf', 'tunix'] = 'none'
   """Another system's published defaults for it, and its known traps."""
-  credit: Literal['returns', 'gae', 'vtrace'] | None = None
+  credit: Literal[CREDITS] | None = None
   """Returns minus a baseline, or by a learned value: GAE, V-trace."""
-  baseline: (
-    Literal[
-      'none', 'batch_mean', 'group_mean', 'leave_one_out', 'ema', 'greedy'
-    ]
-    | None
-  ) = None
+  baseline: Literal[BASELINES] | None = None
   """Subtracted from returns; reinforce: leave_one_out, with one sample ema."""
   ema_decay: float = 0.9
   """Of the ema baseline."""
-  scale: Literal['none', 'group_std'] | None = None
+  scale: Literal[SCALES] | None = None
   """Divides returns minus the baseline."""
   gamma: float | None = None
   """Discount of token rewards."""
@@ -67,9 +51,7 @@ class AlgorithmFlags:
   """Tokens before the limit in which completions are punished; 0: none."""
   dynamic_sampling_rounds: int | None = None
   """Rollouts at most until each group's rewards differ; 0: take the first."""
-  loss: (
-    Literal['reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo'] | None
-  ) = None
+  loss: Literal[LOSSES] | None = None
   """-A log p, or with a ratio: PPO's clip, of sequences, GSPO's, CISPO's."""
   clip_low: float | None = None
   """The ratio is clipped below 1 - this."""
@@ -81,15 +63,7 @@ class AlgorithmFlags:
   """CISPO's largest ratio, an absolute number."""
   ratio_floor: float | None = None
   """CISPO's smallest ratio."""
-  aggregation: (
-    Literal[
-      'token_mean',
-      'seq_mean_token_mean',
-      'seq_mean_token_sum',
-      'seq_mean_token_sum_norm',
-    ]
-    | None
-  ) = None
+  aggregation: Literal[AGGREGATIONS] | None = None
   """How token losses become one number."""
   entropy_coef: float | None = None
   """The entropy's weight in the loss."""

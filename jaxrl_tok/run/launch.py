@@ -1,10 +1,10 @@
-"""From an experiment to a finished run: what all experiments share.
+"""From a task to a finished run: `train` for Python, `main` for a command line.
 
-1. `prepare`  devices, mesh, model, prompts: every check, no compilation.
-2. `begin`    state and progress: resumed, warm-started, loaded or random; the
-   step's functions are compiled meanwhile.
-3. look at held-out prompts, train, look again.
-4. `finish`   export, report, a table of samples.
+1. `prepare`  every check of model, data, rewards and devices (prepare.py).
+2. `begin`    state: resumed, supervised, loaded or random; the step's programs
+   are compiled meanwhile.
+3. evaluate, train (train.py), evaluate.
+4. `finish`   export, report, samples on the console.
 """
 
 import concurrent.futures
@@ -17,455 +17,422 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import rich.table
-import rich.text
 import yaml
 
-from jaxrl_tok import (
-  checkpoint,
-  data,
-  distribution,
-  evaluation,
-  rewards,
-  sharding,
-  train,
-)
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.hub import lora
-from jaxrl_tok.hub.weights import fingerprint
-from jaxrl_tok.models import kernels
-from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.report import page as report
+from jaxrl_tok import checkpoint
+from jaxrl_tok.credit import losses
+from jaxrl_tok.evaluation import Due, credit_rows, evaluate_held_out
+from jaxrl_tok.hub import fetch
+from jaxrl_tok.hub.weights import fingerprint, read_params
+from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import Logger, duration
-from jaxrl_tok.run import build, cache, compat, models, record
-from jaxrl_tok.run import settings as flag_layer
-from jaxrl_tok.sampler import SamplerConfig
-from jaxrl_tok.step import programs as step_parts
+from jaxrl_tok.report.page import Report, write_report
+from jaxrl_tok.run import compat, record
+from jaxrl_tok.run import task as tasks
+from jaxrl_tok.run.prepare import EvalSetup, Setup
+from jaxrl_tok.run.result import Result, show_samples
+from jaxrl_tok.run.settings import flatten
+from jaxrl_tok.run.warm_start import warm_start
+from jaxrl_tok.step import device_rewards, off_policy
+from jaxrl_tok.step.collectors import (
+  Collector,
+  dynamic,
+  examples_at,
+  single_turn,
+)
+from jaxrl_tok.step.device_steps import table_rows
+from jaxrl_tok.step.programs import (
+  EvaluationShape,
+  Networks,
+  Programs,
+  compile_programs,
+)
+from jaxrl_tok.step.state import make_state
+from jaxrl_tok.train import Interrupted, LoopConfig, Progress, train
 
 SHOWN = 20  # held-out completions in samples.jsonl
 
 
-class Experiment(NamedTuple):
-  """What makes an experiment itself."""
-
-  name: str
-  flags: Any  # has run, model, size, sampling, algorithm
-  tokenizer: Callable  # () -> tokenizer, when no --model is given
-  train_records: list
-  held_out_records: list
-  reward_functions: list
-  judge_functions: list  # of the held-out evaluation
-  data: str  # in words
-  reward_weights: list | None = None  # 1 each by default
-  # Context -> params: supervised, when no --model is given
-  warm_start: Callable | None = None
-  # the same rewards as JAX functions (device_rewards.on_device), for
-  # --steps_per_call, and the columns that they read
-  device_functions: list | None = None
-  columns: Callable | None = None  # (Context, records) -> {name: [n, ...]}
+# --- state -------------------------------------------------------------------
 
 
-class Context(NamedTuple):
-  """An experiment on this machine: checked, placed, not compiled."""
-
-  experiment: Experiment
-  model: hf.Model
-  policy: Any
-  mesh: Any
-  rule: Any
-  data: data.PromptSet
-  held_out: data.PromptSet
-  eval_batch: int
-  logger: Logger
-  adapter: lora.LoraConfig | None = None
-  reward_model: hf.Model | None = None
-  critic: Any = None  # a Policy of its own
-
-  @property
-  def reward_functions(self) -> list:
-    """Those of the run: with --steps_per_call, those of the device."""
-    experiment = self.experiment
-    if experiment.flags.run.steps_per_call:
-      return experiment.device_functions
-    return experiment.reward_functions
-
-  def decode(self, ids: list[list[int]]) -> list[str]:
-    return data.decode_all(self.model.tokenizer, ids)
-
-  def scorer(self, functions, weights=None) -> Callable:
-    ends = self.model.end_tokens
-    return rewards.make_scorer(functions, self.decode, ends, weights)
-
-
-def check_devices(flags, mesh, mini_batches: int) -> None:
-  """Refuses a batch that the mesh cannot split, and rows that would leave
-  their device."""
-  num_shards = sharding.row_shards(mesh)
-  if flags.sampling.compact_levels and num_shards > 1:
-    raise ValueError(
-      f'--compact_levels moves rows, and {num_shards} devices of data x fsdp hold them; '
-      'pass --compact_levels 0'
-    )
-  C, G = flags.sampling.num_prompts, flags.sampling.num_generations
-  micro = flags.model.micro_batch
-  micro = 0 if micro == 'auto' else micro
-  prompts = micro // G or C // mini_batches
-  if prompts % num_shards:
-    name, unit = ('--micro_batch', G) if micro else ('--num_prompts', 1)
-    parts = 1 if micro else mini_batches
-    fit = -(-prompts // num_shards) * num_shards * unit * parts
-    raise ValueError(
-      f'{name} {prompts * unit * parts} is {prompts} prompts a pass, which the '
-      f'{num_shards} devices of data x fsdp cannot share equally; pass {name} {fit}'
-    )
-
-
-def prepare(experiment: Experiment, algorithm) -> Context:
-  """Checks all that needs the model, the data or the devices; a fault is one
-  line and exit status 2."""
-  cache.keep_programs()
-  flags = experiment.flags
-  s, V = flags.sampling, None
-  try:
-    if flags.run.steps_per_call and not experiment.device_functions:
-      raise ValueError(
-        f'{experiment.name} has no reward that is a JAX function; pass '
-        '--steps_per_call 0'
-      )
-    mesh = sharding.make_mesh(flags.model.mesh)
-    check_devices(flags, mesh, algorithm.mini_batches)
-    attention = kernels.choose(flags.model.attention)
-    model = models.make_model(flags, experiment.tokenizer)
-    V = model.config.vocab_size
-    train_set, held_out = (
-      data.tokenize(records, model.tokenizer, V, s.max_prompt_length, name)
-      for records, name in (
-        (experiment.train_records, 'training prompt'),
-        (experiment.held_out_records, 'held-out prompt'),
-      )
-    )
-    P = max(train_set.tokens.shape[1], held_out.tokens.shape[1])
-    models.check_context(model, P, s.max_completion_length)
-    reward_model = models.make_reward_model(flags, model, P)
-    adapter = models.lora_config(flags.model)
-    if adapter is not None:
-      lora.targeted(model.config, model.family, adapter.targets)
-  except (ValueError, OSError) as e:
-    flag_layer.fail(e)
-  rule = distribution.make_rule(
-    V,
-    model.end_tokens,
-    s.temperature,
-    s.top_k,
-    s.top_p,
-    s.min_p,
-    models.forbidden_tokens(model),
+def new_state(setup: Setup, params, frozen):
+  """TrainState around trained (None: random) and frozen parameters."""
+  return make_state(
+    setup.policy,
+    with_log_kl(setup),
+    setup.optimizer,
+    setup.mesh,
+    setup.settings.run.seed,
+    params,
+    frozen,
+    setup.critic,
   )
-  dtype = flags.model.dtype
-  if dtype == 'auto':
-    cpu = jax.default_backend() == 'cpu'
-    dtype = 'float32' if cpu else 'bfloat16'
-  learned = algorithm.value_loss is not None
-  judging = dataclasses.replace(model.config, value_head=True)
-  shared = learned and flags.algorithm.critic == 'shared'
-  policy, critic = (
-    make_policy(config, jnp.dtype(dtype), flags.model.remat, attention)
-    for config in (judging if shared else model.config, judging)
-  )
-  if adapter is not None:
-    merge_params = lora.make_merge_params(
-      model.config, model.family, adapter.scale, dtype
-    )
-    policy = policy._replace(merge_params=merge_params)
-  num_shards = sharding.row_shards(mesh)
-  context = Context(
-    experiment,
-    model,
-    policy,
-    mesh,
-    sharding.put_replicated(mesh, rule),
-    train_set,
-    held_out,
-    eval_batch=-(-min(len(held_out.examples), 512) // num_shards) * num_shards,
-    logger=Logger(is_main=jax.process_index() == 0),
-    adapter=adapter,
-    reward_model=reward_model,
-    critic=critic if learned and not shared else None,
-  )
-  if flags.run.steps_per_call and experiment.columns:
-    columns = experiment.columns(context, experiment.train_records)
-    context = context._replace(data=train_set._replace(columns=columns))
-  return context
 
 
-def restore(context: Context, run_dir: Path, checkpoints, make_state: Callable):
-  """(state, progress, old flags) that --resume names, None without any."""
-  resume = context.experiment.flags.run.resume
+def with_log_kl(setup: Setup):
+  """The algorithm, with a reference where the KL is measured for the log."""
+  algorithm, f = setup.algorithm, setup.settings.algorithm
+  if not f.log_kl or algorithm.kl is not None:
+    return algorithm
+  dtype = None if f.reference_dtype == 'auto' else f.reference_dtype
+  carries = algorithm.carries | {'reference': losses.reference(0, dtype)}
+  return algorithm._replace(carries=carries)
+
+
+def measures_kl(setup: Setup) -> bool:
+  """Whether the KL to the reference is measured beside the update."""
+  return setup.settings.algorithm.log_kl and setup.algorithm.kl is None
+
+
+def first_params(setup: Setup) -> tuple:
+  """(trained, frozen) parameters at step 0."""
+  if setup.model.directory is None:
+    if setup.task.answers and setup.model.hf_config:
+      return warm_start(setup), None
+    return None, None
+  with setup.logger.doing(f'reading {setup.model.origin}'):
+    return setup.trainable.load(setup.mesh)
+
+
+def restore(setup: Setup, run_dir: Path, checkpoints):
+  """(state, cursor, progress, old settings) that --resume names, None without
+  any."""
+  resume = setup.settings.run.resume
   if resume == 'never':
     return None
-  try:
-    step = checkpoint.choose_step(checkpoints, resume)
-    if step is None:
-      return None
-    like = make_state(*models.structs(context))
-    state, meta = checkpoint.restore(checkpoints, step, like)
-  except ValueError as e:
-    flag_layer.fail(e)
-  if context.adapter is not None:  # its base is not in the checkpoint
+  step = checkpoint.choose_step(checkpoints, resume)
+  if step is None:
+    return None
+  like = new_state(setup, *setup.trainable.structs())
+  state, cursor, meta = checkpoint.restore(checkpoints, step, like)
+  if like.frozen is not None:  # it is not in the checkpoint
     old = yaml.safe_load((run_dir / 'config.yaml').read_text())
-    if old['model_fingerprint'] != fingerprint(context.model):
+    if old['model_fingerprint'] != fingerprint(setup.model):
       cure = f'--revision {old["model_commit"]}'
-      flag_layer.fail(
-        f'{context.model.origin} is not what the run began with; pass '
-        + (cure if old['model_commit'] else '--model what it was')
+      raise ValueError(
+        f'{setup.model.origin} is not the model that the run began with; pass '
+        + (cure if old['model_commit'] else '--model as it was')
       )
-    state = state.replace(frozen=models.read_base(context))
-  return state, train.Progress(**meta['progress']), meta['flags']
+    frozen = setup.trainable.load_frozen(setup.mesh)
+    state = state.replace(frozen=frozen)
+  return state, cursor, Progress(**meta['progress']), meta['settings']
 
 
-def begin(
-  context: Context,
-  algorithm,
-  run_dir: Path,
-  checkpoints,
-  make_state: Callable,
-):
-  """(context with the run's logger, state, progress)."""
-  flags = context.experiment.flags
-  restored = restore(context, run_dir, checkpoints, make_state)
+def begin(setup: Setup, run_dir: Path, checkpoints, collector: Collector):
+  """(setup with the run's logger, state, cursor, progress)."""
+  restored = restore(setup, run_dir, checkpoints)
   logger = Logger(
     run_dir,
-    flags.run.report_to,
-    restored[1].step if restored else None,
+    setup.settings.run.report_to,
+    restored[2].step if restored else None,
     is_main=jax.process_index() == 0,
   )
-  logger.say(f'run directory: {run_dir}')
-  context = context._replace(logger=logger)
+  logger.message(f'run directory: {run_dir}')
+  setup = setup._replace(logger=logger)
   if restored is None:
-    record.write_run_files(context, algorithm, run_dir)
-    return context, make_state(*models.first_weights(context)), train.Progress()
-  state, progress, old = restored
-  logger.say(f'resumed from step {progress.step}')
-  new = flag_layer.flat(flags)
+    record.write_run_files(setup, run_dir)
+    state = new_state(setup, *first_params(setup))
+    return setup, state, collector.init(), Progress()
+  state, cursor, progress, old = restored
+  logger.message(f'resumed from step {progress.step}')
+  new = saved_settings(setup)
   for name in sorted(new.keys() & old.keys() - {'resume'}):
     if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
       logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
-  return context, state, progress
+  return setup, state, cursor, progress
 
 
-def micro_batches(flags, algorithm) -> int | None:
-  """Passes of a mini-batch's gradient; None: as the device's memory has it."""
-  s, wanted = flags.sampling, flags.model.micro_batch
-  if wanted == 'auto':
+def saved_settings(setup: Setup) -> dict:
+  """Settings as a checkpoint keeps them."""
+  found = setup.task_flags | flatten(setup.settings)
+  return json.loads(json.dumps(found, default=str))
+
+
+# --- programs, collector, evaluations ----------------------------------------
+
+
+def device_score(setup: Setup) -> tuple | None:
+  """(function, parameters) of the rewards on the device: functions of JAX,
+  and the reward model, read and placed. None without any."""
+  model, params, scorer = setup.reward_model, None, None
+  if model is None and not setup.rewards.device:
     return None
-  rows = s.num_prompts * s.num_generations // algorithm.mini_batches
-  return rows // (wanted or rows)
-
-
-def compiled_parts(
-  context: Context, algorithm, optimizer, state, device_score
-) -> dict:
-  """The step's functions on the device; `state` may be of ShapeDtypeStructs,
-  so that they are compiled while the weights are made."""
-  flags = context.experiment.flags
-  s = flags.sampling
-  sampler = SamplerConfig(
-    s.num_generations,
-    s.max_completion_length,
-    context.model.pad_token,
-    truncate=s.truncates,
-    compact_levels=s.compact_levels,
-  )
-  with jax.set_mesh(context.mesh):  # it is of the thread
-    return step_parts.compile_parts(
-      context.policy,
-      algorithm,
-      optimizer,
-      sampler,
-      loop_config(context, algorithm),
-      state,
-      context.rule,
-      context.data,
-      context.held_out.tokens.shape[1],
-      micro_batches(flags, algorithm),
-      flags.model.length_buckets,
-      device_score=device_score,
-      critic=context.critic,
+  if model is not None:
+    with setup.logger.doing(f'reading {model.origin}'):
+      params = read_params(model, setup.mesh)
+    kernel = setup.settings.model.attention
+    scorer = device_rewards.reward_model(
+      model.make_policy(setup.dtype, attention=kernel)
     )
+  score = device_rewards.make_device_scorer(setup.rewards.device, scorer)
+  return score, params
 
 
-def loop_config(context: Context, algorithm) -> step_parts.LoopConfig:
-  """When things happen, from the flags."""
-  f = context.experiment.flags
-  return step_parts.LoopConfig(
-    seed=f.run.seed,
-    num_prompts=f.sampling.num_prompts,
-    max_steps=f.run.max_steps,
-    eval_every=f.run.eval_every,
-    eval_batch=context.eval_batch,
-    save_every=f.run.save_every,
-    stop_at_reward=f.run.stop_at_reward,
-    patience=f.run.patience,
-    log_kl=f.algorithm.log_kl,
-    steps_per_call=f.run.steps_per_call,
-    dynamic_sampling_rounds=algorithm.dynamic_sampling_rounds,
+def evaluation_shape(e: EvalSetup) -> EvaluationShape:
+  """Sizes of an evaluation's program, and the rewards that it runs."""
+  if not e.rewards.device:
+    return EvaluationShape(e.num_prompts, e.data.buckets[-1], e.sampler)
+  score = device_rewards.make_device_scorer(e.rewards.device)
+  _, columns = e.data.batch([e.data.records[0]], e.data.buckets[-1])
+  return EvaluationShape(
+    e.num_prompts, e.data.buckets[-1], e.sampler, (score, None), columns
   )
 
 
-def look(
-  context: Context, parts: step_parts.Parts, state, step: int, split: str
+def compile_run(setup: Setup, score: tuple | None) -> Programs:
+  """The run's programs; of structs, so that they are compiled while the
+  weights are made."""
+  like = new_state(setup, *setup.trainable.structs())
+  config = dataclasses.replace(setup.config, reference_kl=measures_kl(setup))
+  networks = Networks(
+    setup.policy,
+    with_log_kl(setup),
+    setup.optimizer,
+    setup.rule,
+    setup.critic,
+    score,
+    setup.rewards.weights,
+  )
+  shapes = {e.evaluation.name: evaluation_shape(e) for e in setup.evaluations}
+  with jax.set_mesh(setup.mesh):  # it is of the thread
+    return compile_programs(networks, config, like, setup.data, shapes)
+
+
+class Lazy:
+  """A collector's functions of programs that are still being compiled."""
+
+  def __init__(self):
+    self.programs = None
+
+  def call(self, name: str) -> Callable:
+    return lambda *args: getattr(self.programs, name)(*args)
+
+
+def make_collector(setup: Setup, lazy: Lazy) -> Collector:
+  """The collector that the settings ask for."""
+  run, sampling = setup.settings.run, setup.settings.sampling
+  if run.steps_per_call:
+    _, length, _ = setup.data.table()
+    return table_rows(
+      setup.data,
+      length,
+      run.seed,
+      sampling.num_prompts,
+      run.steps_per_call,
+      sampling.num_generations,
+    )
+  on_device = setup.rewards.device or setup.reward_model is not None
+  scorer = setup.scorer(
+    setup.rewards, lazy.call('device_score') if on_device else None
+  )
+  collector = single_turn(
+    lazy.call('sample'),
+    scorer,
+    setup.data,
+    run.seed,
+    sampling.num_prompts,
+    lazy.call('greedy') if setup.algorithm.greedy else None,
+  )
+  rounds = setup.algorithm.dynamic_sampling_rounds
+  if rounds > 1:
+    collector = dynamic(collector, rounds)
+  if sampling.replay_groups:
+    collector = off_policy.replayed(
+      collector,
+      sampling.replay_capacity,
+      sampling.replay_groups,
+      lambda positions: examples_at(setup.data, run.seed, positions),
+      setup.data.buckets[-1],
+      run.seed,
+    )
+  return off_policy.ahead(collector) if sampling.ahead else collector
+
+
+def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
+  """(metrics, rows) of an evaluation."""
+  name = e.evaluation.name
+  device = programs.evaluation_scores.get(name)
+  key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
+
+  def sample(number, prompts):
+    at = jax.random.fold_in(key, number)
+    return programs.evaluations[name](state, at, prompts)
+
+  return evaluate_held_out(
+    sample,
+    setup.scorer(e.rewards, device),
+    e.data,
+    e.num_prompts,
+    e.data.buckets[-1],
+    step,
+    e.evaluation.metrics,
+    name,
+  )
+
+
+def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
+  """The step's own batch, shown by token, and the evaluations of the task."""
+  every = setup.settings.run.eval_every
+
+  def own_batch(state, step, batch, last):
+    rows = credit_rows(last, batch, setup.decode)
+    found = {}
+    if programs.reference_kl is not None:
+      found['kl'] = programs.reference_kl(state, last.scored.rollout)
+    at = {'step': step, 'split': 'train'}
+    return found, [{**at, **row} for row in rows]
+
+  def of(e: EvalSetup) -> Due:
+    def run(state, step, batch, last):
+      metrics, _ = evaluate(setup, programs, e, state, step)
+      return metrics, []
+
+    asked = e.evaluation.every
+    return Due(e.evaluation.name, every if asked is None else asked, run)
+
+  return [Due('train', every, own_batch), *map(of, setup.evaluations)]
+
+
+def evaluate_all(
+  setup: Setup, programs: Programs, state, step: int, split: str
 ):
-  """Greedy held-out completions, recorded as 'before' or 'after'."""
-  found, rows = evaluation.held_out_reward(
-    parts.greedy,
-    parts.judge,
-    state.weights,
-    context.held_out,
-    context.rule,
-    context.eval_batch,
-  )
-  at = {'step': step, 'split': split}
-  context.logger.samples([{**at, **row} for row in rows[:SHOWN]])
-  return found, rows
+  """Evaluates everything, records it as 'before' or 'after'. Returns the
+  (metrics, rows) of the task's held-out data."""
+  first = None
+  for e in setup.evaluations:
+    metrics, rows = evaluate(setup, programs, e, state, step)
+    at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
+    setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
+    if split == 'before':
+      setup.logger.metrics('eval', step, metrics)
+    first = first or (metrics, rows)
+  return first
 
 
-def learn(context: Context, run_dir: Path, algorithm, optimizer, schedule):
-  """Begins, compiles, looks, trains and looks again.
+# --- the run -----------------------------------------------------------------
 
-  Returns (context, state, progress, the last look). Must run under
-  jax.set_mesh.
-  """
-  f = context.experiment.flags
-  checkpoints = checkpoint.open_checkpoints(run_dir, f.run.keep)
 
-  def save(state, progress):
-    checkpoint.save(
-      checkpoints, state, dataclasses.asdict(progress), flag_layer.flat(f)
-    )
+class Finished(NamedTuple):
+  """A run that has stopped."""
 
-  def make_state(params, frozen):
-    return new_state(context, algorithm, optimizer, params, frozen)
+  setup: Setup
+  programs: Programs
+  state: Any
+  progress: Progress
+  rows: list  # held-out completions after it
 
-  host, _ = models.split_rewards(context)
-  device_score = models.device_score(context)
-  like = make_state(*models.structs(context))
+
+def learn(setup: Setup, run_dir: Path) -> Finished:
+  """Begins, compiles, evaluates, trains and evaluates again. Must run under
+  jax.set_mesh."""
+  run = setup.settings.run
+  checkpoints = checkpoint.open_checkpoints(run_dir, run.keep)
+  settings = saved_settings(setup)
+
+  def save(state, cursor, progress):
+    found = dataclasses.asdict(progress)
+    checkpoint.save(checkpoints, state, cursor, found, settings)
+
+  score, lazy = device_score(setup), Lazy()
+  collector = make_collector(setup, lazy)
   with concurrent.futures.ThreadPoolExecutor(1) as aside:
-    compiling = aside.submit(
-      compiled_parts, context, algorithm, optimizer, like, device_score
+    compiling = aside.submit(compile_run, setup, score)
+    setup, state, cursor, progress = begin(
+      setup, run_dir, checkpoints, collector
     )
-    context, state, progress = begin(
-      context, algorithm, run_dir, checkpoints, make_state
-    )
-    logger = context.logger
-    with logger.doing('compiling the sampler, update and evaluation'):
-      compiled = compiling.result()
-  parts = step_parts.Parts(
-    **compiled,
-    score=context.scorer(*host),
-    judge=context.scorer(context.experiment.judge_functions),
-    decode=context.decode,
-  )
+    with setup.logger.doing('compiling the sampler, update and evaluation'):
+      programs = lazy.programs = compiling.result()
   if progress.step == 0:
-    found, _ = look(context, parts, state, 0, 'before')
-    first = found['eval/reward']
-    logger.metrics('eval', 0, found)
-    logger.say(f'held-out reward before: {first:.3f}')
+    metrics, _ = evaluate_all(setup, programs, state, 0, 'before')
+    first = metrics['eval/reward']
+    setup.logger.message(f'held-out reward before: {first:.3f}')
     progress = dataclasses.replace(progress, first_reward=first)
+  config = LoopConfig(
+    run.max_steps, run.save_every, run.stop_at_reward, run.patience
+  )
   try:
-    state, progress, reason = train.train(
+    state, cursor, progress, reason = train(
       state,
+      cursor,
       progress,
-      parts,
-      loop_config(context, algorithm),
-      context.data,
-      context.held_out,
-      context.rule,
-      logger,
+      collector,
+      programs.update,
+      due_evaluations(setup, programs),
+      config,
+      setup.logger,
       save,
-      schedule,
+      setup.learning_rate or (lambda step: None),
     )
-  except train.Interrupted as e:
-    logger.say(f'{e}; go on with --output_dir {run_dir} --resume auto')
-    logger.close()
-    raise SystemExit(75) from None
+  except Interrupted as e:
+    setup.logger.message(
+      f'{e}; go on with --output_dir {run_dir} --resume auto'
+    )
+    setup.logger.close()
+    raise tasks.Interrupted(*e.args) from None
   finally:
     checkpoints.close()  # waits until the last one is on disk
-  logger.say(f'stopped at step {progress.step}: {reason}')
-  return (
-    context,
-    state,
-    progress,
-    look(context, parts, state, progress.step, 'after'),
-  )
+  setup.logger.message(f'stopped at step {progress.step}: {reason}')
+  _, rows = evaluate_all(setup, programs, state, progress.step, 'after')
+  return Finished(setup, programs, state, progress, rows)
 
 
-def new_state(context: Context, algorithm, optimizer, params, frozen):
-  """TrainState around params (None: random ones) and what is frozen."""
-  f = context.experiment.flags
-  dtype = f.algorithm.reference_dtype
-  return build.make_state(
-    context.policy,
-    algorithm,
-    optimizer,
-    context.mesh,
-    f.run.seed,
-    params,
-    frozen,
-    f.algorithm.log_kl,
-    context.critic,
-    None if dtype == 'auto' else dtype,
-  )
+def run(setup: Setup) -> Result | None:
+  """The whole run; None where the settings ask to print them only."""
+  began = time.monotonic()
+  for line in compat.warnings(flatten(setup.settings)):
+    setup.logger.warn(line)
+  if setup.settings.run.print_config:
+    state = new_state(setup, *setup.trainable.structs())
+    record.print_config(setup, state)
+    return None
+  run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
+  with jax.set_mesh(setup.mesh):
+    done = learn(setup, run_dir)
+  return finish(done, run_dir, time.monotonic() - began)
 
 
-def run(experiment: Experiment) -> dict:
-  """The whole run; returns its summary, {label: text}."""
-  begun = time.monotonic()
-  f = experiment.flags
-  try:
-    sharding.split_cpu(f.model.cpu_devices)
-    algorithm = build.make_algorithm(f)
-  except ValueError as e:
-    flag_layer.fail(e)
-  context = prepare(experiment, algorithm)
-  for line in compat.warnings(flag_layer.flat(f)):
-    context.logger.warn(line)
-  optimizer, schedule = build.make_optimizer(f, algorithm)
-  if f.run.print_config:
-    state = new_state(context, algorithm, optimizer, *models.structs(context))
-    record.print_config(context, algorithm, state)
-    return {}
-  run_dir = flag_layer.claim_output_dir(f.run, experiment.name)
-  with jax.set_mesh(context.mesh):
-    context, state, progress, (found, rows) = learn(
-      context, run_dir, algorithm, optimizer, schedule
-    )
+def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
+  """Export, report, and the last words on the console."""
+  setup, progress = done.setup, done.progress
+  unit = setup.task.reward_unit
+  rewards = [row['reward'] for row in done.rows]
   summary = {
-    'held-out before': f'{progress.first_reward:.1%}',
-    'held-out after': f'{found["eval/reward"]:.1%}',
+    'held-out before': figure(progress.first_reward, unit),
+    'held-out after': figure(sum(rewards) / len(rewards), unit),
     'steps': f'{progress.step}',
     'tokens': f'{progress.num_tokens:,}',
-    'time': duration(time.monotonic() - begun),
+    'time': duration(seconds),
   }
-  finish(context, run_dir, state, rows, summary)
-  return summary
-
-
-def finish(context: Context, run_dir: Path, state, rows, summary) -> None:
-  """Export, report, and the last words on the console."""
-  experiment, logger = context.experiment, context.logger
-  out = models.export(context, run_dir, state, summary)
-  title = f'{experiment.name}: reinforcement learning on tokens'
-  logger.close()
-  page = report.write_report(run_dir, title, summary)
-  table = rich.table.Table('prompt', 'answer', 'completion', 'reward')
-  for row in rows[:8]:
-    prompt = row['prompt']
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]['content']
-    reward = f'{row["reward"]:g}'
-    cells = prompt, row['answer'] or '', row['completion'], reward
-    table.add_row(*map(rich.text.Text, cells))
-  logger.console.print(table)
+  out = export(setup, run_dir, done.state, summary)
+  setup.logger.close()
+  title = f'{setup.caller.name}: reinforcement learning on tokens'
+  page = write_report(run_dir, title, summary)
+  show_samples(setup.logger.console, done.rows)
   for name, text in summary.items():
-    logger.say(f'{name}: {text}')
-  logger.say(f'policy: {out}{os.sep}\nreport: {page}')
+    setup.logger.message(f'{name}: {text}')
+  setup.logger.message(f'policy: {out}{os.sep}\nreport: {page}')
+  return Result(run_dir, summary, Report(page), setup, done.state, done.rows)
+
+
+def export(setup: Setup, run_dir: Path, state, summary: dict) -> Path:
+  """Writes export/, and for adapters adapter/; uploads where asked."""
+  origin = setup.model.origin if setup.model.directory else None
+  card = {
+    'title': f'{setup.caller.name} policy',
+    'base_model': origin,
+    'data': record.describe_data(setup),
+    'algorithm': setup.algorithm.name,
+    'metrics': summary,
+  }
+  out = setup.trainable.export(
+    run_dir, state.params, state.frozen, card, setup.dtype
+  )
+  repository = setup.settings.run.push_to_hub
+  if repository and jax.process_index() == 0:
+    try:  # a failure there loses nothing here
+      with setup.logger.doing(f'uploading to {repository}'):
+        setup.logger.message(fetch.push(out, repository))
+    except ConnectionError as e:
+      setup.logger.warn(e)
+  return out

@@ -1,26 +1,47 @@
-"""What a run says of itself: its settings, its versions, its files.
+"""Files that say what a run is: config.yaml, command.txt, env.json, model/."""
 
-A Context (launch.py) is a prepared experiment.
-"""
-
-import dataclasses
 import json
 import platform
-import shlex
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import jax
 import yaml
 
-from jaxrl_tok import sharding
+from jaxrl_tok import data, sharding
 from jaxrl_tok.credit import algorithms
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.hub import fetch as hub
+from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.report.files import atomic_write
+from jaxrl_tok.run import models
+from jaxrl_tok.run.prepare import Setup
+from jaxrl_tok.run.settings import RunSettings, flatten
+
+
+def claim_output_dir(run: RunSettings, name: str) -> Path:
+  """The run's directory, made and writable. Raises ValueError for one that is
+  not empty, or cannot be written."""
+  name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
+  path = Path(run.output_dir or Path('runs') / name)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f'--output_dir {path} is a file; give a directory')
+  if run.resume == 'never' and path.is_dir() and any(path.iterdir()):
+    raise ValueError(
+      f'--output_dir {path} is not empty; pass --resume auto to go on with it, '
+      'or another directory'
+    )
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / '.writable'
+    probe.touch()
+    probe.unlink()
+  except OSError as e:
+    raise ValueError(
+      f'--output_dir {path} cannot be written: {e.strerror}; give another'
+    ) from None
+  return path
 
 
 def environment() -> dict:
@@ -35,7 +56,7 @@ def environment() -> dict:
   )
   return {
     'python': platform.python_version(),
-    **hf.versions(),
+    **directory.versions(),
     'commit': (commit and commit.stdout.strip()) or None,
     'platform': platform.platform(),
     'backend': jax.default_backend(),
@@ -43,55 +64,89 @@ def environment() -> dict:
   }
 
 
-def settings(context, algorithm) -> dict:
-  """Everything that decides the run, for config.yaml."""
+def describe_data(setup: Setup) -> str:
+  """The data in words: the task's own, or where it comes from."""
+  if setup.task.description:
+    return setup.task.description
+  n, held_out = setup.data.num_records, setup.evaluations[0].data.num_records
+  count = 'endless' if n is None else f'{n:,}'
+  return f'{setup.data.records.name}: {count} records; {held_out:,} held out'
+
+
+def adapter_of(setup: Setup) -> dict | None:
+  """The configuration of adapters, None where all of the model is trained."""
+  config = models.lora_config(setup.settings)
+  if config is None:
+    return None
   return {
-    'experiment': context.experiment.name,
-    **flag_layer.flat(context.experiment.flags),
-    'algorithm_resolved': algorithms.described(algorithm),
-    'compute_dtype': str(context.policy.dtype),
-    'model_origin': context.model.origin,
-    'model_commit': hub.commit_of(context.model.directory),
-    'model_fingerprint': fingerprint(context.model),
-    'value_head': context.policy.value is not None,
-    'adapter': context.adapter and dataclasses.asdict(context.adapter),
-    'model_config': context.model.described,
-    'data': context.experiment.data,
+    'rank': config.rank,
+    'alpha': config.alpha,
+    'targets': list(config.targets),
   }
 
 
-def write_run_files(context, algorithm, run_dir: Path) -> None:
-  """config.yaml, command.txt and env.json."""
-  config = yaml.safe_dump(settings(context, algorithm), sort_keys=False)
-  (run_dir / 'config.yaml').write_text(config)
-  module = f'experiments.{context.experiment.name}'
-  command = shlex.join(['python', '-m', module, *sys.argv[1:]])
-  (run_dir / 'command.txt').write_text(command + '\n')
-  (run_dir / 'env.json').write_text(json.dumps(environment(), indent=2) + '\n')
+def settings_of_run(setup: Setup) -> dict:
+  """Everything that decides the run, for config.yaml."""
+  own = isinstance(setup.model, models.OwnModel)
+  return {
+    'experiment': setup.caller.name,
+    **setup.task_flags,
+    **flatten(setup.settings),
+    'max_completion_length': setup.config.max_completion_length,
+    'algorithm_resolved': algorithms.described(setup.algorithm),
+    'rewards': setup.rewards.weights,
+    'reward_unit': setup.task.reward_unit,
+    'compute_dtype': setup.dtype,
+    'model_origin': setup.model.origin,
+    'model_commit': fetch.commit_of(setup.model.directory),
+    'model_fingerprint': None if own else fingerprint(setup.model),
+    'value_head': setup.policy.value is not None,
+    'adapter': adapter_of(setup),
+    'model_config': setup.model.hf_config,
+    'prompt_lengths': list(setup.data.buckets),
+    'data': describe_data(setup),
+    'data_fingerprint': data.data_fingerprint(setup.data.records),
+  }
+
+
+def to_yaml(found: dict) -> str:
+  """YAML of plain values: tuples are lists, what else there is is a word."""
+  plain = json.loads(json.dumps(found, default=str))
+  return yaml.safe_dump(plain, sort_keys=False)
+
+
+def write_run_files(setup: Setup, run_dir: Path) -> None:
+  """config.yaml, command.txt, env.json, and the model without its weights."""
+  atomic_write(run_dir / 'config.yaml', to_yaml(settings_of_run(setup)))
+  atomic_write(run_dir / 'command.txt', setup.caller.command + '\n')
+  described = json.dumps(environment(), indent=2) + '\n'
+  atomic_write(run_dir / 'env.json', described)
+  if isinstance(setup.model, models.OwnModel):
+    return
   # with it, a checkpoint can be exported when the model has gone
-  with hf.atomic_directory(run_dir / 'model', replace=True) as part:
-    hf.write_description(part, context.model)
+  with directory.atomic_directory(run_dir / 'model', replace=True) as part:
+    directory.write_description(part, setup.model)
 
 
-def print_config(context, algorithm, state) -> None:
-  """Every setting, what the state (of structs) weighs and where each parameter
-  lies."""
-  say = context.logger.say
-  say(yaml.safe_dump(settings(context, algorithm), sort_keys=False).rstrip())
+def print_config(setup: Setup, state) -> None:
+  """Prints every setting, the size of the state (of structs) and where each
+  parameter lies."""
+  message = setup.logger.message
+  message(to_yaml(settings_of_run(setup)).rstrip())
 
   def weight(tree):
     leaves = jax.tree.leaves(tree)
     count = sum(x.size for x in leaves)
     return f'{count:,} in {sum(x.size * x.dtype.itemsize for x in leaves):,}'
 
-  say(f'trained parameters: {weight(state.params)} bytes')
+  message(f'trained parameters: {weight(state.params)} bytes')
   if state.frozen is not None:
-    say(f'frozen parameters: {weight(state.frozen)} bytes')
+    message(f'frozen parameters: {weight(state.frozen)} bytes')
   if state.critic is not None:
-    say(f'critic parameters: {weight(state.critic)} bytes')
-  say(f'optimizer state: {weight(state.opt_state)} bytes')
-  say(f'mesh: {dict(context.mesh.shape)}')
-  for tree in state.weights:
+    message(f'critic parameters: {weight(state.critic)} bytes')
+  message(f'optimizer state: {weight(state.opt_state)} bytes')
+  message(f'mesh: {dict(setup.mesh.shape)}')
+  for tree in (state.params, state.frozen):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       name, spec = sharding.path_name(path), tuple(leaf.sharding.spec)
-      say(f'  {name} {list(leaf.shape)} {leaf.dtype} {spec}')
+      message(f'  {name} {list(leaf.shape)} {leaf.dtype} {spec}')

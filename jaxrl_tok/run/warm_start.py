@@ -1,9 +1,7 @@
-"""Supervised warm start on (prompt, answer) records, cached on disk.
+"""Supervised start on the data's right answers, cached on disk.
 
-The loss is the negative log-prob of the answer's tokens, its end token
-included, through the same `evaluate` that reinforcement learning uses. The
-cache holds saved policies under ~/.cache/jaxrl_tok (or XDG_CACHE_HOME), keyed
-by everything that decides the outcome.
+The cache holds saved policies under ~/.cache/jaxrl_tok (or XDG_CACHE_HOME),
+keyed by everything that decides the outcome.
 """
 
 import dataclasses
@@ -14,111 +12,120 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxrl_tok
-from jaxrl_tok import data, sharding
-from jaxrl_tok.credit import losses
-from jaxrl_tok.evaluation import held_out_reward
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.policy import evaluate
+from jaxrl_tok import __version__, data, sharding
+from jaxrl_tok.evaluation import evaluate_held_out
+from jaxrl_tok.hub import directory
+from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.cache import user_cache
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.types import Prompts, Rollout
+from jaxrl_tok.run.prepare import Setup, answer_ids
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.step.device_rewards import make_device_scorer
+from jaxrl_tok.step.supervised import make_supervised_step
+from jaxrl_tok.types import Prompts
 
 # for a program that runs once, for milliseconds
 QUICKLY = {'xla_backend_optimization_level': 0}
 
 
-def cache_dir(context, flags) -> Path:
-  """Where the warm start of these settings is kept."""
-  experiment, rule = context.experiment, jax.device_get(context.rule)
+def digest(records) -> str:
+  """Hash of all records."""
+  found = hashlib.sha256()
+  for record in records:
+    text = json.dumps(record, sort_keys=True, default=str)
+    found.update(text.encode(errors='replace'))
+  return found.hexdigest()
+
+
+def cache_dir(setup: Setup) -> Path:
+  """Where the start of these settings is kept."""
+  rule = jax.device_get(setup.rule)
   never = () if rule.forbidden is None else np.flatnonzero(rule.forbidden)
   recipe = {
-    'version': jaxrl_tok.__version__,
+    'version': __version__,
+    'format': 2,
     'jax': jax.__version__,
-    'flags': dataclasses.asdict(flags),
-    'seed': experiment.flags.run.seed,
-    'length': experiment.flags.sampling.max_completion_length,
-    'dtype': str(context.policy.dtype),
-    'model': context.model.described,
-    # what evaluate and greedy completions read of the rule
+    'settings': dataclasses.asdict(setup.settings.warm_start),
+    'seed': setup.settings.run.seed,
+    'length': setup.config.max_completion_length,
+    'dtype': setup.dtype,
+    'model': setup.model.hf_config,
+    # the parts of the rule that evaluate and greedy completions read
     'temperature': rule.temperature.item(),
     'end_tokens': rule.end_tokens.tolist(),
     'forbidden': list(map(int, never)),
-    'data': hashlib.sha256(
-      json.dumps(
-        [experiment.train_records, experiment.held_out_records],
-        sort_keys=True,
-        default=str,
-      ).encode()
-    ).hexdigest(),
+    'rewards': sorted(setup.evaluations[0].rewards.weights.items()),
+    'data': [
+      digest(setup.data.records),
+      digest(setup.evaluations[0].data.records),
+    ],
   }
   text = json.dumps(recipe, sort_keys=True).encode()
   key = hashlib.sha256(text).hexdigest()[:16]
-  return user_cache() / f'{experiment.name}-{key}'
+  return user_cache() / f'{setup.caller.name}-{key}'
 
 
-def targets(records, context) -> tuple[np.ndarray, np.ndarray]:
-  """Answers as (tokens int32 [n, T], mask bool [n, T]), the end included."""
-  T = context.experiment.flags.sampling.max_completion_length
-  tokenizer, end = context.model.tokenizer, context.model.end_tokens[0]
-  tokens = np.full((len(records), T), context.model.pad_token, np.int32)
-  mask = np.zeros((len(records), T), bool)
-  for i, record in enumerate(records):
-    ids = tokenizer(str(record['answer']), add_special_tokens=False)[
-      'input_ids'
-    ]
-    row = [*ids, end]
-    tokens[i, : len(row)] = row
-    mask[i, : len(row)] = True
-  return tokens, mask
-
-
-def answers(context, records) -> dict:
-  """The columns that rewards on the device read."""
-  tokens, mask = targets(records, context)
-  return {'answer': tokens, 'answer_mask': mask}
-
-
-def make_step(context, optimizer):
-  """step(params, opt_state, Prompts, tokens, mask) -> (..., loss), pure."""
-
-  def step(params, opt_state, prompts, tokens, mask):
-    rollout = Rollout(prompts, tokens, mask, jnp.zeros(tokens.shape), None)
-
-    def loss(params):
-      stats = evaluate(context.policy, params, rollout, context.rule)
-      return -jnp.sum(stats.logp * losses.token_mean(mask))
-
-    value, grads = jax.value_and_grad(loss)(params)
-    changes, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, changes), opt_state, value
-
-  return step
-
-
-def learn(context, flags):
-  """Trains from random weights until `stop_at` held-out, or `max_steps`."""
-  experiment, policy, logger = (
-    context.experiment,
-    context.policy,
-    context.logger,
+def batch_at(setup: Setup, number: int) -> tuple:
+  """(Prompts, answers int32 [n, T], mask bool [n, T]) of a step, placed."""
+  n = setup.settings.warm_start.warm_start_batch_size
+  examples, prompts, _ = data.batch_at(
+    setup.data, setup.settings.run.seed, number * n, n
   )
-  seed = experiment.flags.run.seed
+  P = setup.data.buckets[-1]
+  more = ((0, 0), (0, P - prompts.tokens.shape[1]))
+  prompts = prompts._replace(tokens=np.pad(prompts.tokens, more))
+  T = setup.config.max_completion_length
+  tokens = np.full((n, T), setup.model.pad_token, np.int32)
+  mask = np.zeros((n, T), bool)
+  for i, example in enumerate(examples):
+    row = answer_ids(setup.model, example[setup.task.answers])
+    tokens[i, : len(row)], mask[i, : len(row)] = row, True
+  return sharding.put_rows(setup.mesh, (prompts, tokens, mask))
+
+
+def make_judge(setup: Setup):
+  """Returns judge(params) -> held-out reward of greedy completions."""
+  e = setup.evaluations[0]
+  sample = jax.jit(make_sampler(setup.policy, setup.config.greedy))
+  device = None
+  if e.rewards.device:
+    score = jax.jit(make_device_scorer(e.rewards.device))
+
+    def device(rollout, columns):
+      return score(None, rollout, columns)
+
+  scorer = setup.scorer(e.rewards, device)
+
+  def judge(params) -> float:
+    def completions(_, prompts: Prompts):
+      return sample(params, jax.random.key(0), prompts, setup.rule)
+
+    found, _ = evaluate_held_out(
+      completions, scorer, e.data, e.num_prompts, e.data.buckets[-1]
+    )
+    return found['eval/reward']
+
+  return judge
+
+
+def learn(setup: Setup):
+  """Trains from random weights until warm_start_stop_at is reached, or for
+  warm_start_max_steps. Returns (params, steps, held-out reward)."""
+  f, logger = setup.settings.warm_start, setup.logger
+  last = f.warm_start_max_steps
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
-    flags.warm_start_learning_rate,
-    min(50, flags.warm_start_max_steps // 4),
-    flags.warm_start_max_steps,
-    0.1 * flags.warm_start_learning_rate,
+    f.warm_start_learning_rate,
+    min(50, last // 4),
+    last,
+    0.1 * f.warm_start_learning_rate,
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0)
   )
-  tokens, mask = targets(context.data.examples, context)
+  policy = setup.policy
 
   def init(key):
     params = policy.init(key)
@@ -126,85 +133,64 @@ def learn(context, flags):
 
   (params, opt_state), _ = sharding.born_sharded(
     init,
-    context.mesh,
+    setup.mesh,
     policy.partition_rules,
-    jax.random.key(seed),
+    jax.random.key(setup.settings.run.seed),
     compiler_options=QUICKLY,
   )
-  step = jax.jit(make_step(context, optimizer), donate_argnums=(0, 1))
-  greedy = SamplerConfig(
-    1, tokens.shape[1], context.model.pad_token, greedy=True
+  step = jax.jit(
+    make_supervised_step(policy, optimizer, setup.rule), donate_argnums=(0, 1)
   )
-  sample = jax.jit(make_sampler(policy, greedy))
-  judge = context.scorer(experiment.judge_functions)
-
-  def batch(number):
-    index = data.record_indices(
-      len(tokens),
-      seed,
-      number * flags.warm_start_batch_size,
-      flags.warm_start_batch_size,
-    )
-    prompts = Prompts(context.data.tokens[index], context.data.length[index])
-    return sharding.put_rows(
-      context.mesh, (prompts, tokens[index], mask[index])
-    )
-
-  def accuracy(params):
-    found, _ = held_out_reward(
-      sample, judge, params, context.held_out, context.rule, context.eval_batch
-    )
-    return found['eval/reward']
-
-  with logger.doing('compiling the warm start'):
-    step = step.lower(params, opt_state, *batch(0)).compile()
-    score = accuracy(params)
-  with logger.bar('warm start', flags.warm_start_max_steps) as show:
-    for number in range(flags.warm_start_max_steps):
-      params, opt_state, loss = step(params, opt_state, *batch(number))
+  judge = make_judge(setup)
+  with logger.doing('compiling the supervised start'):
+    step = step.lower(params, opt_state, *batch_at(setup, 0)).compile()
+    score = judge(params)
+  with logger.bar('supervised start', last) as show:
+    for number in range(last):
+      batch = batch_at(setup, number)
+      params, opt_state, loss = step(params, opt_state, *batch)
       done = number + 1
-      if (
-        done % flags.warm_start_check_every
-        and done < flags.warm_start_max_steps
-      ):
+      if done % f.warm_start_check_every and done < last:
         continue
-      score = accuracy(params)
+      score = judge(params)
       logger.metrics('warm_start', done, {'loss': loss, 'eval/reward': score})
       show(done, f'loss {float(loss):.3f}  held-out {score:.3f}')
-      if score >= flags.warm_start_stop_at:
+      if score >= f.warm_start_stop_at:
         break
   # a critic begins with the updates
   params = {k: v for k, v in params.items() if k != 'value_head'}
   return params, done, score
 
 
-def warm_start(context, flags):
-  """Parameters that the warm start ends with, from the cache if it has them."""
-  where = cache_dir(context, flags)
-  if flags.cache and where.is_dir():
+def warm_start(setup: Setup):
+  """Parameters that the start ends with, from the cache if it has them."""
+  where, keep = cache_dir(setup), setup.settings.warm_start.cache
+  if keep and where.is_dir():
     try:
-      params = hf.read_params(hf.open_model(where), context.mesh)
-      context.logger.say(f'warm start from {where} (--no_cache makes it anew)')
+      params = read_params(directory.open_model(where), setup.mesh)
+      setup.logger.message(
+        f'supervised start from {where} (--no_cache makes it anew)'
+      )
       return params
     except (ValueError, OSError) as e:
-      context.logger.warn(f'{e}; the warm start is made anew')
+      setup.logger.warn(f'{e}; the supervised start is made anew')
       shutil.rmtree(where, ignore_errors=True)
-  params, steps, score = learn(context, flags)
-  context.logger.say(f'warm start: {steps} steps, held-out {score:.3f}')
-  if flags.cache and jax.process_index() == 0:
-    keep(context, params, where)
+  params, steps, score = learn(setup)
+  setup.logger.message(f'supervised start: {steps} steps, held-out {score:.3f}')
+  if keep and jax.process_index() == 0:
+    save_start(setup, params, where)
   return params
 
 
-def keep(context, params, where: Path) -> None:
-  """Saves them; runs side by side may, and what cannot be kept is a warning."""
+def save_start(setup: Setup, params, where: Path) -> None:
+  """Saves them; runs side by side may, and a failure is a warning."""
   own = where.with_name(f'{where.name}.{os.getpid()}')
-  card = {'title': 'warm start', 'data': context.experiment.data}
+  card = {'title': 'supervised start', 'data': setup.task.description}
   try:
-    hf.save(own, context.model, params, card)
+    directory.save(own, setup.model, params, card)
     os.replace(own, where)
   except OSError as e:
     if not where.is_dir():  # else another run was first
-      context.logger.warn(f'the warm start cannot be kept: {e}')
+      setup.logger.warn(f'the supervised start cannot be kept: {e}')
   finally:
     shutil.rmtree(own, ignore_errors=True)

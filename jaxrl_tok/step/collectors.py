@@ -272,13 +272,13 @@ def select_groups(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
   scored = take_scored(padded_prompts([b.scored for b in batches]), groups, C)
   G = len(scored.rollout.mask) // len(groups)
 
-  def rows(name):
-    found = [b.extra[name] for b in batches]
+  def rows(name):  # a function may log a column now and then
+    found = [b.extra.get(name, [None] * (C * G)) for b in batches]
     return [x for b, c in groups for x in found[b][c * G : (c + 1) * G]]
 
   return batches[0]._replace(
     scored=place(scored),
     examples=[batches[b].examples[c] for b, c in groups],
     positions=np.array([batches[b].positions[c] for b, c in groups]),
-    extra={name: rows(name) for name in batches[0].extra},
+    extra={name: rows(name) for b in batches for name in b.extra},
   )

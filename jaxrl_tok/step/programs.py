@@ -6,6 +6,7 @@ compiled once training has begun.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -90,8 +91,9 @@ class EvaluationShape(NamedTuple):
   num_prompts: int  # at a time
   prompt_length: int
   sampler: SamplerConfig
-  # arrays [n, ...] that device rewards read; None: they do not judge it
-  columns: dict | None = None
+  # (function of make_device_scorer, its params); None: the host judges alone
+  device_score: tuple | None = None
+  columns: dict = {}  # noqa: RUF012  arrays [n, ...] that those rewards read
 
 
 class Programs(NamedTuple):
@@ -327,8 +329,8 @@ def compile_programs(
     jobs['evaluation', name], rollout = run.sampled(
       e.num_prompts, e.prompt_length, e.sampler
     )
-    if networks.device_score is not None and e.columns is not None:
-      score, params = networks.device_score
+    if e.device_score is not None:
+      score, params = e.device_score
       columns = {k: shapes.like(v, e.num_prompts) for k, v in e.columns.items()}
       job = jax.jit(score, out_shardings=shapes.rows)
       jobs['evaluation_score', name] = Job([job], (params, rollout, columns))
@@ -340,10 +342,15 @@ def compile_programs(
     buckets = data.buckets[-1:] if config.replay_groups else data.buckets
     for P in buckets:
       jobs |= step_jobs(run, P)
-  return bind(networks, compile_all(jobs), table)
+  params = {
+    name: e.device_score[1] for name, e in evaluations.items() if e.device_score
+  }
+  return bind(networks, compile_all(jobs), table, params)
 
 
-def bind(n: Networks, built: dict, table: Table | None) -> Programs:
+def bind(
+  n: Networks, built: dict, table: Table | None, evaluation_params: dict
+) -> Programs:
   """Programs that take what flows; what stays (rule, reward parameters, the
   table) is bound to them."""
 
@@ -381,14 +388,11 @@ def bind(n: Networks, built: dict, table: Table | None) -> Programs:
     measure = measures[(rollout.prompts.tokens.shape[1],)]
     return measure(state.reference_params, rollout, n.rule)
 
-  def evaluation_score(compiled):
-    return lambda *args: compiled(n.device_score[1], *args)
-
   evaluations = {
     name: evaluation(f) for (name,), f in by_name('evaluation').items()
   }
   evaluation_scores = {
-    name: evaluation_score(f)
+    name: functools.partial(f, evaluation_params[name])
     for (name,), f in by_name('evaluation_score').items()
   }
   if table is not None:

@@ -11,13 +11,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxrl_tok import masked
-from jaxrl_tok.policy import evaluate, values
+from jaxrl_tok.policy import check_array, check_prompts, evaluate, values
 from jaxrl_tok.step.gradient import Fixed, make_gradient
 from jaxrl_tok.step.groups import merge_rows, split_groups
 from jaxrl_tok.step.passes import make_passes
@@ -38,8 +37,8 @@ from jaxrl_tok.types import (
 def reward_metrics(scored: Scored) -> dict:
   """Statistics of each row's summed reward, over valid rows; TRL's names.
 
-  reward_std is the mean over prompts of the standard deviation (ddof 1) in
-  the group; with one sample a prompt, that of the batch.
+  reward_std is the mean, over groups with a valid row, of the standard
+  deviation (ddof 1) in the group; with one sample a prompt, that of the batch.
   """
   C = scored.rollout.prompts.length.shape[0]
   valid_CxG = scored.valid.reshape(C, -1)
@@ -47,13 +46,13 @@ def reward_metrics(scored: Scored) -> dict:
   alone = rows_CxG.shape[1] == 1
   groups, on = (rows_CxG.T, valid_CxG.T) if alone else (rows_CxG, valid_CxG)
   std = jax.vmap(lambda x, m: jnp.sqrt(masked.var(x, m, ddof=1)))(groups, on)
+  some = jnp.any(on, axis=1)
   found = {
     'reward': masked.mean(rows_CxG, valid_CxG),
-    'reward_std': std.mean(),
-    'frac_reward_zero_std': (std < 1e-6).mean(),
+    'reward_std': masked.mean(std, some),
+    'frac_reward_zero_std': masked.mean(std < 1e-6, some),
+    'frac_not_valid': 1.0 - valid_CxG.mean(),
   }
-  if len(scored.applies) > 0:
-    found['frac_not_valid'] = 1.0 - valid_CxG.mean()
   for name, reward in scored.rewards.items():
     rows = masked.total(reward, scored.rollout.mask, axis=1)
     found[f'rewards/{name}/mean'] = masked.mean(rows, scored.applies[name])
@@ -152,27 +151,36 @@ def make_inputs(
 
 
 def check_scored(scored: Scored) -> None:
-  """Refuses records whose shapes or dtypes are not those of types.py."""
-  B, T = scored.rollout.tokens.shape
-  C = scored.rollout.prompts.length.shape[0]
-  try:
-    chex.assert_shape((scored.rollout.mask, scored.rollout.logp), (B, T))
-    chex.assert_shape((scored.rollout.ended, scored.rollout.version), (B,))
-    chex.assert_type(scored.rollout.mask, bool)
-    chex.assert_shape(list(scored.rewards.values()), (B, T))
-    chex.assert_shape(list(scored.applies.values()), (B,))
-    chex.assert_trees_all_equal_structs(
-      scored.rewards, scored.applies, scored.weights
-    )
-    if B % C:
-      raise AssertionError(f'{B} rows of {C} prompts')
-    if not scored.rewards:
-      raise AssertionError('no reward')
-  except AssertionError as e:
-    message = ' '.join(str(e).split())
+  """Raises ValueError, in one line, unless shapes, dtypes and names are those
+  of types.py."""
+  rollout = scored.rollout
+  check_prompts(rollout.prompts)
+  check_array('rollout.tokens', rollout.tokens, int, B=None, T=None)
+  B, T = rollout.tokens.shape
+  C = rollout.prompts.tokens.shape[0]
+  if B % C:
     raise ValueError(
-      f'Scored does not fit together ({message}); see jaxrl_tok/types.py'
-    ) from None
+      f'rollout.tokens has {B} rows, which its {C} prompts do not divide'
+    )
+  check_array('rollout.mask', rollout.mask, bool, B=B, T=T)
+  check_array('rollout.logp', rollout.logp, float, B=B, T=T)
+  if rollout.num_kept is not None:
+    check_array('rollout.num_kept', rollout.num_kept, int, B=B, T=T)
+  check_array('rollout.ended', rollout.ended, bool, B=B)
+  check_array('rollout.version', rollout.version, int, B=B)
+  parts = scored.rewards, scored.applies, scored.weights
+  named = [', '.join(sorted(part)) or 'none' for part in parts]
+  if len(set(named)) > 1 or not scored.rewards:
+    raise ValueError(
+      'Scored has rewards {}, applies {} and weights {}; give all three the '
+      'names of the rewards, one at least'.format(*named)
+    )
+  for name in scored.rewards:
+    check_array(f'reward {name}', scored.rewards[name], float, B=B, T=T)
+    check_array(f'applies of {name}', scored.applies[name], bool, B=B)
+    check_array(f'the weight of {name}', scored.weights[name], float)
+  if scored.greedy_reward is not None:
+    check_array('greedy_reward', scored.greedy_reward, float, C=C)
 
 
 def make_update(

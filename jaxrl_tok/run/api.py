@@ -1,0 +1,178 @@
+"""The user's door: `train` from Python, `main` behind flags.
+
+Nothing here imports jax before the command line has been read and checked.
+"""
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxrl_tok import rewards
+from jaxrl_tok.run import flags
+from jaxrl_tok.run.settings import Settings, check_names, flatten, with_values
+from jaxrl_tok.run.task import Interrupted, Task
+
+if TYPE_CHECKING:
+  from jaxrl_tok.run.result import Result
+
+# arguments that may be values of one's own: {name: as build.Own calls it}
+VALUES = {
+  'policy': 'policy',
+  'optimizer': 'optimizer',
+  'algorithm': 'algorithm',
+  'credit': 'credit',
+  'baseline': 'baseline',
+  'loss': 'loss',
+  'aggregation': 'aggregate',
+}
+TRY_AGAIN = 75  # exit status of a run that a signal stopped
+
+
+class Caller(NamedTuple):
+  """Who runs: for the run directory's name and command.txt."""
+
+  name: str  # of the experiment
+  command: str
+
+
+class Arguments(NamedTuple):
+  """Arguments of `train` and `main`, sorted."""
+
+  words: dict  # settings
+  own: dict  # values of the user's own, as build.Own takes them
+
+
+def sort_arguments(given: dict[str, Any]) -> Arguments:
+  """Tells settings from values of the user's own; a word or None is a
+  setting. Raises ValueError for a name that is neither."""
+  own = {
+    VALUES[name]: value
+    for name, value in given.items()
+    if name in VALUES and value is not None and not isinstance(value, str)
+  }
+  words = {
+    name: value
+    for name, value in given.items()
+    if VALUES.get(name) not in own and value is not None
+  }
+  for name in ('policy', 'optimizer'):
+    if name in words:
+      raise ValueError(
+        f'{name} {words[name]!r} is a word; give a value (a Policy, an optax '
+        'transformation)'
+      )
+  check_names(words, {*flatten(Settings()), *VALUES})
+  return Arguments(words, own)
+
+
+# --- who calls ---------------------------------------------------------------
+
+
+def module_of(function: Callable | None) -> ModuleType:
+  """The module whose file is the experiment: that of the task's function, or
+  the program's own."""
+  name = '__main__' if function is None else function.__module__
+  return sys.modules.get(name, sys.modules['__main__'])
+
+
+def command_of(module: ModuleType) -> str:
+  """The command that runs a module: python -m NAME, or python FILE."""
+  spec = getattr(module, '__spec__', None)
+  if spec is not None and spec.name != '__main__':
+    return f'python -m {spec.name.removesuffix(".__main__")}'
+  file = getattr(module, '__file__', None)
+  return f'python {shlex.quote(file)}' if file else 'python'
+
+
+def name_of(module: ModuleType) -> str:
+  """The experiment's name, for the run directory."""
+  spec = getattr(module, '__spec__', None)
+  if spec is not None and spec.name != '__main__':
+    return spec.name.removesuffix('.__main__').rpartition('.')[2]
+  file = getattr(module, '__file__', None)
+  return Path(file).stem if file else 'run'
+
+
+# --- train, main -------------------------------------------------------------
+
+
+def start(task: Task, settings: Settings, own: dict, caller, task_flags: dict):
+  """Prepares the run and runs it; imports jax."""
+  from jaxrl_tok.run import launch
+  from jaxrl_tok.run.build import Own
+  from jaxrl_tok.run.prepare import prepare
+
+  if not isinstance(task, Task):
+    raise ValueError(
+      f'a run needs a Task, and this is a {type(task).__name__}; return '
+      'Task(data, reward)'
+    )
+  return launch.run(prepare(task, settings, Own(**own), caller, task_flags))
+
+
+def train(task: Task, **settings) -> 'Result':
+  """Trains a policy on a task and returns the Result.
+
+    train(Task('couplets.jsonl', rhymes), model='Qwen/Qwen2.5-0.5B-Instruct',
+          max_steps=100, learning_rate=1e-5)
+
+  Args:
+    task: data and rewards.
+    settings: every flag of `--help` by its name (max_steps, learning_rate,
+      num_generations, ...), and values of one's own: algorithm (an Algorithm
+      or an alias), policy (a Policy), optimizer (an optax transformation),
+      credit, baseline, loss, aggregation (see credit/algorithms.py).
+
+  Raises ValueError or OSError, in one line, for what cannot be; Interrupted
+  when a signal stopped the run, whose state is saved.
+  """
+  given = sort_arguments(settings)
+  found = flags.settings_of(given.words)
+  module = module_of(None)
+  caller = Caller(name_of(module), command_of(module))
+  return start(task, found, given.own, caller, {})
+
+
+def main(
+  task: Task | Callable, argv: list[str] | None = None, /, **defaults
+) -> 'Result | None':
+  """`train` behind flags: every setting is one, `defaults` are theirs.
+
+  Args:
+    task: a Task, or a function that returns one; the function's parameters
+      are flags of its own, and those named as settings get their value.
+    argv: the command line; None: sys.argv.
+    defaults: as the arguments of `train`.
+
+  A fault is one line and exit status 2; a run that a signal stopped exits with
+  75. Returns the Result; None with --print_config.
+  """
+  argv = sys.argv[1:] if argv is None else list(argv)
+  function = None if isinstance(task, Task) else task
+  module = module_of(function)
+  command = command_of(module)
+  try:
+    given = sort_arguments(defaults)
+  except ValueError as e:
+    flags.fail(e)
+  parsed = flags.parse(
+    with_values(Settings(), given.words),
+    function,
+    command,
+    argv,
+    inspect.getdoc(module),
+  )
+  caller = Caller(name_of(module), shlex.join([*shlex.split(command), *argv]))
+  try:
+    found = function(**parsed.own) if function else task
+    return start(found, parsed.settings, given.own, caller, parsed.own)
+  except Interrupted:
+    raise SystemExit(TRY_AGAIN) from None
+  except (ValueError, OSError) as e:
+    if isinstance(e, rewards.RewardError):
+      print(e.traceback, file=sys.stderr)
+    flags.fail(e)

@@ -1,0 +1,398 @@
+"""From a task and settings to a Setup: everything that a run is made of,
+checked, placed, not compiled."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_tok import data, distribution, rewards, sharding
+from jaxrl_tok.data.records import select
+from jaxrl_tok.models import kernels
+from jaxrl_tok.models.mask_policy import masked_policy
+from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.run import build, cache, models
+from jaxrl_tok.run.api import Caller
+from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.settings import Settings
+from jaxrl_tok.run.task import Evaluation, Task
+from jaxrl_tok.sampler import SamplerConfig
+from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.collectors import Scorer
+from jaxrl_tok.step.programs import ProgramConfig
+
+DEFAULT_LENGTH = 64  # tokens of a completion at most, where nothing says more
+EVAL_BATCH = 512  # held-out prompts at a time
+RESERVED = ('prompt', 'answer', 'completion', 'reward', 'tokens', 'advantage')
+
+
+class Rewards(NamedTuple):
+  """Reward functions of training, or of an evaluation, by side."""
+
+  host: dict  # {name: function}
+  device: dict  # {name: function of JAX}
+  weights: dict  # {name: float}, of both
+
+
+class EvalSetup(NamedTuple):
+  """An evaluation, prepared."""
+
+  evaluation: Evaluation
+  rewards: Rewards
+  data: data.PromptSet
+  num_prompts: int  # at a time
+  sampler: SamplerConfig
+
+
+class Setup(NamedTuple):
+  """A run on this machine, before anything is compiled."""
+
+  caller: Caller
+  settings: Settings
+  task_flags: dict  # of the task's own function
+  task: Task
+  model: Any  # hub.model.Model or models.OwnModel
+  trainable: Any
+  policy: Any
+  critic: Any  # a Policy of its own, or None
+  dtype: str  # compute dtype
+  algorithm: Any
+  optimizer: Any
+  learning_rate: Callable | None
+  mesh: Any
+  rule: Any
+  rewards: Rewards
+  data: data.PromptSet
+  evaluations: list  # of EvalSetup; the first is the task's held-out data
+  reward_model: Any
+  config: ProgramConfig
+  logger: Logger
+
+  def decode(self, ids: list[list[int]], skip_special_tokens=True) -> list:
+    return data.decode_all(
+      self.model.tokenizer, ids, skip_special_tokens=skip_special_tokens
+    )
+
+  def scorer(self, found: Rewards, device: Callable | None) -> Scorer:
+    """Scorer of reward functions; `device` is compiled."""
+    run, n = self.settings.run, self.data.num_records
+    C = self.settings.sampling.num_prompts
+
+    def trainer_state(step: int) -> rewards.TrainerState:
+      return rewards.TrainerState(step, run.max_steps, step * C / n if n else 0)
+
+    host = rewards.make_scorer(
+      found.host,
+      self.decode,
+      self.model.end_tokens,
+      keep_special_tokens=run.keep_special_tokens,
+      reserved=RESERVED,
+    )
+    return Scorer(host, device, found.weights, trainer_state)
+
+
+def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
+  """Names the functions and sorts out which run where."""
+  is_device, model = device_rewards.is_on_device, device_rewards.REWARD_MODEL
+  taken = () if reward_model_weight is None else (model,)
+  functions, weights = rewards.name_rewards(given, taken)
+  if reward_model_weight is not None:
+    weights = weights | {model: reward_model_weight}
+  return Rewards(
+    {k: f for k, f in functions.items() if not is_device(f)},
+    {k: f for k, f in functions.items() if is_device(f)},
+    weights,
+  )
+
+
+def rewards_of(task: Task, settings: Settings) -> Rewards:
+  """The task's rewards for training; with --steps_per_call, those that are JAX
+  functions. Raises ValueError where it has none."""
+  weight = settings.model.reward_model_weight
+  weight = weight if settings.model.reward_model else None
+  given = task.rewards
+  if settings.run.steps_per_call and task.device_rewards is not None:
+    given = task.device_rewards
+  found = split_rewards(given, weight)
+  if settings.run.steps_per_call and found.host:
+    raise ValueError(
+      f'--steps_per_call needs rewards that are JAX functions, and '
+      f'{", ".join(found.host)} is none; pass --steps_per_call 0, or mark it '
+      '@on_device'
+    )
+  return found
+
+
+def open_task(task: Task, settings: Settings) -> data.Split:
+  """Training and held-out records, disjoint."""
+  columns = dict(pair.split('=') for pair in settings.data.rename)
+  opened = data.open_records(task.train, settings.run.seed, columns)
+  count, held_out = settings.run.held_out, task.held_out
+  if isinstance(held_out, int):
+    return data.split(opened, count or held_out)
+  held_out = data.open_records(held_out, settings.run.seed, columns)
+  if count and held_out.num_records and count < held_out.num_records:
+    held_out = select(held_out, np.arange(count))
+  return data.split(opened, held_out)
+
+
+def answer_ids(model, answer) -> list[int]:
+  """Ids of a right answer, its end token included."""
+  found = model.tokenizer(str(answer), add_special_tokens=False)
+  return [*found['input_ids'], model.end_tokens[0]]
+
+
+def completion_length(task: Task, settings: Settings, model, split) -> int:
+  """max_completion_length: as given, else that of the longest answer where a
+  supervised start learns them, else DEFAULT_LENGTH."""
+  given, column = settings.sampling.max_completion_length, task.answers
+  learns = column is not None and model.directory is None
+  if not learns or split.train.num_records is None:
+    return given or DEFAULT_LENGTH
+  need = 0
+  for records in (split.train, split.held_out):
+    for i, record in enumerate(records):
+      if not isinstance(record.get(column), str):
+        raise ValueError(
+          f'{records.where(i)}: no {column!r} that is text; a supervised '
+          'start needs an answer for each prompt, or pass --model'
+        )
+      need = max(need, len(answer_ids(model, record[column])))
+  if given is not None and given < need:
+    raise ValueError(
+      f'--max_completion_length {given} cannot hold an answer of {need - 1} '
+      f'tokens and the end; pass --max_completion_length {need}'
+    )
+  return given or need
+
+
+def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
+  """Refuses a batch that the mesh cannot split, and rows that would leave
+  their device."""
+  sampling, shards = settings.sampling, sharding.row_shards(mesh)
+  if sampling.compact_levels and shards > 1:
+    raise ValueError(
+      f'--compact_levels moves rows, and {shards} devices of data x fsdp hold '
+      'them; pass --compact_levels 0'
+    )
+  C, G = sampling.num_prompts + sampling.replay_groups, sampling.num_generations
+  micro = settings.model.micro_batch
+  micro = 0 if micro == 'auto' else micro
+  prompts = micro // G or C // mini_batches
+  if prompts % shards:
+    name, unit = ('--micro_batch', G) if micro else ('--num_prompts', 1)
+    parts = 1 if micro else mini_batches
+    fit = -(-prompts // shards) * shards * unit * parts
+    raise ValueError(
+      f'{name} {prompts * unit * parts} is {prompts} prompts a pass, which the '
+      f'{shards} devices of data x fsdp cannot share equally; pass {name} {fit}'
+    )
+
+
+def micro_batches(settings: Settings, mini_batches: int) -> int | None:
+  """Passes of a mini-batch's gradient; None: as the device's memory has it."""
+  sampling, wanted = settings.sampling, settings.model.micro_batch
+  if wanted == 'auto':
+    return None
+  C = sampling.num_prompts + sampling.replay_groups
+  rows = C * sampling.num_generations // mini_batches
+  return rows // wanted if wanted else 1
+
+
+def make_networks(settings: Settings, model, trainable, algorithm):
+  """(policy, critic of its own or None, compute dtype) of a run."""
+  f, learned = settings.model, algorithm.value_loss is not None
+  dtype = f.dtype
+  if dtype == 'auto':
+    cpu = jax.default_backend() == 'cpu'
+    dtype = 'float32' if cpu else 'bfloat16'
+  if isinstance(model, models.OwnModel):
+    policy, critic = model.policy, None
+  else:
+    how = jnp.dtype(dtype), f.remat, kernels.choose(f.attention)
+    judge = model.with_value_head()
+    shared = learned and settings.algorithm.critic == 'shared'
+    policy = (judge if shared else model).make_policy(*how)
+    critic = judge.make_policy(*how) if learned and not shared else None
+  policy = policy._replace(merge_params=trainable.merge)
+  if 'mask_policy' in algorithm.carries:
+    policy = masked_policy(policy)
+  return policy, critic, dtype
+
+
+def make_rule(settings: Settings, model):
+  """The sampling rule of the settings."""
+  s = settings.sampling
+  return distribution.make_rule(
+    model.vocab_size,
+    model.end_tokens,
+    s.temperature,
+    s.top_k,
+    s.top_p,
+    s.min_p,
+    models.forbidden_tokens(model),
+  )
+
+
+def prompt_set(
+  settings: Settings, model, found: Rewards, records, task, T, name
+):
+  """Records of a task as prompts, with the columns that its device rewards
+  read."""
+  columns, first = None, records[0]
+  rewards.check_functions(found.host, first)
+  if found.device:
+    columns = device_rewards.make_columns(
+      found.device,
+      first,
+      task.answers,
+      functools.partial(answer_ids, model),
+      T,
+    )
+  return data.prompt_set(
+    records,
+    model.tokenizer,
+    model.vocab_size,
+    settings.data.max_prompt_length,
+    settings.data.long_prompts,
+    columns=columns,
+    name=name,
+  )
+
+
+def make_evaluations(
+  task: Task, settings: Settings, model, held_out, config: ProgramConfig, mesh
+) -> list[EvalSetup]:
+  """The task's own held-out evaluation, then the others that it names."""
+  own = Evaluation(
+    'held_out', held_out, task.eval_rewards, metrics=task.metrics
+  )
+  columns = dict(pair.split('=') for pair in settings.data.rename)
+  shards, names, found = sharding.row_shards(mesh), set(), []
+  for e in (own, *task.evaluations):
+    if e.name in names:
+      raise ValueError(f'two evaluations are named {e.name}; rename one')
+    names.add(e.name)
+    by = split_rewards(task.rewards if e.rewards is None else e.rewards)
+    records = data.open_records(
+      e.data,
+      settings.run.seed,
+      None if isinstance(e.data, data.Records) else columns,
+    )
+    prompts = prompt_set(
+      settings,
+      model,
+      by,
+      records,
+      task,
+      config.max_completion_length,
+      'held-out prompt' if e is own else f'prompt of {e.name}',
+    )
+    sampler = config.greedy if e.greedy else config.sampler
+    sampler = sampler_of(sampler, e.samples)
+    count = -(-min(prompts.num_records, EVAL_BATCH) // shards) * shards
+    found.append(EvalSetup(e, by, prompts, count, sampler))
+  return found
+
+
+def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
+  """The sampler for so many completions of each prompt."""
+  return dataclasses.replace(
+    config, samples_per_prompt=samples, compact_levels=0
+  )
+
+
+def message_counts(logger: Logger, split, train, held_out) -> None:
+  """Says once how the data was cut, cleaned and held out."""
+  counts = split.counts
+  if counts['removed'] or counts['repeated']:
+    logger.message(
+      f'data: {counts["removed"]:,} training records have a held-out prompt '
+      f'and are left out; {counts["repeated"]:,} held-out ones were repeated'
+    )
+  for found in (train, held_out):
+    for what in ('dropped', 'cut'):
+      if found.counts.get(what):
+        logger.message(
+          f'data: {found.counts[what]:,} of {found.counts["records"]:,} '
+          f'{found.name}s are longer than --max_prompt_length and were {what}'
+        )
+
+
+def prepare(
+  task: Task,
+  settings: Settings,
+  own: Own,
+  caller: Caller,
+  task_flags: dict,
+) -> Setup:
+  """Checks all that needs the model, the data or the devices.
+
+  Raises ValueError or OSError, in one line.
+  """
+  cache.keep_programs()
+  sharding.split_cpu(settings.model.cpu_devices)
+  mesh = sharding.make_mesh(settings.model.mesh)
+  found = rewards_of(task, settings)
+  tokenizer = task.tokenizer or data.byte_tokenizer
+  model = models.make_model(settings, own.policy, tokenizer)
+  split = open_task(task, settings)
+  T = completion_length(task, settings, model, split)
+  algorithm = build.make_algorithm(settings, own, T)
+  passes = algorithm.passes
+  check_devices(settings, mesh, passes.mini_batches)
+  train = prompt_set(
+    settings, model, found, split.train, task, T, 'training prompt'
+  )
+  trainable = models.make_trainable(settings, model)
+  policy, critic, dtype = make_networks(settings, model, trainable, algorithm)
+  s = settings.sampling
+  config = ProgramConfig(
+    num_prompts=s.num_prompts,
+    samples_per_prompt=s.num_generations,
+    max_completion_length=T,
+    pad_token=model.pad_token,
+    truncate=s.truncates,
+    compact_levels=s.compact_levels,
+    micro_batches=micro_batches(settings, passes.mini_batches),
+    length_buckets=settings.model.length_buckets,
+    steps_per_call=settings.run.steps_per_call,
+    replay_groups=s.replay_groups,
+  )
+  evaluations = make_evaluations(
+    task, settings, model, split.held_out, config, mesh
+  )
+  P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
+  models.check_context(model, P, T)
+  reward_model = models.make_reward_model(settings, model)
+  if reward_model is not None:
+    models.check_context(reward_model, P, T)
+  optimizer, learning_rate = build.make_optimizer(settings, own, algorithm)
+  logger = Logger(is_main=jax.process_index() == 0)
+  message_counts(logger, split, train, evaluations[0].data)
+  return Setup(
+    caller,
+    settings,
+    task_flags,
+    task,
+    model,
+    trainable,
+    policy,
+    critic,
+    dtype,
+    algorithm,
+    optimizer,
+    learning_rate,
+    mesh,
+    sharding.put_replicated(mesh, make_rule(settings, model)),
+    found,
+    train,
+    evaluations,
+    reward_model,
+    config,
+    logger,
+  )

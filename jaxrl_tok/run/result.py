@@ -1,0 +1,161 @@
+"""Result of a run: its numbers, its samples, and the policy, ready to use."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.table
+import rich.text
+
+from jaxrl_tok import data, sharding
+from jaxrl_tok.evaluation import evaluate_held_out
+from jaxrl_tok.report.files import read_metrics, read_rows
+from jaxrl_tok.report.page import Report
+from jaxrl_tok.run.prepare import Setup, make_evaluations
+from jaxrl_tok.run.task import Task
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.device_rewards import make_device_scorer
+
+
+class Result:
+  """A finished run.
+
+  Attributes:
+    run_dir: its directory.
+    summary: {label: text}, as the console shows it.
+    report: its page; shows itself in a notebook.
+    state: TrainState after the last step.
+    rows: held-out completions after it.
+  """
+
+  def __init__(
+    self,
+    run_dir: Path,
+    summary: dict,
+    report: Report,
+    setup: Setup,
+    state: Any,
+    rows: list[dict],
+  ):
+    self.run_dir, self.summary, self.report = run_dir, summary, report
+    self.state, self.rows = state, rows
+    self._setup = setup
+
+  def __repr__(self) -> str:
+    lines = (f'{name}: {text}' for name, text in self.summary.items())
+    return '\n'.join([f'run {self.run_dir}', *lines])
+
+  @property
+  def metrics(self) -> list[dict]:
+    """Rows of metrics.jsonl: one for each step and each evaluation."""
+    return read_metrics(self.run_dir)
+
+  @property
+  def samples(self) -> list[dict]:
+    """Rows of samples.jsonl: recorded completions."""
+    return read_rows(self.run_dir / 'samples.jsonl')
+
+  @functools.cached_property
+  def params(self):
+    """The policy's parameters, adapters merged in."""
+    return self._setup.policy.merge_params(*self.state.policy_params)
+
+  def _sampler(self, config: SamplerConfig):
+    return jax.jit(make_sampler(self._setup.policy, config))
+
+  def generate(
+    self, prompts: Sequence, greedy: bool = True, seed: int = 0
+  ) -> list[str]:
+    """A completion of each prompt, which is text or a list of messages.
+
+    greedy: the most likely tokens; False: sampled as in training.
+    """
+    s = self._setup
+    records = data.open_records([{'prompt': p} for p in prompts])
+    found = data.prompt_set(
+      records, s.model.tokenizer, s.model.vocab_size, name='prompt'
+    )
+    shards = sharding.row_shards(s.mesh)
+    more = -len(records) % shards
+    batch, _ = found.batch(
+      [*records, *([records[0]] * more)], found.buckets[-1]
+    )
+    config = s.config.greedy if greedy else s.config.sampler
+    with jax.set_mesh(s.mesh):
+      rollout = self._sampler(
+        dataclasses.replace(config, samples_per_prompt=1)
+      )(
+        self.params,
+        jax.random.key(seed),
+        sharding.put_rows(s.mesh, batch),
+        s.rule,
+      )
+      tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+    ids = [row[m].tolist() for row, m in zip(tokens, mask)]
+    return s.decode(ids[: len(records)])
+
+  def evaluate(self, task: Task) -> dict:
+    """Metrics of the policy on the held-out data of a task."""
+    s, found = self._setup, {}
+    held_out = task.held_out
+    if isinstance(held_out, int):
+      opened = data.open_records(task.train, s.settings.run.seed)
+      held_out = data.split(opened, held_out).held_out
+    evaluations = make_evaluations(
+      task, s.settings, s.model, held_out, s.config, s.mesh
+    )
+    with jax.set_mesh(s.mesh):
+      for e in evaluations:
+        sample = self._sampler(e.sampler)
+        key = jax.random.key(s.settings.run.seed)
+
+        def completions(number, prompts, sample=sample, key=key):
+          at = jax.random.fold_in(key, number)
+          return sample(self.params, at, prompts, s.rule)
+
+        device = None
+        if e.rewards.device:
+          score = jax.jit(make_device_scorer(e.rewards.device))
+          device = functools.partial(score, None)
+        metrics, _ = evaluate_held_out(
+          completions,
+          s.scorer(e.rewards, device),
+          e.data,
+          e.num_prompts,
+          e.data.buckets[-1],
+          metrics=e.evaluation.metrics,
+          name=e.evaluation.name,
+        )
+        found |= metrics
+    return found
+
+  def export(self, out: str | Path) -> Path:
+    """Writes the policy as a directory that --model opens."""
+    s, state = self._setup, self.state
+    card = {'title': Path(out).name, 'metrics': self.summary}
+    return s.trainable.save(out, state.params, state.frozen, card, s.dtype)
+
+
+def one_line(value) -> str:
+  """A prompt or completion as one line of a table."""
+  if isinstance(value, list):
+    value = value[-1].get('content', '')
+  return ' '.join(str(value).split()) if value is not None else ''
+
+
+def show_samples(console, rows: list[dict], count: int = 8) -> None:
+  """Prints a table of completions; the answer's column only where there are
+  answers."""
+  rows = rows[:count]
+  names = ['prompt', 'answer', 'completion', 'reward']
+  if all(row['answer'] is None for row in rows):
+    names.remove('answer')
+  table = rich.table.Table(*names)
+  for row in rows:
+    cells = row | {'reward': f'{row["reward"]:g}'}
+    texts = (one_line(cells[name]) for name in names)
+    table.add_row(*(rich.text.Text(text[:300]) for text in texts))
+  console.print(table)

@@ -1,0 +1,74 @@
+"""Task: data and rewards, the only thing that a user must make. No jax."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A data set that the policy is judged on while it trains, and how.
+
+  The metrics are named eval/NAME/reward and so on.
+  """
+
+  name: str
+  data: Any
+  """Records, as Task.train takes them."""
+  rewards: Any = None
+  """As Task.rewards; None: the task's."""
+  every: int | None = None
+  """Steps between evaluations; None: --eval_every."""
+  samples: int = 1
+  """Completions of each prompt."""
+  greedy: bool = True
+  """The most likely tokens; False: sampled as in training."""
+  metrics: Sequence[Callable] = ()
+  """Functions of all completions, never optimised:
+  metric(prompts, completions, **columns) -> float | {name: float}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task: what is learnt, from which prompts, by which rewards.
+
+  Task('couplets.jsonl', rhymes)
+  Task(records, {rhymes: 1.0, short: 0.2}, held_out=100)
+  """
+
+  train: Any
+  """Records with a "prompt" (text or messages): path of a jsonl or parquet
+  file, hub:OWNER/NAME@REVISION:SPLIT, a datasets.Dataset, a list of dicts, or
+  for endless data a function (seed, index) -> dict."""
+  rewards: Any
+  """A reward function, several, or {function: weight}; those marked
+  @on_device are JAX functions of a rollout."""
+  held_out: Any = 512
+  """Records as above, or how many of the training ones to hold out."""
+  eval_rewards: Any = None
+  """Rewards of the held-out evaluation; None: those of training."""
+  metrics: Sequence[Callable] = ()
+  """Metrics of the held-out evaluation, see Evaluation."""
+  answers: str | None = None
+  """Column of right answers: where no model is given, a new policy learns them
+  by supervision first; @on_device rewards read its tokens."""
+  device_rewards: Any = None
+  """The rewards as JAX functions, for --steps_per_call; None: `rewards`."""
+  evaluations: Sequence[Evaluation] = ()
+  """Other data sets to be judged on."""
+  tokenizer: Callable | None = None
+  """() -> transformers tokenizer, where no model is given; None: of bytes."""
+  description: str = ''
+  """The data in words, for config.yaml and the model card."""
+  reward_unit: str = ''
+  """'%' where a reward is a share of right answers; for the report."""
+
+  def __post_init__(self):
+    if self.rewards is None:
+      raise ValueError(
+        'a Task needs a reward; give a function, several, or {function: weight}'
+      )
