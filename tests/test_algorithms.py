@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok.credit import advantages, algorithms, losses, names
+from jaxrl_tok.run import build, flags
+from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.types import (
   Advantage,
   AdvantageInputs,
@@ -278,6 +280,122 @@ def test_leave_one_out_needs_two_samples():
     advantages.leave_one_out().apply(
       np.zeros((3, 1, 2)), np.ones((3, 1), bool), {}, None
     )
+
+
+# --- from the command line ---------------------------------------------------
+
+
+def made(*argv):
+  """The Algorithm of a command line, for completions of 4 tokens."""
+  parsed = flags.parse(Settings(), None, 'python -m couplets', list(argv))
+  return build.make_algorithm(parsed.settings, build.Own(), 4)
+
+
+@pytest.mark.parametrize('name', names.ALGORITHMS)
+def test_every_alias_is_a_flag(name):
+  algorithm = made('--algorithm', name)
+  want = algorithms.described(ALIASES[name](max_length=4))
+  assert algorithms.described(algorithm) == want
+
+
+def test_every_choice_is_a_flag():
+  algorithm = made(
+    *('--algorithm', 'grpo', '--clip_high', '0.28', '--epochs', '2'),
+    *('--aggregation', 'token_mean', '--scale', 'none', '--kl', 'forward'),
+    *('--beta', '0.04', '--dual_clip', '3', '--whiten', 'True'),
+    *('--reference_dtype', 'bfloat16', '--baseline', 'ema'),
+    *('--ema_decay', '0.5'),
+  )
+  words = algorithms.described(algorithm)
+  want = {
+    'clip_high': 0.28,
+    'clip_low': 0.2,
+    'epochs': 2,
+    'aggregate': 'token_mean',
+    'scale': None,
+    'kl': 'forward',
+    'beta': 0.04,
+    'dual_clip': 3.0,
+    'whiten': True,
+    'reference_dtype': 'bfloat16',
+    'baseline': 'ema 0.5',
+  }
+  assert {k: words[k] for k in want} == want
+  assert algorithm.kl.form == 'forward'
+  assert algorithm.passes.count == 2
+
+
+def test_zero_turns_a_limit_off():
+  found = made('--algorithm', 'ppo', '--value_clip', '0')
+  assert found.settings['value_clip'] is None
+
+
+def test_one_sample_a_prompt_has_an_average_for_a_baseline():
+  algorithm = made('--num_generations', '1')
+  assert algorithms.described(algorithm)['baseline'] == 'ema 0.9'
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ('--baseline leave_one_out --num_generations 1', 'num_generations 2'),
+    ('--algorithm grpo --num_generations 1', 'needs 2; pass --num_gener'),
+    ('--algorithm dr_grpo --num_generations 1', 'needs 2; pass --num_gener'),
+    ('--algorithm rloo --num_generations 1', 'needs 2; pass --num_gener'),
+    ('--scale group_std --num_generations 1', 'needs 2; pass --num_gener'),
+    ('--algorithm ppo --critic none', 'needs a critic; pass --critic shared'),
+    ('--algorithm rloo --aggregation token_mean', 'seq_mean_token_sum'),
+    ('--clip_high 0.28', 'clip_high has no effect on reinforce'),
+    ('--algorithm ppo --baseline ema', 'baseline has no effect on ppo'),
+    ('--algorithm grpo --value_coef 1', 'value_coef has no effect on grpo'),
+    ('--critic_learning_rate 1', '--critic_learning_rate has no effect'),
+    ('--algorithm grpo --ratio_cap 2', 'ratio_cap has no effect on grpo'),
+    ('--algorithm grpo --clip_low 0 --clip_high 0', 'empty'),
+    ('--algorithm cispo --ratio_floor 5', 'empty range'),
+    ('--algorithm ppo --dual_clip 0.9', 'must be above 1'),
+    ('--kl reverse', 'has no effect; pass both'),
+    ('--beta 0.1', 'has no effect; pass both'),
+    ('--kl_target 0.1', 'pass --kl and --beta'),
+    ('--ref_sync_steps 5', 'without a KL'),
+    ('--max_update_kl 0.1', 'pass --epochs'),
+    ('--importance_cap 2 --epochs 2', 'pass --recompute_logp'),
+    ('--algorithm rloo --importance_cap 2', 'one ratio a sequence'),
+    ('--credit returns --algorithm ppo', 'needs a baseline'),
+    ('--algorithm nlpo --top_p 1', 'pass --top_p 0.9'),
+    ('--overlong_buffer 9', 'more than a completion'),
+  ],
+)
+def test_flags_that_cannot_be_are_one_line(argv, message):
+  with pytest.raises(ValueError, match=message) as e:
+    made(*argv.split())
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ('--gamma 1.5', 'must be in [0, 1]'),
+    ('--algorithm ppo --gae_lambda -0.1', 'must be in [0, 1]'),
+    ('--clip_low 1', 'must be in [0, 1)'),
+    ('--kl k1 --beta 1', 'gradient of exactly 0'),
+    ('--kl magic --beta 1', 'none of none, reward, reverse, forward'),
+    ('--num_prompts 128 --mini_batches 3', 'pass --num_prompts 129'),
+    ('--mini_batches 2 --micro_batch 1024', 'of a mini-batch'),
+    ('--max_steps 600 --steps_per_call 7', 'pass --max_steps 602'),
+    (
+      '--algorithm dapo --dynamic_sampling_rounds 3 --steps_per_call 50',
+      '--steps_per_call and --dynamic_sampling_rounds exclude each other',
+    ),
+  ],
+)
+def test_flags_that_are_certain_before_jax_are_refused_there(
+  capsys, argv, message
+):
+  with pytest.raises(SystemExit):
+    made(*argv.split())
+  line = capsys.readouterr().err
+  assert message in line
+  assert line.count('\n') == 1
 
 
 # --- parts of one's own ------------------------------------------------------
