@@ -65,10 +65,9 @@ def sharpened(params, scale=4.0):
   return jax.tree.map(lambda x: x * scale if x.ndim == 2 else x, params)
 
 
-@pytest.fixture(scope='session')
-def tiny():
+def make_tiny(config=CONFIG):
   """policy, params, prompts (C=4, P=6), rule (two ends), G, T, rollout."""
-  policy = make_policy(CONFIG)
+  policy = make_policy(config)
   params = sharpened(jax.jit(policy.init)(jax.random.key(1)))
   prompts = random_prompts()
   rule = distribution.make_rule(11, [END, OTHER_END])
@@ -90,16 +89,21 @@ def tiny():
   )
 
 
+@pytest.fixture(scope='session')
+def tiny():
+  """make_tiny of two layers."""
+  return make_tiny()
+
+
 # jitted: running operation by operation would compile each of them
 look = jax.jit(evaluate, static_argnums=0, static_argnames='chunk')
 
 
-@pytest.fixture(scope='session')
-def reward(tiny):
+def random_reward(rollout) -> np.ndarray:
   """One random reward for each chosen token."""
   rng = np.random.default_rng(3)
-  noise = rng.normal(size=tiny.rollout.tokens.shape).astype(np.float32)
-  return np.where(np.asarray(tiny.rollout.mask), noise, 0)
+  noise = rng.normal(size=rollout.tokens.shape).astype(np.float32)
+  return np.where(np.asarray(rollout.mask), noise, 0)
 
 
 def make_rollout(prompts, tokens, mask, logp=None, **fields) -> Rollout:
