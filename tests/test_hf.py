@@ -28,6 +28,7 @@ from jaxrl_tok.hub.directory import (
   write_description,
 )
 from jaxrl_tok.hub.model import Model
+from jaxrl_tok.hub.trainable import full
 from jaxrl_tok.hub.weights import param_structs, read_params
 from jaxrl_tok.models import lora
 from jaxrl_tok.models.transformer import PARTITION_RULES, make_policy
@@ -295,6 +296,49 @@ def test_saving_keeps_no_second_copy_on_the_host(large, tmp_path):
   _, most, left = traced(lambda: save(out, model, params, shard_bytes=size))
   assert left < 1
   assert most < 2.1 * 30  # a parameter, and as tensors of the file
+
+
+# --- what is trained
+
+
+def test_a_whole_model_is_trained_and_exported(tmp_path):
+  model, mesh = open_model(GOLDEN / 'qwen2'), sharding.make_mesh(MESH)
+  trainable = full(model, 'bfloat16')
+  trained, frozen = trainable.load(mesh)
+  assert frozen is trainable.load_frozen(mesh) is None
+  assert trainable.merge(trained, frozen) is trained
+  shapes, nothing = trainable.structs()
+  assert nothing is None
+  assert shapes == jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained
+  )
+  (tmp_path / 'export').mkdir()  # a resumed run's earlier one
+  for scale in (1, 2):
+    new = jax.tree.map(lambda x, s=scale: x * s, trained)
+    out = trainable.export(tmp_path, new, None, {'title': 'run policy'})
+    assert_same(read_params(open_model(out)), jax.device_get(new))
+  assert [p.name for p in tmp_path.iterdir()] == ['export']
+  assert (out / 'README.md').read_text().count('# run policy\n') == 1
+
+
+def test_a_shared_critics_head_is_exported(tmp_path):
+  model = model_of(PLAIN)
+  trained = random_params(model.with_value_head())
+  out = full(model).export(tmp_path, trained, None, {})
+  loaded = open_model(out)
+  assert loaded.config.value_head
+  assert_same(read_params(loaded), trained)
+
+
+@pytest.mark.parametrize('spec', ['data=1', MESH])
+def test_a_model_without_files_begins_at_random(spec):
+  model = model_of(PLAIN)
+  mesh = sharding.make_mesh(spec, jax.devices()[: 8 if spec == MESH else 1])
+  trained, frozen = full(model, seed=5).load(mesh)
+  assert frozen is None
+  want = jax.jit(model.make_policy().init)(jax.random.key(5))
+  assert_same(trained, want)
+  assert trained['embed']['embedding'].sharding.mesh == mesh
 
 
 # --- a run's checkpoint, later

@@ -6,23 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIG, END, PAD, changed, look, random_prompts
+from conftest import (
+  CONFIG,
+  END,
+  PAD,
+  changed,
+  look,
+  make_rollout,
+  make_scored,
+  random_prompts,
+)
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.policy import completion_hidden, evaluate
+from jaxrl_tok.policy import completion_hidden, evaluate, values
 from jaxrl_tok.sampler import make_sampler
-from jaxrl_tok.step.update import init_state, make_update
-from jaxrl_tok.types import Prompts, Rollout
-
-
-def made_rollout(prompts, tokens, mask) -> Rollout:
-  """Tokens that nobody sampled, as a rollout."""
-  rows = np.zeros(len(tokens))
-  logp = np.zeros(tokens.shape, np.float32)
-  return Rollout(
-    prompts, tokens, mask, logp, None, rows > 0, rows.astype(np.int32)
-  )
+from jaxrl_tok.step.state import init_state
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.types import Prompts
 
 
 def plain_hidden(policy, params, rollout):
@@ -88,6 +89,64 @@ def test_cache_is_no_cache(tiny):
   np.testing.assert_allclose(*both(params), atol=2e-5)
 
 
+def test_inputs_reach_encode_as_they_are(tiny):
+  """Whatever stands beside a prompt's tokens, evaluating keeps it."""
+  seen = []
+
+  def encode(params, prompts):
+    seen.append(prompts.inputs['pixels'].shape)
+    return tiny.policy.encode(params, prompts)
+
+  policy = tiny.policy._replace(encode=encode)
+  prompts = tiny.prompts._replace(inputs={'pixels': np.ones((4, 2, 3))})
+  rollout = tiny.rollout._replace(prompts=prompts)
+  stats = look(policy, tiny.params, rollout, tiny.rule)
+  want = look(tiny.policy, tiny.params, tiny.rollout, tiny.rule)
+  np.testing.assert_array_equal(stats.logp, want.logp)
+  jax.eval_shape(lambda: values(value_zero(policy), tiny.params, rollout))
+  assert seen == [(4, 2, 3)] * 2
+
+
+def value_zero(policy):
+  return policy._replace(value=lambda params, hidden: hidden.sum(-1) * 0)
+
+
+FAULTS = {
+  'logits': (
+    {'logits': lambda params, hidden: hidden[..., None, :11]},
+    {},
+    r'^policy.logits gave rank 4, float32 \[12, 9, 1, 11\], expected '
+    r'\[B, t, V\] of float with B=12, t=9, V=11$',
+  ),
+  'value': (
+    {'value': lambda params, hidden: hidden[..., :1]},
+    {},
+    r'^policy.value gave rank 3, float32 \[12, 9, 1\], expected \[B, T\]',
+  ),
+  'mask': (
+    {},
+    {'mask': np.ones((12, 9), np.float32)},
+    r'^rollout.mask gave rank 2, float32 \[12, 9\], expected \[B, T\] of bool',
+  ),
+  'rows': (
+    {},
+    {'tokens': np.ones((11, 9), np.int32), 'mask': np.ones((11, 9), bool)},
+    '^rollout.tokens has 11 rows, which its 4 prompts do not divide$',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_a_fault_of_shape_is_one_line(tiny, name):
+  functions, fields, line = FAULTS[name]
+  policy = tiny.policy._replace(**functions)
+  rollout = tiny.rollout._replace(**fields)
+  with pytest.raises(ValueError) as fault:  # noqa: PT011  jax adds notes
+    look(policy, tiny.params, rollout, tiny.rule)
+  assert re.search(line, str(fault.value))
+  assert '\n' not in str(fault.value)
+
+
 @pytest.mark.parametrize('chunk', [1, 4, 9])
 def test_chunks_change_nothing(tiny, chunk):
   def loss(params, chunk):
@@ -107,7 +166,7 @@ def test_value_head_and_remat():
   prompts = random_prompts()
   tokens = np.random.default_rng(0).integers(1, 9, (8, 5)).astype(np.int32)
   mask = np.arange(5)[None] < np.arange(1, 9)[:, None]
-  rollout = made_rollout(prompts, tokens, mask)
+  rollout = make_rollout(prompts, tokens, mask)
   rule = distribution.make_rule(11, [END])
   results = []
   for remat in ('none', 'dots', 'full'):
@@ -183,15 +242,14 @@ def test_no_float_array_of_the_whole_vocabulary(tiny, wide):
   optimizer = optax.sgd(1.0)
   state = init_state(algorithm, optimizer, params, jax.random.key(0))
   update = jax.jit(make_update(policy, algorithm, optimizer, logits_chunk=2))
-  reward = jnp.zeros((C * G, T))
-  compiled = update.lower(state, rollout, reward, rule).compile()
+  batch = make_scored(rollout, jnp.zeros((C * G, T)))
+  compiled = update.lower(state, batch, rule).compile()
   assert largest_float_array(compiled) <= max(C * G * 2 * V, 16 * V)
   # the default chunk is also below the whole
   update = jax.jit(make_update(policy, algorithm, optimizer))
   big = jax.tree.map(lambda x: jnp.concatenate([x] * 16), rollout)
-  compiled = update.lower(
-    state, big, jnp.zeros((16 * C * G, T)), rule
-  ).compile()
+  batch = make_scored(big, jnp.zeros((16 * C * G, T)))
+  compiled = update.lower(state, batch, rule).compile()
   assert largest_float_array(compiled) <= 2**20
 
 
@@ -214,7 +272,7 @@ def test_encode_runs_the_prompts_not_the_rows(tiny):
     args = tiny.params, jax.random.key(0), long, tiny.rule
     cost = jax.jit(sample).lower(*args).compile().cost_analysis()
     tokens = jnp.full((4 * G, 1), PAD)
-    rollout = made_rollout(long, tokens, tokens > 0)
+    rollout = make_rollout(long, tokens, tokens > 0)
     looked = jax.jit(lambda p, r: evaluate(policy, p, r, tiny.rule))
     cost2 = looked.lower(tiny.params, rollout).compile().cost_analysis()
     return cost['flops'], cost2['flops']
