@@ -588,13 +588,13 @@ def test_it_learns(tiny):
   update = jax.jit(make_update(tiny.policy, REINFORCE, optimizer))
   state = init_state(REINFORCE, optimizer, tiny.params, jax.random.key(0))
   prompts, shares = random_prompts(8), []
-  for step in range(60):
+  for step in range(15):
     key = jax.random.fold_in(state.key, step)
     rollout = sample(state.params, key, prompts, tiny.rule)
     reward = (rollout.tokens == 4) & rollout.mask
     shares.append(float(reward.sum() / rollout.mask.sum()))
     scored = make_scored(rollout, reward)
     state, _, _ = update(state, scored, tiny.rule)
-  assert int(state.step) == 60
-  assert np.mean(shares[:5]) < 0.4
-  assert np.mean(shares[-5:]) > 0.9
+  assert int(state.step) == 15
+  assert shares[0] < 0.2
+  assert np.mean(shares[-3:]) > 0.9
