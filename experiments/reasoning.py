@@ -19,54 +19,10 @@ import dataclasses
 import difflib
 import json
 
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok import Task, main
 
-# what the default decoder can learn in minutes; other tasks: their defaults
+# tasks that the default decoder can learn in minutes; others: their defaults
 SMALL = {'chain_sum': 'min_terms=2,max_terms=3,min_digits=1,max_digits=1'}
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskFlags:
-  """The task and its problems."""
-
-  task: str = 'chain_sum'
-  """Name of a reasoning-gym task."""
-  task_config: str | None = None
-  """Its settings, a=1,b=true; default: a small chain_sum, else the task's."""
-  num_problems: int = 20_000
-  """Training problems."""
-  train_seed: int = 0
-  """Seed of the training problems."""
-  held_out_seed: int = 1_000_000
-  """Seed of the held-out problems."""
-  chat: bool = False
-  """Ask as a user's message, through the chat template of --model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-  task: TaskFlags
-  warm_start: flag_layer.WarmStartFlags
-  size: flag_layer.SizeFlags
-  run: flag_layer.RunFlags
-  model: flag_layer.ModelFlags
-  sampling: flag_layer.SamplingFlags
-  algorithm: flag_layer.AlgorithmFlags
-  optimizer: flag_layer.OptimizerFlags
-
-
-DEFAULTS = Flags(
-  TaskFlags(),
-  flag_layer.WarmStartFlags(warm_start_stop_at=0.5, warm_start_check_every=25),
-  flag_layer.SizeFlags(),
-  flag_layer.RunFlags(max_steps=600),
-  flag_layer.ModelFlags(),
-  flag_layer.SamplingFlags(
-    num_prompts=64, num_generations=8, max_completion_length=None
-  ),
-  flag_layer.AlgorithmFlags(),
-  flag_layer.OptimizerFlags(learning_rate=5e-4, lr_schedule='linear'),
-)
 
 
 def parse_config(text: str) -> dict:
@@ -91,8 +47,9 @@ def parse_config(text: str) -> dict:
   return found
 
 
-def make_datasets(task: TaskFlags, num_held_out: int):
-  """(training, held-out) reasoning-gym datasets. Raises ValueError."""
+def make_datasets(task: str, text: str, sizes: dict[int, int]) -> list:
+  """reasoning-gym data sets of a task and its settings, one for each
+  {seed: size}. Raises ValueError."""
   try:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -100,31 +57,25 @@ def make_datasets(task: TaskFlags, num_held_out: int):
     raise ValueError(
       "reasoning-gym is not installed; run pip install -e '.[reasoning]'"
     ) from None
-  if task.task not in DATASETS:
-    near = difflib.get_close_matches(task.task, DATASETS, 1, 0.5)
+  if task not in DATASETS:
+    near = difflib.get_close_matches(task, DATASETS, 1, 0.5)
     cure = f'did you mean {near[0]}?' if near else 'see its GALLERY.md'
-    raise ValueError(f'reasoning-gym has no task {task.task!r}; {cure}')
-  text = task.task_config
-  if text is None:
-    text = SMALL.get(task.task, '')
+    raise ValueError(f'reasoning-gym has no task {task!r}; {cure}')
   config = parse_config(text)
-  known = [f.name for f in dataclasses.fields(DATASETS[task.task][1])]
+  known = [f.name for f in dataclasses.fields(DATASETS[task][1])]
+  settable = [n for n in known if n not in ('seed', 'size')]
   for name in config:
-    if name not in known or name in ('seed', 'size'):
-      settable = (n for n in known if n not in ('seed', 'size'))
+    if name not in settable:
       raise ValueError(
-        f'{task.task} has no setting {name!r}; it has {", ".join(settable)}'
+        f'{task} has no setting {name!r}; it has {", ".join(settable)}'
       )
   try:
-    return tuple(
-      reasoning_gym.create_dataset(task.task, seed=seed, size=size, **config)
-      for seed, size in (
-        (task.train_seed, task.num_problems),
-        (task.held_out_seed, num_held_out),
-      )
-    )
+    return [
+      reasoning_gym.create_dataset(task, seed=seed, size=size, **config)
+      for seed, size in sizes.items()
+    ]
   except (AssertionError, TypeError, ValueError) as e:
-    raise ValueError(f'{task.task} refuses {text or "this"}: {e}') from None
+    raise ValueError(f'{task} refuses {text or "this"}: {e}') from None
 
 
 def to_records(dataset, without=frozenset()) -> list[dict]:
@@ -142,84 +93,84 @@ def to_records(dataset, without=frozenset()) -> list[dict]:
 
 
 def as_messages(records: list[dict]) -> list[dict]:
-  """The records with each prompt as the one message of a user."""
+  """Records with each prompt as the one message of a user."""
   return [
     {**r, 'prompt': [{'role': 'user', 'content': r['prompt']}]} for r in records
   ]
 
 
-def make_reward(dataset):
-  """The task's own scorer as a reward function."""
+def reasoning(
+  task: str = 'chain_sum',
+  task_config: str | None = None,
+  num_problems: int = 20_000,
+  train_seed: int = 0,
+  held_out_seed: int = 1_000_000,
+  chat: bool = False,
+  held_out: int | None = None,
+  model: str | None = None,
+) -> Task:
+  """Problems of reasoning-gym.
 
-  def score_answer(prompts, completions, entry, **columns) -> list[float]:
-    return [
-      float(dataset.score_answer(answer=c, entry=e))
-      for c, e in zip(completions, entry)
-    ]
+  Args:
+    task: Name of a reasoning-gym task.
+    task_config: Its settings, a=1,b=true; default: a small chain_sum, else the
+      task's.
+    num_problems: Training problems.
+    train_seed: Seed of the training problems.
+    held_out_seed: Seed of the held-out problems.
+    chat: Ask as a user's message, through the chat template of --model.
+  """
+  from jaxrl_tok import rewards
 
-  return score_answer
-
-
-def prepare(flags: Flags):
-  """(flags with a completion length, datasets, train and held-out records)."""
-  if flags.task.train_seed == flags.task.held_out_seed:
+  if train_seed == held_out_seed:
     raise ValueError(
-      f'--train_seed and --held_out_seed are both {flags.task.train_seed}; '
-      'held-out problems need another seed'
+      f'--train_seed and --held_out_seed are both {train_seed}; held-out '
+      'problems need another seed'
     )
-  datasets = make_datasets(flags.task, flags.run.eval_prompts)
-  held_out = to_records(datasets[1])
-  train = to_records(datasets[0], {r['prompt'] for r in held_out})
+  text = SMALL.get(task, '') if task_config is None else task_config
+  sizes = {train_seed: num_problems, held_out_seed: held_out or 512}
+  datasets = make_datasets(task, text, sizes)
+  tests = to_records(datasets[1])
+  train = to_records(datasets[0], {r['prompt'] for r in tests})
   if not train:
     raise ValueError(
-      f'every problem of {flags.task.task} is held out; its settings make too '
-      'few different ones, or pass a smaller --eval_prompts'
+      f'every problem of {task} is held out; its settings make too few '
+      'different ones, or pass a smaller --held_out'
     )
-  answers = [r['answer'] for r in train + held_out]
-  if flags.model.model is None and not all(isinstance(a, str) for a in answers):
+  written = all(isinstance(r['answer'], str) for r in train + tests)
+  if not written and model is None:
     raise ValueError(
-      f'{flags.task.task} has problems without one written answer, so there '
-      'is nothing to warm-start from; pass --model a saved policy'
+      f'{task} has problems without one written answer, so there is nothing '
+      'to warm-start from; pass --model a saved policy'
     )
-  flags = flag_layer.fit_completion_length(flags, list(map(str, answers)))
-  if flags.task.chat:
-    train, held_out = as_messages(train), as_messages(held_out)
-  return flags, datasets[0], train, held_out
-
-
-def main(argv=None) -> dict:
-  flags = flag_layer.parse(
-    DEFAULTS, 'python -m experiments.reasoning', argv, __doc__
+  words = (
+    f'reasoning-gym {task}, {len(train):,} problems of seed {train_seed}; '
+    f'{len(tests)} of seed {held_out_seed} held out'
   )
-  try:
-    flags, dataset, train, held_out = prepare(flags)
-  except ValueError as e:
-    flag_layer.fail(e)
+  if chat:
+    train, tests = as_messages(train), as_messages(tests)
+  return Task(
+    train,
+    rewards.from_reasoning_gym(datasets[0].score_answer),
+    held_out=tests,
+    answers='answer' if written else None,
+    description=words,
+  )
 
-  from jaxrl_tok import data
-  from jaxrl_tok.run import launch, warm_start
 
-  reward = make_reward(dataset)
-  return launch.run(
-    launch.Experiment(
-      name='reasoning',
-      flags=flags,
-      tokenizer=data.byte_tokenizer,
-      train_records=train,
-      held_out_records=held_out,
-      reward_functions=[reward],
-      judge_functions=[reward],
-      data=(
-        f'reasoning-gym {flags.task.task}, {len(train):,} problems of seed '
-        f'{flags.task.train_seed}; {len(held_out)} of seed '
-        f'{flags.task.held_out_seed} held out'
-      ),
-      warm_start=lambda context: warm_start.warm_start(
-        context, flags.warm_start
-      ),
-    )
+def run(argv=None):
+  return main(
+    reasoning,
+    argv,
+    max_steps=600,
+    num_prompts=64,
+    num_generations=8,
+    learning_rate=5e-4,
+    lr_schedule='linear',
+    warm_start_stop_at=0.5,
+    warm_start_check_every=25,
   )
 
 
 if __name__ == '__main__':
-  main()
+  run()

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
@@ -55,7 +55,7 @@ def own_flags(function: Callable) -> tuple[list, list[str]]:
   those that are settings and get their value).
 
   A parameter's type and default are the flag's; its line under Args in the
-  docstring is the flag's help.
+  docstring is the flag's help. A list or tuple is a flag that is repeated.
   """
   known = flatten(Settings()).keys()
   hints = get_type_hints(function)
@@ -71,6 +71,8 @@ def own_flags(function: Callable) -> tuple[list, list[str]]:
         f'{function.__name__} takes *{p.name}; name each of its flags'
       )
     kind = hints.get(p.name, str)
+    if get_origin(kind) in (list, tuple):
+      kind = tyro.conf.UseAppendAction[kind]
     said = ' '.join((helps.get(p.name) or '').split())
     flag = Annotated[kind, tyro.conf.arg(help=said)] if said else kind
     default = dataclasses.MISSING if p.default is p.empty else p.default

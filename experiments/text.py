@@ -1,0 +1,64 @@
+r"""RL on tokens of any model, on your own data, by your own rewards.
+
+  python -m experiments.text --model Qwen/Qwen2.5-0.5B-Instruct \
+    --data prompts.jsonl --reward my_rewards.py:rhyme \
+    --reward my_rewards.py:short=0.2 --held_out 100 --learning_rate 1e-5
+
+prompts.jsonl has a prompt a line, text or messages, and the columns that the
+rewards read; my_rewards.py is the only Python to write:
+
+  def rhyme(prompts, completions, rhymes_with, **columns):
+    return [float(c.endswith(w)) for c, w in zip(completions, rhymes_with)]
+
+  def short(prompts, completions, **columns):
+    return [1 / (1 + len(c)) for c in completions]
+
+The file is run on this machine, as any program is. --data takes a jsonl or
+parquet file, or hub:OWNER/NAME@REVISION:SPLIT; its last records are held out.
+--rename question=prompt gives a column the name that it needs.
+"""
+
+from jaxrl_tok import Task, main
+
+
+def text(
+  data: str,
+  reward: tuple[str, ...] = (),
+  held_out_data: str | None = None,
+  answers: str | None = None,
+  held_out: int | None = None,
+) -> Task:
+  """Your own data and rewards.
+
+  Args:
+    data: A jsonl or parquet file, or hub:OWNER/NAME@REVISION:SPLIT.
+    reward: FILE:FUNCTION or FILE:FUNCTION=WEIGHT, once for each reward; the
+      file is run.
+    held_out_data: As --data; default: the end of --data.
+    answers: Column of right answers, which a new policy (no --model) learns
+      first.
+  """
+  from jaxrl_tok import rewards
+
+  if not reward:
+    raise ValueError(
+      'there is no reward; pass --reward FILE:FUNCTION, as '
+      '--reward my_rewards.py:rhyme'
+    )
+  found = rewards.load_rewards(reward)
+  for file in dict.fromkeys(word.rpartition(':')[0] for word in reward):
+    print(f'{file} was run for its rewards')
+  return Task(
+    data,
+    found,
+    held_out=held_out_data or held_out or 512,
+    answers=answers,
+  )
+
+
+def run(argv=None):
+  return main(text, argv)
+
+
+if __name__ == '__main__':
+  run()
