@@ -20,7 +20,9 @@ from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.settings import RunSettings, flatten
 
 
-def claim_output_dir(run: RunSettings, name: str) -> Path:
+def claim_output_dir(
+  run: RunSettings, name: str, resumable: bool = True
+) -> Path:
   """The run's directory, made and writable. Raises ValueError for one that is
   not empty, or cannot be written."""
   name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
@@ -28,9 +30,9 @@ def claim_output_dir(run: RunSettings, name: str) -> Path:
   if path.exists() and not path.is_dir():
     raise ValueError(f'--output_dir {path} is a file; give a directory')
   if run.resume == 'never' and path.is_dir() and any(path.iterdir()):
+    cure = 'pass --resume auto to go on with it, or ' if resumable else 'give '
     raise ValueError(
-      f'--output_dir {path} is not empty; pass --resume auto to go on with it, '
-      'or another directory'
+      f'--output_dir {path} is not empty; {cure}another directory'
     )
   try:
     path.mkdir(parents=True, exist_ok=True)
