@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxrl_tok import rewards
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import Settings, check_names, flatten, with_values
 from jaxrl_tok.run.task import Interrupted, Task
@@ -73,8 +72,8 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
 
 
 def module_of(function: Callable | None) -> ModuleType:
-  """The module whose file is the experiment: that of the task's function, or
-  the program's own."""
+  """The module whose file is the experiment: the program itself, or that of
+  the task's function where another program calls it with an argv."""
   name = '__main__' if function is None else function.__module__
   return sys.modules.get(name, sys.modules['__main__'])
 
@@ -85,6 +84,8 @@ def command_of(module: ModuleType) -> str:
   if spec is not None and spec.name != '__main__':
     return f'python -m {spec.name.removesuffix(".__main__")}'
   file = getattr(module, '__file__', None)
+  if file and Path(sys.argv[0]).resolve() == Path(file).resolve():
+    file = sys.argv[0]  # as it was typed
   return f'python {shlex.quote(file)}' if file else 'python'
 
 
@@ -151,9 +152,9 @@ def main(
   A fault is one line and exit status 2; a run that a signal stopped exits with
   75. Returns the Result; None with --print_config.
   """
-  argv = sys.argv[1:] if argv is None else list(argv)
   function = None if isinstance(task, Task) else task
-  module = module_of(function)
+  module = module_of(None if argv is None else function)
+  argv = sys.argv[1:] if argv is None else list(argv)
   command = command_of(module)
   try:
     given = sort_arguments(defaults)
@@ -173,6 +174,6 @@ def main(
   except Interrupted:
     raise SystemExit(TRY_AGAIN) from None
   except (ValueError, OSError) as e:
-    if isinstance(e, rewards.RewardError):
+    if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
       print(e.traceback, file=sys.stderr)
     flags.fail(e)
