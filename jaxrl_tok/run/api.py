@@ -3,7 +3,9 @@
 Nothing here imports jax before the command line has been read and checked.
 """
 
+import dataclasses
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +14,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_tok.run import flags
-from jaxrl_tok.run.settings import Settings, check_names, flatten, with_values
+from jaxrl_tok.run.settings import (
+  OptimizerSettings,
+  Settings,
+  SizeSettings,
+  check_names,
+  flatten,
+  with_values,
+)
 from jaxrl_tok.run.task import Interrupted, Task
 
 if TYPE_CHECKING:
@@ -27,6 +36,11 @@ VALUES = {
   'baseline': 'baseline',
   'loss': 'loss',
   'aggregation': 'aggregate',
+}
+# settings that a value replaces, beside the one of its name
+REPLACED = {
+  'policy': [f.name for f in dataclasses.fields(SizeSettings)],
+  'optimizer': [f.name for f in dataclasses.fields(OptimizerSettings)],
 }
 TRY_AGAIN = 75  # exit status of a run that a signal stopped
 
@@ -54,7 +68,7 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
     if name in VALUES and value is not None and not isinstance(value, str)
   }
   words = {
-    name: value
+    name: os.fspath(value) if isinstance(value, os.PathLike) else value
     for name, value in given.items()
     if VALUES.get(name) not in own and value is not None
   }
@@ -66,6 +80,17 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
       )
   check_names(words, {*flatten(Settings()), *VALUES})
   return Arguments(words, own)
+
+
+def check_replaced(own: dict, typed) -> None:
+  """Refuses settings, by name, that a value of the user's own replaces."""
+  for name, key in VALUES.items():
+    ignored = {name, *REPLACED.get(name, ())} & set(typed)
+    if key in own and ignored:
+      raise ValueError(
+        f'--{min(ignored)} has no effect: {name} is a value of your own; leave '
+        'it out'
+      )
 
 
 # --- who calls ---------------------------------------------------------------
@@ -132,6 +157,7 @@ def train(task: Task, **settings) -> 'Result':
   when a signal stopped the run, whose state is saved.
   """
   given = sort_arguments(settings)
+  check_replaced(given.own, given.words)
   found = flags.settings_of(given.words)
   module = module_of(None)
   caller = Caller(name_of(module), command_of(module))
@@ -169,6 +195,7 @@ def main(
   )
   caller = Caller(name_of(module), shlex.join([*shlex.split(command), *argv]))
   try:
+    check_replaced(given.own, {*given.words, *parsed.typed})
     found = function(**parsed.own) if function else task
     return start(found, parsed.settings, given.own, caller, parsed.own)
   except Interrupted:
