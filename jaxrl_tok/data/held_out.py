@@ -5,6 +5,8 @@ endless one, or the records of another source.
 """
 
 import dataclasses
+import math
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -78,34 +80,36 @@ def last_prompts(records: Records, count: int) -> Records:
 
 
 def generated_prompts(records: Records, count: int) -> Records:
-  """Different prompts of an index range of their own.
+  """Different prompts of an index range of their own, a fifth of all at most.
 
-  A function that repeats itself early has few different prompts: then they
-  are counted by 20 draws for each one wanted, and a fifth of them is held out.
+  A source of five times as many different prompts repeats itself seldom. One
+  that repeats itself more often has few, which are then counted by 20 draws
+  for each that is wanted.
   """
-  found, drawn, wanted = {}, 0, count
-  patience = count + count // 10 + 4
-  while len(found) < wanted and drawn < 20 * count + 100:
-    if drawn == patience:  # 1.1 draws for each different one: too few exist
-      wanted = 20 * count + 100
+  found = {}  # {hash: (number, record)}
+  drawn, draws = 0, max(100, count + count // 10 + 4)
+  seldom = max(count, 5 * count * (1 - math.exp(-draws / (5 * count))))
+  while drawn < draws:
     number = HELD_OUT_START + drawn % RANGE
-    (row,) = records.read([number])
-    found.setdefault(hash_prompt(row['prompt'], ''), (number, row))
+    (record,) = records.read([number])
+    found.setdefault(hash_prompt(record['prompt'], ''), (number, record))
     drawn += 1
-  if wanted > count:
+    if drawn == draws and len(found) < seldom:
+      draws, seldom = 20 * count + 100, 0
+  if not seldom:
     count = min(count, len(found) // 5)
   if not count:
     raise ValueError(
       f'{records.name} makes {len(found)} different prompts; let it make 5 or '
       'more, so that some can be held out'
     )
-  chosen = list(found.items())[:count]
-  rows = [row for _, (_, row) in chosen]
+  hashes = list(found)[:count]
+  numbers, rows = zip(*(found[key] for key in hashes))
   return Records(
     records.name,
-    lambda numbers: [rows[i] for i in numbers],
-    lambda i: records.where(chosen[i][1][0]),
-    np.array([key for key, _ in chosen], np.uint64),
+    lambda wanted: [rows[i] for i in wanted],
+    lambda i: records.where(numbers[i]),
+    np.array(hashes, np.uint64),
     np.array([text_bytes(row['prompt']) for row in rows], np.int32),
   )
 
@@ -123,7 +127,7 @@ def split(
   """
   records = open_records(records, seed, columns)
   repeated = taken = 0
-  if not isinstance(held_out, int):
+  if not isinstance(held_out, Integral):
     held_out = open_records(held_out, seed, columns)
     if held_out.num_records is None:
       raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxrl_tok.data.order import ATTEMPTS, record_indices, redrawn_index
 from jaxrl_tok.data.records import CHUNK, MESSAGES, Records, select
 from jaxrl_tok.data.sources import open_records
-from jaxrl_tok.data.tokenizers import bytes_bound, encode_prompts
+from jaxrl_tok.data.tokenizers import bytes_bound, encode_prompts, largest_id
 
 if TYPE_CHECKING:
   from jaxrl_tok.types import Prompts
@@ -178,8 +178,9 @@ def kept(length: np.ndarray, limit: int, name: str) -> np.ndarray:
 
 
 def last_endless(length: np.ndarray, limit: int | None) -> int | None:
-  """Last bucket of endless records: the limit, else with room to spare."""
-  if limit is not None or length.min() == length.max():
+  """Last bucket of endless records: the limit, else twice the longest of the
+  sample. A length that one in a hundred shares is taken for the longest."""
+  if limit is not None or np.mean(length == length.max()) > 0.01:
     return limit
   return 2 * int(length.max())
 
@@ -191,6 +192,8 @@ def make_encode(tokenizer, vocab_size: int, name: str) -> Callable:
   """Returns encode(records, where) -> ids of each: none is empty, and the
   model has a row for every id."""
 
+  proven = largest_id(tokenizer) < vocab_size
+
   def encode(examples, where: Callable) -> list[list[int]]:
     rows = encode_prompts(tokenizer, [e['prompt'] for e in examples], where)
     for i, row in enumerate(rows):
@@ -198,7 +201,7 @@ def make_encode(tokenizer, vocab_size: int, name: str) -> Callable:
         raise ValueError(
           f'{where(i)}: the {name} is empty; a policy needs a token'
         )
-      if max(row) >= vocab_size or min(row) < 0:
+      if not proven and not 0 <= min(row) <= max(row) < vocab_size:
         raise ValueError(
           f'{where(i)}: the {name} has token id {max(row)} and the model has '
           f'{vocab_size} rows; use the tokenizer that belongs to the model'
@@ -230,7 +233,7 @@ def bound_tokens(records: Records, tokenizer, vocab_size: int):
   if records.num_records is None or records.num_records <= MEASURED:
     return None
   bound = bytes_bound(tokenizer)
-  if bound is None or max(tokenizer.get_vocab().values()) >= vocab_size:
+  if bound is None or largest_id(tokenizer) >= vocab_size:
     return None
   factor, constant = bound
   by_bytes = factor * records.num_bytes.astype(np.int64) + constant

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-
 ROLES = ('system', 'user', 'assistant', 'tool')
 # arguments that every reward function is called with
 RESERVED = frozenset(

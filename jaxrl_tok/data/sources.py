@@ -287,7 +287,7 @@ def open_parquet(path: Path, columns: dict, name: str) -> Records:
     return rows
 
   source = prompt_column(table.schema.names, columns, str(path))
-  prompts = (p for b in batches for p in b.column(source).to_pylist())
+  prompts = (p.as_py() for b in batches for p in b.column(source))
   return from_prompts(name, decoded(prompts, where), read, where)
 
 

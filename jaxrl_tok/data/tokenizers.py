@@ -134,8 +134,8 @@ def bytes_bound(tokenizer) -> tuple[int, int] | None:
     or not isinstance(backend.model, models.BPE)
     or not isinstance(splitter, pre_tokenizers.ByteLevel)
     or splitter.add_prefix_space
-    or any(keeps_bytes(split) is False for split in splits)
-    or not set(pre_tokenizers.ByteLevel.alphabet()) <= vocabulary(backend)
+    or not all(map(keeps_bytes, splits))
+    or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(backend.get_vocab())
   ):
     return None
   constant = len(encode_texts(tokenizer, [''], True)[0])
@@ -154,6 +154,7 @@ def keeps_bytes(splitter) -> bool:
   )
 
 
-def vocabulary(backend) -> set[str]:
-  """Symbols of a tokenizer's model, added tokens left out."""
-  return set(backend.get_vocab(with_added_tokens=False))
+def largest_id(tokenizer) -> float:
+  """Largest id that text can become; infinity where that is not known."""
+  backend = getattr(tokenizer, 'backend_tokenizer', None)
+  return max(backend.get_vocab().values()) if backend else float('inf')
