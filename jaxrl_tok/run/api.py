@@ -59,6 +59,12 @@ class Arguments(NamedTuple):
   own: dict  # values of the user's own, as build.Own takes them
 
 
+def plain(value):
+  """A setting's value as flags have it: paths are text, lists are tuples."""
+  value = os.fspath(value) if isinstance(value, os.PathLike) else value
+  return tuple(value) if isinstance(value, list) else value
+
+
 def sort_arguments(given: dict[str, Any]) -> Arguments:
   """Tells settings from values of the user's own; a word or None is a
   setting. Raises ValueError for a name that is neither."""
@@ -68,7 +74,7 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
     if name in VALUES and value is not None and not isinstance(value, str)
   }
   words = {
-    name: os.fspath(value) if isinstance(value, os.PathLike) else value
+    name: plain(value)
     for name, value in given.items()
     if VALUES.get(name) not in own and value is not None
   }

@@ -15,7 +15,17 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+  Annotated,
+  Any,
+  Literal,
+  NamedTuple,
+  Union,
+  get_args,
+  get_origin,
+  get_type_hints,
+)
 
 import docstring_parser
 import tyro
@@ -209,12 +219,49 @@ def settings_of(values: dict[str, Any]) -> Settings:
   for a name that is no setting and for values that cannot be."""
   check_names(values, flatten(Settings()).keys())
   first = with_values(Settings(), values)
+  check_kinds(first)
   found = with_values(Settings(), algorithm_defaults(first) | values)
   check(found)
   return found
 
 
 # --- checks ------------------------------------------------------------------
+
+
+def is_of_kind(value, kind) -> bool:
+  """Whether a value has the type of a setting."""
+  origin = get_origin(kind)
+  if origin is Literal:
+    return value in get_args(kind)
+  if origin in (Union, UnionType):
+    return any(is_of_kind(value, k) for k in get_args(kind))
+  if origin is tuple:
+    return isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+  if kind in (int, float) and isinstance(value, bool):
+    return False
+  return isinstance(value, (int, float) if kind is float else kind)
+
+
+def kind_in_words(kind) -> str:
+  """The type of a setting for a message: int or None, one of a, b."""
+  origin = get_origin(kind)
+  if origin is Literal:
+    return f'one of {", ".join(get_args(kind))}'
+  if origin in (Union, UnionType):
+    return ' or '.join(map(kind_in_words, get_args(kind)))
+  names = {tuple: 'a list of texts', type(None): 'None', str: 'text'}
+  return names.get(origin or kind, getattr(kind, '__name__', str(kind)))
+
+
+def check_kinds(settings) -> None:
+  """Refuses values of another type than their setting's."""
+  for name, kind in get_type_hints(type(settings)).items():
+    value = getattr(settings, name)
+    if dataclasses.is_dataclass(value):
+      check_kinds(value)
+    elif not is_of_kind(value, kind):
+      raise ValueError(f'--{name} {value!r} must be {kind_in_words(kind)}')
+
 
 RANGES = (
   (
