@@ -1,9 +1,9 @@
-"""From logits to the distribution that is both sampled from and trained.
+"""Distribution that is both sampled from and trained, made from logits.
 
 Temperature, forbidden tokens, top-k, top-p and min-p are part of the policy.
 Each truncation keeps some number of the most likely tokens, so one number a
-token, `kept`, describes them all: the sampler records it, and evaluating keeps
-the same number of its own most likely tokens and always the sampled one. The
+token, `num_kept`, describes them all: the sampler records it, and evaluating
+keeps as many of its own most likely tokens and always the sampled one. The
 log-prob is that of the renormalised distribution on both sides.
 
 All functions take float32 logits [..., V] and broadcast over the front.
@@ -28,7 +28,7 @@ def make_rule(
   min_p: float = 0.0,
   forbidden=None,
 ) -> SamplingRule:
-  """A SamplingRule of arrays; top_k 0 keeps every token."""
+  """Makes a SamplingRule of arrays; top_k 0 keeps every token."""
   return SamplingRule(
     temperature=jnp.float32(temperature),
     top_k=jnp.int32(top_k if top_k > 0 else vocab_size),
@@ -40,7 +40,7 @@ def make_rule(
 
 
 def shape_logits(logits: jax.Array, rule: SamplingRule) -> jax.Array:
-  """logit / temperature, and NEVER for forbidden tokens."""
+  """Divides logits by the temperature; forbidden tokens become NEVER."""
   logits = logits / rule.temperature
   if rule.forbidden is None:
     return logits
@@ -49,16 +49,16 @@ def shape_logits(logits: jax.Array, rule: SamplingRule) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-  """float32 -> int32 of the same order."""
+  """Maps float32 to int32 in order."""
   bits = jax.lax.bitcast_convert_type(x, jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _highest(enough, shape) -> jax.Array:
-  """The highest int32 [...] for which `enough` still holds, by bisection.
+  """Finds the highest int32 [...] for which `enough` still holds, by bisection.
 
   `enough` (int32 [...] -> bool [...]) holds from the lowest number up to some
-  border. 32 looks at the vocabulary cost far less than sorting it.
+  border. Reading the vocabulary 32 times costs far less than sorting it.
   """
 
   def halve(_, ends):
@@ -72,7 +72,7 @@ def _highest(enough, shape) -> jax.Array:
 
 
 def _largest(keys: jax.Array, number: jax.Array) -> jax.Array:
-  """int32 [...]: the last of the `number` largest keys [..., V]."""
+  """Finds the last of the `number` largest keys [..., V] -> int32 [...]."""
   return _highest(
     lambda b: jnp.sum(keys >= b[..., None], -1, dtype=jnp.int32) >= number,
     keys.shape[:-1],
@@ -87,7 +87,7 @@ def truncate(logits: jax.Array, rule: SamplingRule):
   largest (arXiv:2407.01082). At least one is kept; of equals at the border,
   all are.
 
-  Returns: (keep bool [..., V], how many are kept int32 [...]).
+  Returns: (keep bool [..., V], number of tokens kept int32 [...]).
   """
   logits = jax.lax.stop_gradient(logits)
   keys = _ordered(logits)
@@ -109,10 +109,11 @@ def truncate(logits: jax.Array, rule: SamplingRule):
 def most_likely(
   logits: jax.Array, num_kept: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-  """bool [..., V]: the `kept` most likely tokens, `tokens` always among them.
+  """Keeps the `num_kept` most likely tokens, `tokens` always among them.
 
-  A sampled token that fell just outside replaces the least likely inside:
-  the number stays, only nearly equal mass moves. kept, tokens int32 [...].
+  Sampled tokens that fell just outside replace the least likely inside: the
+  number stays, only nearly equal mass moves. num_kept and tokens are int32
+  [...]. Returns bool [..., V].
   """
   keys = _ordered(jax.lax.stop_gradient(logits))
   last = _largest(keys, num_kept)[..., None]
@@ -124,13 +125,13 @@ def most_likely(
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """logit - logsumexp, without a [..., V] log_softmax."""
+  """Computes logit - logsumexp, without a [..., V] log_softmax."""
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-  """-sum_v p_v log p_v in nats = logsumexp - sum_v p_v logit_v."""
+  """Computes -sum_v p_v log p_v in nats, as logsumexp - sum_v p_v logit_v."""
   probs = jax.nn.softmax(logits, axis=-1)
   return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(probs * logits, axis=-1)
 
@@ -138,9 +139,9 @@ def entropy(logits: jax.Array) -> jax.Array:
 def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
   """Inverts the cumulative distribution at one uniform number a row.
 
-  Two levels: the block of tokens in which the number falls, then the token in
-  the block. Exact up to float32 rounding, and a token of probability 0 is
-  never drawn. logits [B, V], uniform [B] in [0, 1) -> int32 [B].
+  Blocks of tokens are searched first, then the tokens of one block. Draws are
+  exact up to float32 rounding, and never a token of probability 0. logits [B,
+  V], uniform [B] in [0, 1) -> int32 [B].
   """
   B, V = logits.shape
   S = max(int(V**0.5), 16)  # block size
@@ -148,7 +149,8 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
   blocks = jnp.pad(weights, ((0, 0), (0, -V % S))).reshape(B, -1, S)
 
   def invert(weights_BxN, target_B):
-    """First index whose cumulative weight exceeds the target, and the rest."""
+    """Finds the first index whose cumulative weight exceeds the target -> (it,
+    the target less the weight before it)."""
     summed = jnp.cumsum(weights_BxN, axis=-1)
     # below the total even after rounding, so that an index always exists
     target_B = jnp.minimum(target_B, summed[:, -1] * (1 - 2.0**-23))

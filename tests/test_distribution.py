@@ -1,4 +1,4 @@
-"""The sampling rules against their definitions, and the draw against both."""
+"""Sampling rules against their definitions, and the draw against both."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ draw = jax.jit(distribution.draw)
 
 
 def definition(logits, top_k, top_p, min_p):
-  """The kept set of one row, written from the papers in float64."""
+  """Kept set of one row, written from the papers in float64."""
   order = np.argsort(-logits, kind='stable')[: top_k or len(logits)]
   probs = np.exp(logits[order] - logits.max())
   probs /= probs.sum()

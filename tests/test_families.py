@@ -1,4 +1,4 @@
-"""Every family gives the logits that torch gave (tests/golden/families, made
+"""Families give the logits that torch gave (tests/golden/families, made
 by tests/golden/make_families.py), however its tokens are read."""
 
 import functools
@@ -107,7 +107,7 @@ def test_scores_are_torchs(name):
 
 
 def test_angles_are_the_same_from_a_table_or_not():
-  """A long context holds no table in the program; the angles are the same."""
+  """Long contexts hold no table in the program; the angles stay equal."""
   turned = rope.make_rope({'rope_theta': 1e4}, 8)._replace(magnitude=1.5)
   positions = np.array([[0, 3], [700, 999]], np.int32)
   look = jax.jit(rope.rope_angles, static_argnums=(1, 2))

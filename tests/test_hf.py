@@ -1,8 +1,7 @@
-"""A model survives its Hugging Face directory, and the directory is what
-transformers would have written.
+"""Models survive their Hugging Face directory, and the directory is as
+transformers would have written it.
 
-What the files mean is in test_hf_layout.py, what cannot be read in
-test_hf_faults.py.
+Meaning of the files: test_hf_layout.py; refusals: test_hf_faults.py.
 """
 
 import functools
@@ -96,7 +95,7 @@ def saved(request, tmp_path_factory):
 
 
 def assert_same(a, b):
-  """The same tree, bit for bit."""
+  """Compares trees bit for bit."""
 
   def one(a, b):
     a, b = np.asarray(a), np.asarray(b)
@@ -341,11 +340,11 @@ def test_a_model_without_files_begins_at_random(spec):
   assert trained['embed']['embedding'].sharding.mesh == mesh
 
 
-# --- a run's checkpoint, later
+# --- checkpoints of a run
 
 
 def write_run(run_dir, model, trained, /, **flags):
-  """What export reads of a run. trained: {step: parameters}."""
+  """Writes the files of a run that export reads. trained: {step: params}."""
   run_dir.mkdir()
   plain = {'model': None, 'model_commit': None, 'param_dtype': 'auto'}
   plain['compute_dtype'] = 'float32'

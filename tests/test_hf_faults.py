@@ -1,6 +1,6 @@
-"""What cannot be read is refused in one line that names the fact and the cure.
+"""Refusals of unreadable directories: one line with the fact and the cure.
 
-Each fault is made in a copy of what torch saved (golden/families).
+Each fault is made in a copy of a directory that torch saved (golden/families).
 """
 
 import json

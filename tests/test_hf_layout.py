@@ -1,8 +1,8 @@
-"""A directory that we wrote is Qwen2's, and configurations are read as they
-are meant.
+"""Layout of a directory that we wrote is Qwen2's, and configurations are read
+as they are meant.
 
-The NumPy forward pass below is written from Qwen2's definition, knows nothing
-of our parameters and reads only the files.
+NumPy's forward pass below is written from Qwen2's definition, knows nothing of
+our parameters and reads only the files.
 """
 
 import importlib.metadata

@@ -1,7 +1,8 @@
-"""The hub is asked for no more than is read, and out of reach it says so soon.
+"""Fetching asks the hub for no more than is read, and fails soon where the hub
+is out of reach.
 
-There is no network here: the hub is a closed port, a server of this process,
-or a cache that the test lays out.
+Tests use no network: the hub is a closed port, a server of this process, or a
+cache that the test lays out.
 """
 
 import http.server
@@ -61,7 +62,7 @@ def answering(cache, monkeypatch):
 
 
 def fault(kind=ConnectionError, model='some/model', revision=None):
-  """What is said, within 5 seconds."""
+  """Message of the fault, which must come within 5 seconds."""
   begun = time.monotonic()
   with pytest.raises(kind) as e:
     fetch.locate(model, revision)
@@ -72,7 +73,7 @@ def fault(kind=ConnectionError, model='some/model', revision=None):
 
 
 def put_in(cache, name):
-  """A fixture where huggingface_hub keeps some/model of `main`."""
+  """Puts a fixture where huggingface_hub keeps some/model of `main`."""
   there = cache / 'models--some--model'
   shutil.copytree(GOLDEN / name, there / 'snapshots' / COMMIT)
   (there / 'refs').mkdir()

@@ -1,4 +1,4 @@
-"""Kernels are the attention that XLA does; which one, where, and where not."""
+"""Kernels compute the attention that XLA does; which one, and where."""
 
 import functools
 import types
@@ -52,7 +52,7 @@ def by_row(attend):
 
 
 def assert_same(one, other, args, *how, atol):
-  """Of value and gradients with respect to all that is float."""
+  """Compares values, and gradients with respect to all floats."""
   weigh = draw(args[0].shape)[0]
   of = tuple(i for i, x in enumerate(args) if i != 2 or len(args) == 3)
 
@@ -123,7 +123,7 @@ def test_cudnn_is_asked_for_xlas_attention(monkeypatch, window):
 
 @pytest.fixture
 def anywhere(monkeypatch):
-  """As if every kernel were on this machine, cuDNN found by jax."""
+  """Pretends that this machine has every kernel, and jax found cuDNN."""
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
   monkeypatch.setattr(kernels, 'available', lambda kernel: True)

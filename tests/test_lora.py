@@ -56,7 +56,7 @@ def same_bits(a, b) -> bool:
 
 
 def sums(base: dict, adapter, scale: float, transposed: bool) -> dict:
-  """The files' tensors, base + scale B A, in float64 NumPy."""
+  """Sums base + scale B A of the files' tensors, in float64 NumPy."""
   sides = load_file(adapter / peft.WEIGHTS_FILE)
   found = {}
   for name, x in base.items():
@@ -191,8 +191,8 @@ def shrunk(adapters, factor=0.1):
 
 
 def test_a_change_too_small_for_bfloat16_weights_counts():
-  """The change of hidden states along the one that float32 has: all of it
-  beside bfloat16 matrices, and next to none inside them."""
+  """Share of float32's change of the logits that bfloat16 has: all of it
+  beside the matrices, little of it inside them."""
   model, trainable, adapters, base = opened('qwen2_lora')
   base = jax.tree.map(  # numbers of bfloat16, so that both dtypes have one base
     lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base

@@ -1,4 +1,4 @@
-"""Encode once and extend is the plain decoder; chunks; memory."""
+"""Encoding once and extending is the plain decoder; chunks; memory."""
 
 import re
 
@@ -216,7 +216,7 @@ def largest_float_array(compiled) -> int:
 
 @pytest.fixture(scope='module')
 def wide(tiny):
-  """A vocabulary that dwarfs all else: any [B, T, V] array would show."""
+  """Vocabulary that dwarfs all else: any [B, T, V] array would show."""
   V, C, G, P, T = 4096, 2, 4, 16, 16
   config = changed(CONFIG, vocab_size=V, layers=CONFIG.layers[:1])
   policy = make_policy(config)

@@ -219,7 +219,7 @@ def test_moving_live_rows_together_changes_nothing(tiny, samplers):
 
 
 def test_live_rows_are_moved_only_when_half_are_done(tiny):
-  """The width that extend sees: 12 rows, then 6, then 3."""
+  """Width that extend sees: 12 rows, then 6, then 3."""
   widths = []
 
   def extend(params, prefix, tokens, cache, at):

@@ -1,9 +1,9 @@
-"""Where a model's files are: a local directory, or one fetched from the hub.
+"""Fetching from the Hugging Face hub, and uploading to it.
 
 Only the files that are read are fetched: configuration, tokenizer, and
 safetensors. huggingface_hub is imported when a hub id is asked for; its
-HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and for reading its login. What is
-uploaded needs a token in the environment.
+HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT hold, and for reading its login. An
+upload needs a token in the environment.
 """
 
 import errno
@@ -14,10 +14,10 @@ import threading
 from pathlib import Path
 
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
-SHARD = r'[\w-][\w.-]*\.safetensors'  # a file's name: no path, no pattern
+SHARD = r'[\w-][\w.-]*\.safetensors'  # file name: no path, no pattern
 TIMEOUT = 3  # seconds until the hub counts as out of reach
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
-# what goes with the weights, and is copied as it is
+# files that go with the weights, and are copied as they are
 COMPANIONS = (
   'generation_config.json',
   'tokenizer*.json',
@@ -32,21 +32,21 @@ COMPANIONS = (
 
 
 def is_hub_id(model: str) -> bool:
-  """Whether it can only be an id: owner/name, and no directory."""
+  """Tells whether it can only be an id: owner/name, and no directory."""
   return bool(re.fullmatch(HUB_ID, model)) and not Path(model).exists()
 
 
 def locate(
   model: str, revision: str | None = None, weights: bool = True
 ) -> Path:
-  """The directory of a model; fetched where it is a hub id.
+  """Finds the directory of a model, and fetches it where it is a hub id.
 
   Args:
     revision: a branch, tag or commit of the hub.
-    weights: False: all but these.
+    weights: False: all other files.
 
-  Raises FileNotFoundError or ConnectionError in one line that says what to
-  pass instead.
+  Raises FileNotFoundError or ConnectionError, in one line, with the argument
+  to pass instead.
   """
   path = Path(model).expanduser()
   if path.is_dir():
@@ -68,14 +68,14 @@ def locate(
 
 
 def commit_of(directory: Path | None) -> str | None:
-  """The commit of a directory that was fetched; None for any other."""
+  """Commit of a directory that was fetched; None for any other."""
   fetched = directory is not None and directory.parent.name == 'snapshots'
   return directory.name if fetched else None
 
 
 def _fetch(model: str, revision, patterns: list[str], needed: list[str]):
-  """The directory with the files, from the hub or else from its cache, which
-  must have those that are needed."""
+  """Fetches files from the hub, or else finds them in its cache, which must
+  have those that are needed -> their directory."""
   import huggingface_hub as hub
   from huggingface_hub import constants, errors
 
@@ -102,7 +102,7 @@ def _fetch(model: str, revision, patterns: list[str], needed: list[str]):
         f'{model} is not on the hub, or is private or gated; check the id, '
         'and set HF_TOKEN where it needs one'
       ) from None
-    except Exception as e:  # whatever the network does: one line
+    except Exception as e:  # any fault of the network becomes one line
       if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         raise OSError(f'{model} cannot be stored: {e}') from None
       why = f'the hub cannot be reached ({type(e).__name__})'
@@ -120,8 +120,8 @@ def _fetch(model: str, revision, patterns: list[str], needed: list[str]):
 
 
 def _ask(question, *args, **options):
-  """question(...), or TimeoutError: looking up a name has no timeout of its
-  own."""
+  """Calls question(...). Raises TimeoutError after a while: looking up a name
+  has no timeout of its own."""
   answers, faults = [], []
 
   def ask():
@@ -141,7 +141,8 @@ def _ask(question, *args, **options):
 
 
 def weight_map(index: Path) -> dict[str, str]:
-  """{tensor: file} of a shard index; refuses files outside its directory."""
+  """Reads a shard index, {tensor: file}. Raises ValueError for files outside
+  its directory."""
   try:
     found = json.loads(index.read_text())['weight_map']
     files = found.values()
@@ -157,7 +158,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def push_token() -> str:
-  """The token of the environment. Raises ValueError without one."""
+  """Reads the token of the environment. Raises ValueError without one."""
   token = os.environ.get('HF_TOKEN')
   if not token:
     raise ValueError(
@@ -171,8 +172,8 @@ def push(directory: str | Path, repository: str) -> str:
   """Uploads a directory to a model repository, made private where there is
   none.
 
-  Returns its address. Raises ConnectionError, in one line, for whatever the hub
-  or the network does.
+  Returns its address. Raises ConnectionError, in one line, for any fault of
+  the hub or the network.
   """
   import huggingface_hub as hub
 

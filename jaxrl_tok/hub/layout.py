@@ -88,7 +88,7 @@ GPT_NEOX = {
 
 
 def _vector(path: str, name: str, *shape: int) -> ParamMapping:
-  """A parameter of ours, of any shape, that the file stores as a vector."""
+  """Parameter of any shape that the file stores as a vector."""
   tensor = name, (math.prod(shape),)
   return ParamMapping(path, (tensor,), lambda x: ((x,),))
 
@@ -96,7 +96,7 @@ def _vector(path: str, name: str, *shape: int) -> ParamMapping:
 def _matrix(
   path: str, name: str, n_in: int, n_out: int, transposed: bool, in_axes=1
 ):
-  """A matrix of ours, [in, out] when its axes are joined."""
+  """Parameter that is one matrix [in, out] when its axes are joined."""
   shape = (n_out, n_in) if transposed else (n_in, n_out)
 
   def views(x):
@@ -113,7 +113,7 @@ def _norms(c: TransformerConfig, path: str, name: str):
 
 
 def _qkv(c: TransformerConfig, family, path: str, base: str):
-  """q/k/v [D, K, M + 2, H] and its bias [K, M + 2, H]."""
+  """Kernel of q, k and v [D, K, M + 2, H] and its bias [K, M + 2, H]."""
   D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
   M, fused = N // K, family.fused
 
@@ -164,7 +164,8 @@ def _attention(c: TransformerConfig, family, i: int, base: str):
 
 
 def _gate_up(c: TransformerConfig, family, path: str, base: str):
-  """gate/up [D, 2, F] and its bias [2, F]: two tensors, or one of all rows."""
+  """Kernel of gate and up [D, 2, F] and its bias [2, F]: two tensors, or one of
+  all rows."""
   names, joined = family.names, 'gate_up' in family.names
   used = ['gate_up'] if joined else ['gate', 'up']
   rows = c.d_ff * (2 if joined else 1)

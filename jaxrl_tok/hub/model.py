@@ -1,4 +1,4 @@
-"""A model as its Hugging Face directory describes it, without its weights."""
+"""Model: a Hugging Face directory as it describes itself, without weights."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxrl_tok.types import Policy
 
 
 class TensorInfo(NamedTuple):
-  """A tensor in a file."""
+  """Tensor in a file."""
 
   file: Path
   name: str  # in the file; some files leave out the family's first word

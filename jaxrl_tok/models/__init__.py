@@ -1,1 +1,1 @@
-"""Policies: the decoder, the families it reads, Hugging Face directories."""
+"""Networks, each a types.Policy."""

@@ -5,9 +5,9 @@ of the completion, t tokens looked at now. Queries are [B, K, M, t, H], keys
 [B, K, H, S] and values [B, K, S, H]: both products then run along the last axis
 of their large side. Softmax is in float32.
 
-Both functions take the same choices: `scale` multiplies the scores, `cap`
-then bounds them (cap * tanh(score / cap)), and a query sees only the `window`
-last keys, its own included. None: no bound, all keys.
+Choices of both functions: `scale` multiplies the scores, `cap` then bounds them
+(cap * tanh(score / cap)), and a query sees only the `window` last keys, its own
+included. None: no bound, all keys.
 """
 
 import jax
@@ -22,7 +22,7 @@ def capped(scores: jax.Array, cap: float | None) -> jax.Array:
 
 
 def sees(query, key, window: int | None) -> jax.Array:
-  """Whether a query at a position sees a key at another, broadcast.
+  """Mask of the keys that a query sees, from their positions, broadcast.
 
   # window 2, queries down, keys across   1 0 0
   #                                       1 1 0
@@ -36,7 +36,7 @@ def causal_attention(q, k, v, scale, cap=None, window=None):
   """Attention among the tokens of right-padded prompts.
 
   q [C, K, M, P, H], k [C, K, H, P], v [C, K, P, H] -> [C, K, M, P, H]. Padding
-  is after every real token, so the causal mask alone hides it.
+  comes after every real token, so the causal mask alone hides it.
   """
   at = jnp.arange(q.shape[3])
   scores_CKMtP = jnp.einsum(
@@ -55,8 +55,8 @@ def shared_prefix_attention(
 ):
   """One softmax over [prompt | completion], the prompt read once per group.
 
-  The G rows of a prompt stand as extra queries in one matrix product with its
-  keys, so the prefix is neither copied G times nor joined to the suffix:
+  Rows of a prompt, G of them, stand as extra queries in one matrix product with
+  its keys, so the prefix is neither copied G times nor joined to the suffix:
 
     out = (e_p V_p + e_s V_s) / (sum e_p + sum e_s),  e = exp(score - max)
 
@@ -83,7 +83,7 @@ def shared_prefix_attention(
   )
   column_t, key_P = at + jnp.arange(t), jnp.arange(P)
   seen_Cx1xP = (key_P[None] < prefix_length[:, None])[:, None]
-  if window is not None:  # a query's position is its prompt's length + column
+  if window is not None:  # position of a query: its prompt's length + column
     query_Cxt = prefix_length[:, None] + column_t[None]
     near = query_Cxt[..., None] - key_P[None, None] < window
     seen_Cx1xP = seen_Cx1xP & near

@@ -1,13 +1,13 @@
 """Routed experts: each token goes through the k feed-forwards that a router
-chooses for it. A file of its own, as its products are of ragged groups.
+chooses for it.
 
 Tokens are sorted by expert, one grouped product (jax.lax.ragged_dot) for each
-matrix does all the work, and what comes out is put back in order: no token is
+matrix does all the work, and its rows are put back in order: no token is
 dropped and none waits for room, so a row's result does not depend on its
-batch. Where the backend has no grouped kernel, as on CPU, JAX multiplies every
-token with every expert and masks: right, and E / k times the work. Over a mesh,
-each device of `tensor` holds some of the experts and runs the tokens of its
-own rows that chose one of them; their sums are added over `tensor`.
+batch. A backend without a grouped kernel, as the CPU's, multiplies every token
+with every expert and masks, E / k times the work. Over a mesh, each device of
+`tensor` holds some of the experts and runs the tokens of its own rows that
+chose one of them; their sums are added over `tensor`.
 """
 
 import functools
@@ -27,9 +27,9 @@ PARTITION_RULES = (
 
 
 def route(logits: jax.Array, k: int, normalize: bool):
-  """The k likeliest experts and their weights, [..., k] each.
+  """Chooses the k likeliest experts -> (weights, experts), [..., k] each.
 
-  weights = softmax(logits) of the chosen; `normalize` makes them sum to 1.
+  Weights are softmax(logits) of the chosen; `normalize` makes them sum to 1.
   """
   weight, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
   if normalize:
@@ -38,7 +38,7 @@ def route(logits: jax.Array, k: int, normalize: bool):
 
 
 def apply_experts(x, weight, chosen, gate_up, down, activation, first=0):
-  """sum_i weight_i * down_i(activation(x gate_i) * x up_i) over the chosen
+  """Sums weight_i * down_i(activation(x gate_i) * x up_i) over the chosen
   experts first .. first + E - 1; other choices add nothing.
 
   Args:
@@ -65,7 +65,7 @@ def apply_experts(x, weight, chosen, gate_up, down, activation, first=0):
 
 
 class Experts(nn.Module):
-  """E gated feed-forwards of width F and their router; k of them a token."""
+  """Mixture of E gated feed-forwards of width F, k of them a token."""
 
   num_experts: int
   experts_per_token: int

@@ -3,9 +3,9 @@
 A kernel keeps no scores: memory grows with the tokens, not with their square.
 
 1. `choose` turns a user's word into a kernel that this machine has.
-2. `fitting` says, where arrays meet, whether that kernel takes them and pays.
-3. `cudnn` and `splash` are functions as attention.causal_attention is: the same
-   arguments, the same result to rounding.
+2. `fitting` tells, where arrays meet, whether that kernel takes them and pays.
+3. `cudnn` and `splash` have the arguments and, to rounding, the result of
+   attention.causal_attention.
 4. `by_row` makes completions on shared prompts into such self-attention.
 
 Letters as in attention.py.
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jaxrl_tok.sharding import ROWS, on_each_device
 
 NEEDS = {'cudnn': 'a GPU, Ampere or newer, with cuDNN', 'splash': 'a TPU'}
-LEAST = 128  # tokens; fewer are one block of a kernel, all scores are small
+LEAST = 128  # tokens; fewer are one block of a kernel, whose scores are few
 
 
 def choose(name: str) -> str:
-  """'auto' -> the kernel that jax's backend has, 'xla' where it has none.
+  """Turns 'auto' into the backend's own kernel, 'xla' where it has none.
 
-  Raises ValueError when a kernel is named that this backend does not have.
+  Raises ValueError for a kernel that this backend does not have.
   """
   if name == 'auto':
     return next((kernel for kernel in NEEDS if available(kernel)), 'xla')
@@ -43,9 +43,9 @@ def choose(name: str) -> str:
 
 
 def available(kernel: str) -> bool:
-  """Whether the default backend has the kernel."""
+  """Tells whether the default backend has the kernel."""
   device = jax.local_devices()[0]
-  if kernel == 'splash':  # Mosaic is not for the first generations
+  if kernel == 'splash':  # Mosaic needs a newer generation
     old = device.device_kind.startswith(('TPU v2', 'TPU v3'))
     return jax.default_backend() == 'tpu' and not old
   if jax.default_backend() != 'gpu':
@@ -60,12 +60,11 @@ def available(kernel: str) -> bool:
 
 
 def fitting(name: str, q, cap: float | None, P: int = 0) -> Callable | None:
-  """The kernel of that name, None where XLA has to do it or does it as well.
+  """Looks the kernel up; None where XLA has to do it or does it as well.
 
-  q [.., T, H] are the queries, P the keys in front of their own. With them a
-  kernel looks at (P + T)^2 / 2 pairs and XLA at (P + T) T, so that long
-  prompts of short completions stay with XLA: at P = 3 T a kernel has twice the
-  work.
+  q [.., T, H] are the queries, P the keys in front of their own. A kernel then
+  computes (P + T)^2 / 2 pairs and XLA (P + T) T, so that long prompts of short
+  completions stay with XLA: at P = 3 T a kernel has twice the work.
   """
   T, H = q.shape[-2:]
   if P + T < LEAST or P > 3 * T:
@@ -79,12 +78,13 @@ def fitting(name: str, q, cap: float | None, P: int = 0) -> Callable | None:
 
 
 def within(window: int | None, length: int) -> int | None:
-  """The window, None when it hides nothing."""
+  """Window of attention, None when it hides nothing."""
   return None if window is None or window >= length else window
 
 
 def cudnn(q, k, v, scale, cap=None, window=None):
-  """causal_attention, cap None, by cuDNN's FlashAttention, arXiv:2307.08691."""
+  """Computes causal_attention, cap None, by cuDNN's FlashAttention,
+  arXiv:2307.08691."""
   assert cap is None, 'cuDNN has no cap'
   B, K, M, S, H = q.shape
   window = within(window, S)
@@ -101,8 +101,8 @@ def cudnn(q, k, v, scale, cap=None, window=None):
 
 
 def splash(q, k, v, scale, cap=None, window=None, interpret=False):
-  """causal_attention by Pallas' splash attention, each device its rows and
-  heads: a partitioner cannot split a kernel. interpret: without a TPU."""
+  """Computes causal_attention by Pallas' splash attention, each device its rows
+  and heads: a partitioner cannot split a kernel. interpret: without a TPU."""
   whole = functools.partial(
     _splash, scale=scale, cap=cap, window=window, interpret=interpret
   )
@@ -110,7 +110,7 @@ def splash(q, k, v, scale, cap=None, window=None, interpret=False):
 
 
 def blocks(length: int) -> tuple[int, int]:
-  """(length padded to whole blocks, the length of a block).
+  """Pads a length to whole blocks -> (padded length, length of a block).
 
   # 100 -> 128, 128    300 -> 384, 384    600 -> 768, 256    900 -> 1024, 512
   """
@@ -120,7 +120,7 @@ def blocks(length: int) -> tuple[int, int]:
 
 
 def _splash(q, k, v, scale, cap, window, interpret):
-  """q [B, K, M, S, H], k and v [B, K, S, H] -> [B, K, M, S, H]."""
+  """Runs the kernel: q [B, K, M, S, H], k and v [B, K, S, H] -> q's shape."""
   from jax.experimental.pallas.ops.tpu import splash_attention as ops
 
   B, K, M, S, H = q.shape
@@ -150,11 +150,12 @@ def _splash(q, k, v, scale, cap, window, interpret):
 def by_row(
   attend, q, prefix, prefix_length, suffix, scale, cap=None, window=None
 ):
-  """shared_prefix_attention without a cache, as self-attention of whole rows.
+  """Computes shared_prefix_attention without a cache, as self-attention of
+  whole rows.
 
-  What is real of a row's prompt and its completion stand end to end, so that
+  Real tokens of a row's prompt and its completion stand end to end, so that
   the causal mask alone hides the rest and a window counts positions. Queries
-  of the prompt are zeros, and what comes out for them is dropped.
+  of the prompt are zeros, and their results are dropped.
 
   # prompt of 2, P = 3, T = 2    keys     p p s s .
   #                              queries  0 0 q q 0

@@ -1,10 +1,9 @@
 """Rotary positions: how fast each pair of a head turns, and turning it.
 
-A Rope is the numbers that the decoder needs. The scalings that stretch a
-model's context are a table: each maps the plain frequencies to others. All of
-them are independent of the length at hand; one that is not ('dynamic',
-'longrope') would give a cached key another angle than the same key read anew,
-and is refused by name.
+A Rope is the numbers that the transformer needs. Scalings that stretch a
+model's context are a table: each maps the plain frequencies to others. None
+depends on the length at hand. Scalings that do ('dynamic', 'longrope') would
+give a cached key another angle than a key read anew, and are refused by name.
 """
 
 import math
@@ -20,7 +19,7 @@ LARGEST_TABLE = 2**18  # numbers: 1 MiB, 4096 positions of a head of 128
 class Rope(NamedTuple):
   """Frequencies, in radians a position, of the head's first pairs.
 
-  Dimensions beyond 2 * len(frequencies) are not turned.
+  Dimensions of a head beyond 2 * len(frequencies) are not turned.
   """
 
   frequencies: tuple
@@ -28,13 +27,13 @@ class Rope(NamedTuple):
 
 
 def _linear(speed, p):
-  """Positions divided by the factor. kaiokendev, 2023."""
+  """Divides positions by the factor. kaiokendev, 2023."""
   return speed / p['factor'], 1.0
 
 
 def _llama3(speed, p):
-  """Slow pairs divided by the factor, fast ones kept, between them a ramp in
-  turns per original context. The Llama 3.1 configuration."""
+  """Divides slow pairs by the factor, keeps fast ones, and ramps between them
+  in turns per original context. Llama 3.1's configuration."""
   turns = p['original_max_position_embeddings'] * speed / (2 * math.pi)
   low, high = p['low_freq_factor'], p['high_freq_factor']
   keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -42,7 +41,7 @@ def _llama3(speed, p):
 
 
 def _yarn(speed, p):
-  """A ramp over the pairs, from those of beta_fast turns per original context
+  """Ramps over the pairs, from those of beta_fast turns per original context
   (kept) to those of beta_slow (divided by the factor). arXiv:2309.00071."""
   pairs, factor = len(speed), p['factor']
 
@@ -79,9 +78,9 @@ SCALINGS = {
 
 
 def make_rope(parameters: dict, head_dim: int) -> Rope:
-  """The Rope of Hugging Face's rope_parameters.
+  """Makes a Rope from Hugging Face's rope_parameters.
 
-  frequency_j = theta^(-2j/R), R = head_dim * partial_rotary_factor, then
+  Frequency j is theta^(-2j/R), R = head_dim * partial_rotary_factor, then
   scaled. RoFormer, arXiv:2104.09864. Raises ValueError for a scaling that is
   not in the table, or whose numbers are missing or cannot be.
   """
@@ -109,10 +108,11 @@ def make_rope(parameters: dict, head_dim: int) -> Rope:
 
 
 def rope_angles(positions: jax.Array, rope: Rope, length: int):
-  """(cos, sin), each float32 [..., R/2], of int positions [...] < length.
+  """Looks up (cos, sin), each float32 [..., R/2], for int positions [...] <
+  length.
 
-  Read from a table that the program holds, if it is a small one: computed
-  there, XLA on CPU would compute them again for every head of every layer.
+  Short contexts have a table inside the program: XLA on CPU would compute the
+  angles again for every head of every layer.
   """
   speed = np.asarray(rope.frequencies, np.float32)
   if length * len(speed) > LARGEST_TABLE:
@@ -129,8 +129,8 @@ def rope_angles(positions: jax.Array, rope: Rope, length: int):
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns the pairs (x_j, x_{j + R/2}) by their angle (the Hugging Face order)
-  and leaves what is beyond R.
+  """Turns the pairs (x_j, x_{j + R/2}) by their angle (Hugging Face's order)
+  and leaves dimensions beyond R.
 
   x [..., H], cos and sin broadcastable to [..., R/2], R <= H.
   """

@@ -1,6 +1,6 @@
-"""The decoder, in Linen: attention and feed-forward blocks on a residual.
+"""Transformer decoder, in Linen: attention and feed-forward on a residual.
 
-The way of one batch through it:
+Steps of one batch through it:
 
 1. `encode` embeds the C prompts [C, P], runs the blocks causally and keeps
    each layer's keys and values, and the hidden state at the last real token.
@@ -10,9 +10,9 @@ The way of one batch through it:
 3. `logits` and `value` read hidden states.
 
 Families differ by the values of TransformerConfig, never by code of their
-own. Parameters are float32 (or what was loaded); `dtype` is the compute dtype;
-norms, softmax and logits are float32. q/k/v and gate/up are single parameters,
-so that a token costs few, large products.
+own. Parameters are float32 (or as they were loaded); `dtype` is the compute
+dtype; norms, softmax, logits and adapters are float32. q/k/v and gate/up are
+single parameters, so that a token costs few, large products.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxrl_tok.models import attention, experts, kernels, rope
 from jaxrl_tok.sharding import constrain, constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
-# what a block keeps for the backward pass; it computes the rest again
+# arrays that a block keeps for the backward pass; it computes the rest again
 REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -43,16 +43,16 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """What may differ from one block to the next."""
+  """Choices of one block, which may differ from those of the next."""
 
-  rope: rope.Rope | None  # None: this layer does not see positions
+  rope: rope.Rope | None  # None: it does not see positions
   window: int | None = None  # keys seen, the query's own included; None: all
   routed: bool = False  # experts in place of the one feed-forward
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """Sizes and choices of the decoder."""
+  """Sizes and choices of a transformer."""
 
   vocab_size: int  # V
   d_model: int  # D
@@ -66,14 +66,14 @@ class TransformerConfig:
   embedding_scale: float = 1.0
   norm: str = 'rms'  # rms, rms_plus_one (x * (1 + scale)) or layer
   norm_eps: float = 1e-6
-  pre_norm: bool = True  # of what goes into attention and feed-forward
-  post_norm: bool = False  # of what comes out of them
+  pre_norm: bool = True  # before attention and before the feed-forward
+  post_norm: bool = False  # after each of them
   parallel: bool = False  # both read x, not one after the other
   qk_norm: str | None = None  # 'head': of each head; 'all': of all together
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
-  activation: str = 'silu'  # of ACTIVATIONS
+  activation: str = 'silu'  # a name in ACTIVATIONS
   gated: bool = True  # activation(x gate) * x up; False: activation(x up)
   attention_scale: float | None = None  # None: 1 / sqrt(H)
   attention_cap: float | None = None
@@ -128,10 +128,10 @@ def fan_in(*axes):
 
 
 class Norm(nn.Module):
-  """Over `axes`, in float32.
+  """Normalizes over `axes`, in float32.
 
-  rms           x / sqrt(mean(x^2) + eps) * scale      arXiv:1910.07467
-  rms_plus_one  the same, times 1 + scale              Gemma
+  rms           x / sqrt(mean(x^2) + eps) * scale         arXiv:1910.07467
+  rms_plus_one  x / sqrt(mean(x^2) + eps) * (1 + scale)   Gemma
   layer         (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
   """
 
@@ -177,21 +177,21 @@ def project(module: nn.Module, name: str, product: Callable, x, w):
 
 
 class Attention(nn.Module):
+  """Attention of one block, to the prompt and to the completion so far."""
+
   config: TransformerConfig
   layer: Layer
-  kernel: str  # of kernels.choose
+  kernel: str  # from kernels.choose
 
   @nn.compact
   def __call__(self, x, angles, prefix, prefix_length, cache, at):
-    """x [B, t, D] -> (out [B, t, D], this layer's (k, v)).
-
-    Without `prefix` the rows are prompts and attend to themselves.
-    """
+    """x [B, t, D] -> (out [B, t, D], this layer's (k, v)); without `prefix` the
+    rows are prompts and attend to themselves."""
     c = self.config
     K, M, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
     qkv = self.param('qkv', fan_in(0), (c.d_model, K, M + 2, H))
-    # in the order of the product, then transposed: asked for as bkmth, XLA
-    # transposes the matrix instead, at every token
+    # the product's own order, then transposed: asked for bkmth, XLA transposes
+    # the matrix instead, at every token
     product = functools.partial(jnp.einsum, 'btd,dkmh->btkmh')
     y = project(self, 'qkv', product, x, qkv.astype(x.dtype))
     if c.qkv_bias:
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         q, prefix, prefix_length, kv, at, scale, **how
       )
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
-    # one axis to sum over: of three, XLA would transpose the matrix each step
+    # one axis to sum over: with three, XLA transposes the matrix each step
     mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
     out = out.astype(x.dtype).reshape(-1, c.d_model)
     x = project(self, 'out', jnp.matmul, mixed, out)
@@ -236,14 +236,14 @@ class Attention(nn.Module):
 
 
 def with_bias(module: nn.Module, name: str, x):
-  """x plus a bias over its last axis."""
+  """Adds a bias over the last axis of x."""
   bias = module.param(name, nn.initializers.zeros, x.shape[-1:])
   return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
 
 
 class FeedForward(nn.Module):
-  """(activation(x W_gate) * x W_up) W_down, arXiv:2002.05202, or without the
-  gate activation(x W_up) W_down."""
+  """Computes (activation(x W_gate) * x W_up) W_down, arXiv:2002.05202, or
+  without the gate activation(x W_up) W_down."""
 
   config: TransformerConfig
 
@@ -269,6 +269,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+  """Attention and feed-forward, each added to the residual x."""
+
   config: TransformerConfig
   layer: Layer
   kernel: str
@@ -304,7 +306,7 @@ class Block(nn.Module):
 
 
 class Table(nn.Module):
-  """A matrix with a row for each id."""
+  """Matrix with a row for each id."""
 
   rows: int
   config: TransformerConfig
@@ -316,6 +318,8 @@ class Table(nn.Module):
 
 
 class Transformer(nn.Module):
+  """Embeddings, blocks and heads; methods as types.Policy has them."""
+
   config: TransformerConfig
   dtype: jnp.dtype
   remat: str
@@ -349,7 +353,7 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
     if self.config.learned_positions:
       x = x + self.positions().astype(self.dtype)[positions]
-    # one set of angles for all layers of a kind, broadcast over heads
+    # angles are shared by all layers of a kind and broadcast over heads
     kinds = {layer.rope for layer in self.config.layers} - {None}
     angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
     new = []
@@ -405,7 +409,7 @@ class Transformer(nn.Module):
 
 
 def cast_params(params, dtype):
-  """Casts the leaves that the modules would cast at every use, no others:
+  """Casts the leaves that the modules would cast at every use, and no others:
   gradient and sampler compute with equal numbers."""
 
   def one(path, x):
@@ -420,14 +424,15 @@ def make_policy(
   remat: str = 'none',
   attention: str = 'auto',
 ) -> Policy:
-  """The decoder as a Policy: pure functions of (params, arrays).
+  """Makes a Policy of a transformer: pure functions of (params, arrays).
 
   Args:
     config: sizes.
     dtype: compute dtype; parameters keep their own.
-    remat: 'none', or what of REMAT each block keeps (memory for time).
-    attention: what looks at many tokens at once: xla, cudnn, splash, or auto,
-      the backend's own where it fits (kernels.py).
+    remat: 'none', or the name in REMAT of what each block keeps, which trades
+      time for memory.
+    attention: kernel for many tokens at once: xla, cudnn, splash, or auto, the
+      backend's own where it fits (kernels.py).
 
   Raises ValueError for a kernel that the backend does not have.
   """
