@@ -7,20 +7,33 @@ import sys
 
 import pytest
 
-from experiments import arithmetic
-from jaxrl_tok.run import settings as flag_layer
+import jaxrl_tok
+from jaxrl_tok import Task
+from jaxrl_tok.run import flags
+from jaxrl_tok.run.settings import RENAMED, Settings, flatten, with_values
 
 MODULE = 'experiments.arithmetic'
+ONE_RECORD = [{'prompt': 'a'}]
 
 
-def parse(*argv):
-  return flag_layer.parse(arithmetic.DEFAULTS, MODULE, list(argv))
+def score(completions, **columns):
+  return [0.0] * len(completions)
 
 
-def the_line(capsys, function, *args) -> str:
+def read(*argv, function=None, **defaults) -> flags.Parsed:
+  return flags.parse(
+    with_values(Settings(), defaults), function, 'x', list(argv)
+  )
+
+
+def parse(*argv) -> Settings:
+  return read(*argv).settings
+
+
+def the_line(capsys, run, /, *args, **more) -> str:
   """The only line that a refusal prints."""
   with pytest.raises(SystemExit) as e:
-    function(*args)
+    run(*args, **more)
   assert e.value.code == 2
   said = capsys.readouterr()
   assert said.out == ''
@@ -64,6 +77,19 @@ def test_a_word_that_is_no_flag_is_refused(capsys):
   assert '-q' in refusal(capsys, '-q')
 
 
+@pytest.mark.parametrize('old', RENAMED)
+def test_an_old_spelling_is_refused_with_the_new_one(capsys, old):
+  new = RENAMED[old]
+  for word in (f'--{old}', f'--{old.replace("_", "-")}'):
+    want = f'error: unknown flag {word}; it is called --{new} now'
+    assert refusal(capsys, word, '2') == want
+    assert refusal(capsys, f'{word}=2') == want
+  with pytest.raises(ValueError) as e:  # noqa: PT011
+    jaxrl_tok.train(Task(ONE_RECORD, score), **{old: 2})
+  assert str(e.value) == f'{old} is no setting; it is called {new} now'
+  assert new in flatten(Settings())
+
+
 @pytest.mark.parametrize('name', ['learning_rate', 'learning-rate'])
 def test_dashes_and_underscores_both_work(name):
   assert parse(f'--{name}', '0.5').optimizer.learning_rate == 0.5
@@ -71,9 +97,9 @@ def test_dashes_and_underscores_both_work(name):
 
 
 def test_flags_change_only_what_they_name():
-  assert parse() == arithmetic.DEFAULTS
-  flags = parse('--top_k', '7', '--no-cache', '--remat', 'dots', '--seed', '3')
-  changed = flag_layer.flat(flags).items() - flag_layer.flat(parse()).items()
+  assert parse() == Settings()
+  found = parse('--top_k', '7', '--no-cache', '--remat', 'dots', '--seed', '3')
+  changed = flatten(found).items() - flatten(parse()).items()
   assert changed == {
     ('top_k', 7),
     ('cache', False),
@@ -83,10 +109,10 @@ def test_flags_change_only_what_they_name():
 
 
 def test_every_flag_has_a_name_of_its_own():
-  groups = [f.type for f in dataclasses.fields(arithmetic.Flags)]
+  groups = vars(Settings()).values()
   names = [f.name for group in groups for f in dataclasses.fields(group)]
   assert len(set(names)) == len(names)
-  assert set(flag_layer.flat(arithmetic.DEFAULTS)) == set(names)
+  assert set(flatten(Settings())) == set(names)
 
 
 # --- values
@@ -100,7 +126,7 @@ def test_every_flag_has_a_name_of_its_own():
     ('--max_completion_length', '0', 'must be at least 1'),
     ('--max_prompt_length', '0', 'must be at least 1'),
     ('--max_steps', '0', 'must be at least 1'),
-    ('--eval_prompts', '0', 'must be at least 1'),
+    ('--held_out', '0', 'must be at least 1'),
     ('--keep', '0', 'must be at least 1'),
     ('--d_model', '0', 'must be at least 1'),
     ('--num_layers', '0', 'must be at least 1'),
@@ -133,7 +159,8 @@ def test_every_flag_has_a_name_of_its_own():
     ('--eval_every', '-1', '0 or more'),
     ('--save_every', '-1', '0 or more'),
     ('--patience', '-1', '0 or more'),
-    ('--seed', '-1', '0 or more'),
+    ('--seed', '-1', 'in 0..4294967295'),
+    ('--seed', '4294967296', 'in 0..4294967295'),
   ],
 )
 def test_a_value_out_of_its_range_is_refused(capsys, flag, value, says):
@@ -162,7 +189,7 @@ def test_a_value_out_of_its_range_is_refused(capsys, flag, value, says):
   ],
 )
 def test_the_ends_of_a_range_are_taken(flag, value):
-  found = flag_layer.flat(parse(flag, value))
+  found = flatten(parse(flag, value))
   assert found[flag.removeprefix('--')] == float(value)
 
 
@@ -178,7 +205,6 @@ def test_the_ends_of_a_range_are_taken(flag, value):
     ('--dtype', 'float64'),
     ('--report_to', 'magic'),
     ('--lr_schedule', 'magic'),
-    ('--reward', 'magic'),
   ],
 )
 def test_a_value_of_another_kind_is_refused(capsys, flag, value):
@@ -261,9 +287,9 @@ def test_a_model_that_is_no_directory_is_refused(capsys, tmp_path):
 
 def test_a_hub_out_of_reach_is_one_line_before_jax(tmp_path):
   code = (
-    'import sys, time; from experiments import flags, arithmetic\n'
+    'import sys, time; from experiments import arithmetic\n'
     'begun = time.monotonic()\n'
-    'try: flags.parse(arithmetic.DEFAULTS, "x", ["--model", "some/model"])\n'
+    'try: arithmetic.run(["--model", "some/model"])\n'
     'except SystemExit as e: assert e.code == 2\n'
     'assert "jax" not in sys.modules\n'
     'assert time.monotonic() - begun < 5'
@@ -321,74 +347,142 @@ def test_uploading_needs_a_token_and_a_name(capsys, monkeypatch):
   parse('--push_to_hub', 'me/policy')
 
 
-def test_what_cannot_hold_an_answer_is_refused(capsys):
-  def start(*argv):
-    return arithmetic.load(parse(*argv))[0].sampling
-
-  argv = ('--digits', '3', '--num_problems', '50', '--max_completion_length')
-  with pytest.raises(ValueError, match=r'pass --max_completion_length 5$'):
-    start(*argv, '4')
-  assert start(*argv, '5').max_completion_length == 5
-  assert start(*argv[:-1]).max_completion_length == 5
-
-  def check(*argv):
-    arithmetic.check(parse(*argv).task)
-
-  for digits in ('0', '10'):
-    line = the_line(capsys, check, '--digits', digits)
-    assert f'--digits {digits} must be in 1..9' in line
+# --- collectors
 
 
-# --- the run's directory
+@pytest.mark.parametrize(
+  'argv',
+  [
+    '--steps_per_call 2 --dynamic_sampling_rounds 2',
+    '--steps_per_call 2 --replay_groups 2',
+    '--steps_per_call 2 --ahead',
+    '--ahead --dynamic_sampling_rounds 2',
+    '--ahead --replay_groups 2',
+  ],
+)
+def test_collectors_that_cannot_wrap_each_other_are_refused(capsys, argv):
+  more = '--eval_every 2 --save_every 2 --max_steps 2'
+  line = refusal(capsys, *argv.split(), *more.split())
+  named = [word for word in argv.split() if word.startswith('--')]
+  assert all(word in line for word in named)
+  assert line.endswith('exclude each other; leave one out')
 
 
-def claim(path, **more):
-  run = flag_layer.RunFlags(output_dir=path and str(path), **more)
-  return flag_layer.claim_output_dir(run, 'sums')
+def test_a_replay_buffer_holds_what_is_drawn_from_it(capsys):
+  argv = '--replay_groups', '9', '--replay_capacity', '8'
+  assert refusal(capsys, *argv).endswith('pass --replay_capacity 9 or more')
 
 
-def test_a_new_directory_is_made_and_left_empty(tmp_path):
-  path = claim(tmp_path / 'a' / 'b')
-  assert path == tmp_path / 'a' / 'b'
-  assert list(path.iterdir()) == []
-  assert claim(path) == path  # empty: nothing to lose
+def test_steps_per_call_divide_what_is_counted(capsys):
+  line = refusal(capsys, '--steps_per_call', '4', '--max_steps', '10')
+  assert line.endswith('pass --max_steps 12')
 
 
-def test_the_default_directory_is_named_after_experiment_and_time(
-  tmp_path, monkeypatch
-):
-  monkeypatch.chdir(tmp_path)
-  path = claim(None)
-  assert path.is_dir()
-  assert path.parts[0] == 'runs'
-  assert path.name.startswith('sums-2')
+def test_a_rename_is_a_pair(capsys):
+  assert 'is not old=new' in refusal(capsys, '--rename', 'question')
+  found = parse('--rename', 'question=prompt', 'solution=answer')
+  assert found.data.rename == ('question=prompt', 'solution=answer')
 
 
-def test_a_run_is_not_overwritten(capsys, tmp_path):
-  (tmp_path / 'metrics.jsonl').write_text('precious')
-  line = the_line(capsys, claim, tmp_path)
-  assert f'--output_dir {tmp_path} is not empty' in line
-  assert '--resume auto' in line
-  assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
-  assert (tmp_path / 'metrics.jsonl').read_text() == 'precious'
+# --- flags of a task's own
 
 
-@pytest.mark.parametrize('word', ['auto', '20'])
-def test_a_resumed_run_has_its_directory_as_it_was(tmp_path, word):
-  (tmp_path / 'metrics.jsonl').write_text('precious')
-  assert claim(tmp_path, resume=word) == tmp_path
-  assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
-  assert (tmp_path / 'metrics.jsonl').read_text() == 'precious'
+def verses(
+  count: int,
+  words: tuple[str, ...] = (),
+  kind: str = 'iamb',
+  held_out: int | None = None,
+) -> Task:
+  """Verses.
+
+  Args:
+    count: Verses in
+      all.
+    words: Words that rhyme.
+    kind: Foot of a verse.
+  """
+  return Task([{'prompt': f'{i}'} for i in range(count)], score)
 
 
-def test_a_file_in_the_way_is_named(capsys, tmp_path):
-  path = tmp_path / 'file'
-  path.write_text('precious')
-  line = the_line(capsys, claim, path)
-  assert line == f'error: --output_dir {path} is a file; give a directory'
-  line = the_line(capsys, claim, path / 'under')
-  assert f'--output_dir {path / "under"} cannot be written: ' in line
-  assert path.read_text() == 'precious'
+def test_a_tasks_parameters_are_flags():
+  argv = '--count 3 --words love --words dove --held_out 7 --max_steps 5'
+  found = read(*argv.split(), function=verses)
+  assert found.own == {
+    'count': 3,
+    'words': ('love', 'dove'),
+    'kind': 'iamb',
+    'held_out': 7,
+  }
+  assert found.settings.run.max_steps == 5
+  assert found.settings.run.held_out == 7
+  assert found.typed == {'count', 'words', 'held_out', 'max_steps'}
+  assert read('--count=1', function=verses).own['words'] == ()
+
+
+def test_a_tasks_flags_are_checked_as_all_are(capsys):
+  line = the_line(capsys, read, '--cuont', '3', function=verses)
+  assert line == 'error: unknown flag --cuont; did you mean --count?'
+  line = the_line(capsys, read, '--count', 'many', function=verses)
+  assert '--count' in line
+  assert 'many' in line
+  line = the_line(capsys, read, function=verses)
+  assert '--count' in line
+  assert 'required' in line.lower()
+
+
+def test_help_has_a_tasks_flags_and_their_lines(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    read('--help', function=verses)
+  assert stopped.value.code == 0
+  said = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
+  for words in ('--count INT', 'Verses in all.', 'Foot of a verse.'):
+    assert words in said
+
+
+def test_flags_without_names_are_refused(capsys):
+  def task(*words, **more):
+    return None
+
+  line = the_line(capsys, read, function=task)
+  assert line == 'error: task takes *words; name each of its flags'
+
+
+@pytest.mark.parametrize(
+  ('settings', 'says'),
+  [
+    ({'max_step': 3}, 'max_step is no setting; did you mean max_steps?'),
+    ({'max_steps': '3'}, "--max_steps '3' must be int"),
+    ({'max_steps': 0}, '--max_steps 0 must be at least 1'),
+    ({'seed': True}, '--seed True must be int'),
+    ({'learning_rate': 'x'}, "--learning_rate 'x' must be float"),
+    ({'dtype': 'float64'}, "--dtype 'float64' must be one of auto, float32"),
+    ({'mesh': 3}, '--mesh 3 must be text'),
+    ({'lora_targets': 'q_proj'}, "'q_proj' must be a list of texts"),
+    ({'policy': 'gru'}, "policy 'gru' is a word; give a value"),
+    ({'loss': 'magic'}, "--loss 'magic' must be one of"),
+  ],
+)
+def test_a_library_call_and_defaults_are_checked_alike(capsys, settings, says):
+  task = Task(ONE_RECORD, score)
+  with pytest.raises(ValueError) as e:  # noqa: PT011
+    jaxrl_tok.train(task, **settings)
+  assert says in str(e.value)
+  assert '\n' not in str(e.value)
+  assert says in the_line(capsys, jaxrl_tok.main, task, [], **settings)
+
+
+def test_a_setting_that_a_value_replaces_is_refused(capsys):
+  task, own = Task(ONE_RECORD, score), {'optimizer': object()}
+  line = the_line(capsys, jaxrl_tok.main, task, ['--learning_rate', '1'], **own)
+  assert line == (
+    'error: --learning_rate has no effect: optimizer is a value of your own; '
+    'leave it out'
+  )
+  with pytest.raises(ValueError, match='--d_model has no effect: policy is'):
+    jaxrl_tok.train(task, policy=object(), d_model=8)
+  argv = ['--loss', 'clip']
+  line = the_line(capsys, jaxrl_tok.main, task, argv, loss=lambda *args: None)
+  assert '--loss has no effect' in line
 
 
 # --- from outside
@@ -411,6 +505,21 @@ except SystemExit as e:
   assert found.stdout == '2 []\n'
 
 
+def test_importing_the_package_imports_nothing():
+  code = (
+    'import sys, jaxrl_tok\n'
+    'from jaxrl_tok import Evaluation, Interrupted, Task, main, train\n'
+    'print({"jax", "numpy", "transformers"} & set(sys.modules))\n'
+    'assert {"Result", "Policy", "algorithms"} <= set(dir(jaxrl_tok))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=False
+  )
+  assert (done.stdout, done.stderr) == ('set()\n', '')
+  with pytest.raises(AttributeError, match="no attribute 'quantum'"):
+    _ = jaxrl_tok.quantum
+
+
 def test_help_names_every_flag():
   found = subprocess.run(
     [sys.executable, '-m', MODULE, '--help'],
@@ -422,5 +531,5 @@ def test_help_names_every_flag():
   assert found.stderr == ''
   assert f'python -m {MODULE}' in found.stdout
   words = set(found.stdout.replace(',', ' ').split())
-  for name in flag_layer.flat(arithmetic.DEFAULTS):
+  for name in ('digits', 'data', *flatten(Settings())):
     assert f'--{name}' in words

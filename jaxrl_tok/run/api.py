@@ -190,10 +190,12 @@ def main(
   command = command_of(module)
   try:
     given = sort_arguments(defaults)
+    settings = with_values(Settings(), given.words)
+    flags.check_kinds(settings)
   except ValueError as e:
     flags.fail(e)
   parsed = flags.parse(
-    with_values(Settings(), given.words),
+    settings,
     function,
     command,
     argv,

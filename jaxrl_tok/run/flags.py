@@ -121,11 +121,12 @@ def check_spelling(known, argv: list[str]) -> None:
   """Refuses a misspelt flag in one line, where tyro would draw a box."""
   names = {*known, 'help'}
   names |= {f'no_{name}' for name in names}
-  for name in names_typed(argv):
-    if name not in names:
-      cure = suggest(name, known)
-      cure = re.sub(r'(mean|called) (\w+)', r'\1 --\2', cure)
-      fail(f'unknown flag --{name}; {cure}')
+  for word in argv:
+    for name in names_typed([word]):
+      if name not in names:
+        cure = suggest(name, known)
+        cure = re.sub(r'(mean|called) (\w+)', r'\1 --\2', cure)
+        fail(f'unknown flag {word.split("=")[0]}; {cure}')
 
 
 def _names(kind) -> set[str]:
