@@ -30,17 +30,17 @@ class AlgorithmSettings:
   baseline: Literal[BASELINES] | None = None
   """Subtracted from returns; reinforce: leave_one_out, with one sample ema."""
   ema_decay: float = 0.9
-  """Of the ema baseline."""
+  """Decay of the ema baseline."""
   scale: Literal[SCALES] | None = None
   """Divides returns minus the baseline."""
   gamma: float | None = None
   """Discount of token rewards."""
   gae_lambda: float | None = None
-  """Of GAE and V-trace."""
+  """Lambda of GAE and V-trace."""
   rho_bar: float | None = None
   """V-trace's cap of the weight of a temporal difference."""
   c_bar: float | None = None
-  """V-trace's cap of what is carried back."""
+  """V-trace's cap of the weight that carries errors back."""
   bootstrap_truncated: bool | None = None
   """A completion that was cut has the value of the state after it, not 0."""
   whiten: bool | None = None
@@ -88,7 +88,7 @@ class AlgorithmSettings:
   ref_sync_steps: int | None = None
   """Steps between copies of the policy into the reference; 0: never."""
   reference_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
-  """Of the reference's parameters; auto: as the policy's."""
+  """Dtype of the reference's parameters; auto: as the policy's."""
   log_kl: bool = True
   """Measure the KL to the starting policy at each evaluation; keeps a copy."""
   mask_sync_steps: int | None = None
@@ -96,7 +96,7 @@ class AlgorithmSettings:
   critic: Literal['shared', 'separate', 'none'] = 'shared'
   """A value head on the policy, or a network, where one is needed."""
   critic_learning_rate: float | None = None
-  """Of the value head or the critic; default: learning_rate."""
+  """Learning rate of the value head or critic; default: learning_rate."""
   critic_warmup_steps: int | None = None
   """First steps in which only the critic (shared: its head) learns."""
   value_coef: float | None = None

@@ -18,7 +18,7 @@ def user_cache() -> Path:
 
 
 def processor() -> str:
-  """What programs for this machine may be made of: a home that several
+  """Hash of the processor's instructions: a home that several
   machines share must not hand one's instructions to another."""
   try:
     lines = Path('/proc/cpuinfo').read_text().splitlines()

@@ -159,7 +159,7 @@ def lora_config(settings: Settings) -> LoraConfig | None:
 
 
 def make_trainable(settings: Settings, model) -> Trainable:
-  """What is trained of the model: all of it, or adapters."""
+  """Trainable parameters of the model: all, or adapters."""
   f, seed = settings.model, settings.run.seed
   if isinstance(model, OwnModel):
     return own_trainable(model, seed)

@@ -203,6 +203,25 @@ def micro_batches(settings: Settings, mini_batches: int) -> int | None:
   return rows // wanted if wanted else 1
 
 
+def program_config(
+  settings: Settings, model, mini_batches: int, T: int
+) -> ProgramConfig:
+  """Choices that the run's programs are compiled for."""
+  s = settings.sampling
+  return ProgramConfig(
+    num_prompts=s.num_prompts,
+    samples_per_prompt=s.num_generations,
+    max_completion_length=T,
+    pad_token=model.pad_token,
+    truncate=s.truncates,
+    compact_levels=s.compact_levels,
+    micro_batches=micro_batches(settings, mini_batches),
+    length_buckets=settings.model.length_buckets,
+    steps_per_call=settings.run.steps_per_call,
+    replay_groups=s.replay_groups,
+  )
+
+
 def make_networks(settings: Settings, model, trainable, algorithm):
   """(policy, critic of its own or None, compute dtype) of a run."""
   f, learned = settings.model, algorithm.value_loss is not None
@@ -350,19 +369,7 @@ def prepare(
   )
   trainable = models.make_trainable(settings, model)
   policy, critic, dtype = make_networks(settings, model, trainable, algorithm)
-  s = settings.sampling
-  config = ProgramConfig(
-    num_prompts=s.num_prompts,
-    samples_per_prompt=s.num_generations,
-    max_completion_length=T,
-    pad_token=model.pad_token,
-    truncate=s.truncates,
-    compact_levels=s.compact_levels,
-    micro_batches=micro_batches(settings, passes.mini_batches),
-    length_buckets=settings.model.length_buckets,
-    steps_per_call=settings.run.steps_per_call,
-    replay_groups=s.replay_groups,
-  )
+  config = program_config(settings, model, passes.mini_batches, T)
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )

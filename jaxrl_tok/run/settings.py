@@ -44,7 +44,7 @@ class RunSettings:
   keep_special_tokens: bool = False
   """Give reward functions the special tokens of completions, too."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
-  """Where metrics go beside metrics.jsonl."""
+  """Writer of metrics beside metrics.jsonl."""
   print_config: bool = False
   """Print every setting, the parameters and their placement, and exit."""
 
@@ -56,13 +56,14 @@ class ModelSettings:
   model: str | None = None
   """Hugging Face directory or hub id to start from."""
   revision: str | None = None
-  """Of the hub id: branch, tag or commit."""
+  """Branch, tag or commit of a hub id."""
   param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-  """Of the parameters; auto: float32, what LoRA freezes as in the file."""
+  """Dtype of the parameters; auto: float32, a base frozen by LoRA as in its
+  file."""
   lora_rank: int = 0
   """Train adapters of this rank, not the model; 0: the model."""
   lora_alpha: float = 32.0
-  """Adapters are multiplied by alpha / rank."""
+  """Scales adapters by alpha / rank."""
   lora_targets: tuple[str, ...] = ('all-linear',)
   """Matrices with an adapter, by the ends of their names."""
   lora_adapter: str | None = None
@@ -71,14 +72,15 @@ class ModelSettings:
   """Classifier of one label (directory or hub id): its score is added to the
   reward."""
   reward_model_weight: float = 1.0
-  """Multiplies that score."""
+  """Weight of the reward model's score."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
   remat: Literal['none', 'dots', 'full'] = 'none'
-  """What the backward pass computes again, in each block: nothing; all but
-  the products with matrices of weights; all. Less memory, more time."""
+  """Recomputation in the backward pass, by block: nothing; all but the products
+  with matrices of weights; all. Less memory, more time."""
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
-  """Of many tokens at once; auto: cudnn on GPU, splash on TPU, else xla."""
+  """Attention of many tokens at once; auto: cudnn on GPU, splash on TPU, else
+  xla."""
   cpu_devices: int = 1
   """Devices that a CPU is split into, each with its own rows and a copy of the
   weights: two on two cores sample faster, and learn no faster."""
@@ -149,7 +151,8 @@ class OptimizerSettings:
   learning_rate: float = 1e-3
   """Peak learning rate."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
-  """After the warm-up; linear and cosine end at a tenth, at max_steps."""
+  """Learning rate after the warm-up; linear and cosine end at a tenth of it, at
+  max_steps."""
   lr_warmup_steps: int = 0
   """Steps of linear warm-up."""
   adam_b2: float = 0.95
@@ -157,7 +160,7 @@ class OptimizerSettings:
   weight_decay: float = 0.0
   """AdamW's weight decay."""
   max_grad_norm: float = 1.0
-  """Gradients are scaled down to this global norm."""
+  """Global norm that gradients are scaled down to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,18 +181,18 @@ class SizeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartSettings:
-  """The supervised warm start, when no --model is given."""
+  """The supervised start on right answers, when no --model is given."""
 
   warm_start_stop_at: float = 0.4
-  """Ends when the held-out reward reaches this."""
+  """Held-out reward that ends the supervised start."""
   warm_start_max_steps: int = 1000
-  """Steps at most."""
+  """Steps of the supervised start at most."""
   warm_start_batch_size: int = 128
-  """Problems in a step."""
+  """Prompts in a step of the supervised start."""
   warm_start_learning_rate: float = 3e-3
-  """Its peak learning rate (Adam, cosine)."""
+  """Peak learning rate of the supervised start (Adam, cosine)."""
   warm_start_check_every: int = 5
-  """Steps between looks at the held-out problems."""
+  """Steps between evaluations of the supervised start."""
   cache: bool = True
   """Keep the result under ~/.cache/jaxrl_tok and use it next time."""
 

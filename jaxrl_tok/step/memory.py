@@ -1,4 +1,4 @@
-"""How many completions a pass of the gradient looks at, by the device's memory.
+"""Completions in one pass of the gradient, chosen by the device's memory.
 
 On a CPU, a pass whose arrays stay in the last cache is faster; on an
 accelerator, fewer passes are, as long as they fit.
@@ -27,12 +27,12 @@ def bytes_a_prompt(
   rule: SamplingRule,
   num_shards: int = 1,
 ) -> int:
-  """What the forward pass of one prompt's completions leaves for the backward
-  one. Nothing is computed: arrays may be ShapeDtypeStructs.
+  """Bytes that one prompt's completions leave for the backward pass. Nothing
+  is computed: arrays may be ShapeDtypeStructs.
 
   Args:
-    weights: what Policy.merge_params takes, the first of them trained.
-    ways: devices that share a batch, whose prompts are then a multiple of it.
+    weights: (trained, frozen), as Policy.merge_params takes them.
+    num_shards: devices that share a batch, whose prompts are then a multiple.
   """
   params, fixed = weights
   G = rollout.tokens.shape[0] // rollout.prompts.length.shape[0]
@@ -69,7 +69,7 @@ def last_cache() -> int:
 
 
 def bytes_on_a_device(tree) -> int:
-  """Of arrays, or ShapeDtypeStructs, that lie on a mesh."""
+  """Bytes on one device of arrays, or ShapeDtypeStructs, on a mesh."""
 
   def one(x):
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

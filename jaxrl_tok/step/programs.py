@@ -179,7 +179,7 @@ def make_reference_kl(policy: Policy, logits_chunk: int | None) -> Callable:
 
 
 class _Run(NamedTuple):
-  """What the functions below share."""
+  """Arguments that the functions below share."""
 
   networks: Networks
   config: ProgramConfig
