@@ -1,20 +1,20 @@
 """How fast it is, beside other trainers on the same work.
 
-  python -m experiments.studies.bench decode --size nano small
-  python -m experiments.studies.bench step --peer trl --peer_python ~/trl/bin/python
+  python -m experiments.studies.bench decode step --size nano small
+  python -m experiments.studies.bench step --peer trl --peer_python PYTHON
   python -m experiments.studies.bench all
 
   decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones,
            and 128)
-  group    the same of prompts that 8 or 16 completions share
+  group    tokens a second where 8 or 16 completions share a prompt
   ragged   completions that end at different times
   logp     log-probs and their gradient, in chunks or whole: seconds, memory
   step     a whole GRPO step of 8 x 8 completions, 64 tokens after 64
   startup  from the start of the process to the first step, caches cold and warm
 
 Weights are random and nothing ends a completion. Contenders take turns, round
-by round, after a warm-up; the number is the median, and what compares is the
-ratio. What the machine can do at most is measured in the same run.
+by round, after a warm-up; the number is the median, and ratios are compared.
+The machine's own limits are measured in the same run.
 """
 
 import dataclasses
@@ -25,17 +25,22 @@ from typing import Literal
 import tyro
 
 from experiments.studies.bench.sizes import SIZES
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.run import flags as flag_layer
+
+PROG = 'python -m experiments.studies.bench'
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  """What is measured."""
+  """The benchmarks, and on which work they run."""
 
   what: tyro.conf.Positional[
-    Literal['decode', 'group', 'ragged', 'logp', 'step', 'startup', 'all']
-  ] = 'all'
-  """The benchmark."""
+    tuple[
+      Literal['decode', 'group', 'ragged', 'logp', 'step', 'startup', 'all'],
+      ...,
+    ]
+  ] = ('all',)
+  """Benchmarks, one or more."""
   size: tuple[Literal[tuple(SIZES)], ...] = ('nano', 'small')
   """Decoders of random weights."""
   rows: int = 64
@@ -45,12 +50,12 @@ class Flags:
   completion_length: int = 64
   """New tokens (T)."""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  """Ours; peers are tried in each of theirs."""
+  """Our compute dtype; peers are tried in each of theirs."""
   cpu_devices: int = 1
   """Devices that a CPU is split into, which share the prompts of decode and
   group."""
   rounds: int = 5
-  """Of each contender; the median counts."""
+  """Rounds of each contender; the median counts."""
   peer: tuple[Literal['hf', 'trl', 'tunix'], ...] = ()
   """Others on the same work, where they can do it."""
   peer_python: tuple[str, ...] = ()
@@ -59,7 +64,7 @@ class Flags:
   """Directory for a trace (jax.profiler) of one more round, which is not
   counted."""
   output_dir: str | None = None
-  """Of bench.json and roofline.svg; default runs/bench-TIME."""
+  """Directory of bench.json and roofline.svg; default runs/bench-TIME."""
 
 
 COUNTS = (
@@ -72,45 +77,59 @@ COUNTS = (
 
 
 def check(flags: Flags) -> None:
+  """Refuses values that cannot be, or do not fit each other. Raises
+  ValueError."""
   for name in COUNTS:
     value = getattr(flags, name)
     if value is not None and value < 1:
-      flag_layer.fail(f'--{name} {value} must be at least 1')
-  if flags.rows % 16:
-    fit = -(-flags.rows // 16) * 16
-    flag_layer.fail(
-      f'--rows {flags.rows} must be whole groups of 16; pass --rows {fit}'
-    )
-  if len(set(flags.peer)) < len(flags.peer):
-    flag_layer.fail('--peer names one twice; give each once')
-  if flags.peer and flags.profile:
-    flag_layer.fail('--profile is of our own part; pass it without --peer')
+      raise ValueError(f'--{name} {value} must be at least 1')
+  fit = -(-flags.rows // 16) * 16
   given, wanted = len(flags.peer_python), len(flags.peer)
-  if given != wanted and not (given == 1 and wanted):
-    flag_layer.fail(
-      f'--peer_python must be one interpreter, or one for each of the '
-      f'{wanted} peers; {given} given'
-    )
+  rules = (
+    (
+      not flags.what or not flags.size,
+      'a benchmark and a size are needed, one at least; --help lists them',
+    ),
+    (
+      flags.rows % 16,
+      f'--rows {flags.rows} must be whole groups of 16; pass --rows {fit}',
+    ),
+    (
+      len(set(flags.peer)) < len(flags.peer),
+      '--peer names one twice; give each once',
+    ),
+    (
+      flags.peer and flags.profile,
+      '--profile is of our own part; pass it without --peer',
+    ),
+    (
+      given != wanted and not (given == 1 and wanted),
+      '--peer_python must be one interpreter, or one for each of the '
+      f'{wanted} peers; {given} given',
+    ),
+  )
+  for refused, message in rules:
+    if refused:
+      raise ValueError(message)
   for path in flags.peer_python:
     if not Path(path).is_file():
-      flag_layer.fail(f'--peer_python {path} is no file')
+      raise ValueError(f'--peer_python {path} is no file; give an interpreter')
 
 
 def main(argv=None) -> list:
+  """Runs the benchmarks; a fault is one line and exit status 2."""
   argv = sys.argv[1:] if argv is None else argv
-  flags = flag_layer.cli(
-    Flags(), 'python -m experiments.studies.bench', argv, __doc__
-  )
-  check(flags)
-
-  from experiments.studies.bench import experiment
-  from jaxrl_tok import sharding
-
+  flags = flag_layer.cli(Flags, Flags(), PROG, argv, __doc__)
   try:
+    check(flags)
+
+    from experiments.studies.bench import experiment
+    from jaxrl_tok import sharding
+
     sharding.split_cpu(flags.cpu_devices)
-  except ValueError as e:
+    return experiment.run(flags)
+  except (ValueError, OSError) as e:
     flag_layer.fail(e)
-  return experiment.run(flags)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run.
+"""Limits of this machine, measured in the same run.
 
 matmul     GFLOP/s of a float32 (or the dtype's) product of 1024 x 1024
 skinny     GFLOP/s of the size's own products: B rows by D x 2F, and back
@@ -16,6 +16,8 @@ from experiments.studies.bench.timing import once
 
 
 class Ceilings(NamedTuple):
+  """Highest rates, and the shortest operation."""
+
   matmul: float  # FLOP/s
   skinny: float  # FLOP/s
   copy: float  # bytes/s, read and written
@@ -29,7 +31,7 @@ def best(function, rounds: int = 5) -> float:
 
 
 def measure(size: Size, rows: int, dtype, working_set: int) -> Ceilings:
-  """All of them; working_set in bytes."""
+  """Measures all of them; working_set in bytes."""
   n = 1024 if jax.default_backend() == 'cpu' else 8192
   square = jnp.ones((n, n), dtype)
   product = jax.jit(lambda x: x @ x)

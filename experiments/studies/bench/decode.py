@@ -1,6 +1,6 @@
-"""decode: tokens a second of the sampler, also of twice the length.
-group: what a shared prompt saves.
-ragged: what moving the rows that still run saves, where others ended.
+"""decode: tokens a second of the sampler, also at twice the length.
+group: savings of a shared prompt.
+ragged: savings of moving the rows that still run together.
 """
 
 import jax
@@ -23,12 +23,13 @@ from jaxrl_tok.types import Policy, Prefix, Prompts
 
 
 def random_prompts(size: sizes.Size, C: int, P: int) -> Prompts:
+  """C prompts of exactly P random tokens."""
   tokens = np.random.default_rng(0).integers(0, size.vocab_size, (C, P))
   return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full((C,), P, jnp.int32))
 
 
 def row_mesh(C: int) -> jax.sharding.Mesh:
-  """As many devices as can share C prompts."""
+  """Mesh of as many devices as can share C prompts."""
   devices = jax.devices()
   n = max(n for n in range(1, len(devices) + 1) if C % n == 0)
   return sharding.make_mesh(f'data={n}', devices[:n])
@@ -53,6 +54,7 @@ def sampling(work: Work, C: int, G: int):
 
 
 def contender(work: Work, C: int, G: int):
+  """A contender that samples once."""
   sample, args = sampling(work, C, G)
   return lambda: once(lambda: sample(*args))
 
@@ -61,7 +63,7 @@ LONGER = 'jaxrl_tok, twice as long'
 
 
 def decode(work: Work) -> list[Row]:
-  """B different prompts, every row runs to T, or to 2T."""
+  """Samples after B different prompts; every row runs to T, or to 2T."""
   B, T = work.rows, work.completion_length
   twice = work._replace(completion_length=2 * T)
   own = {'jaxrl_tok': contender(work, B, 1), LONGER: contender(twice, B, 1)}
@@ -103,7 +105,7 @@ def decode(work: Work) -> list[Row]:
 
 
 def group(work: Work) -> list[Row]:
-  """The same completions of prompts that are shared by G, or each its own."""
+  """Samples as many completions of prompts that G share, or one each."""
   found, alone = [], contender(work, work.rows, 1)
   for G in (8, 16):
     C, tokens = work.rows // G, work.rows * work.completion_length
@@ -129,7 +131,7 @@ def ragged_lengths(B: int, T: int) -> np.ndarray:
 
 
 def ending(policy: Policy, length_C: jax.Array, end: int) -> Policy:
-  """The policy, but a completion of prompt c ends after length_C[c] tokens and
+  """A policy whose completion of prompt c ends after length_C[c] tokens and
   not before. The prompt remembers its length, a hidden state that it is due."""
 
   def encode(params, prompts):

@@ -1,9 +1,11 @@
-"""Runs the benchmarks, and tells what came."""
+"""Runs benchmarks, shows and writes their results."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 
 import jax
 import rich.console
@@ -12,7 +14,9 @@ import rich.table
 from experiments.studies.bench import decode, learn, pictures, startup
 from experiments.studies.bench.sizes import SIZES
 from experiments.studies.bench.timing import Row, Work
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.report.files import atomic_write
+from jaxrl_tok.run.record import claim_output_dir
+from jaxrl_tok.run.settings import RunSettings
 
 BENCHES = {
   'decode': decode.decode,
@@ -22,12 +26,13 @@ BENCHES = {
   'step': learn.step,
   'startup': startup.startup,
 }
-# which of them a peer can do
+# benchmarks that a peer can do
 PEERS = {'hf': ('decode',), 'trl': ('step',), 'tunix': ('decode', 'step')}
 PROMPT_LENGTH = {'step': 64}  # others 32
 
 
 def work_of(flags, bench: str, name: str, show) -> Work:
+  """Work of a benchmark at a size, with the peers that can do it."""
   pythons = flags.peer_python
   if len(pythons) == 1:
     pythons *= len(flags.peer)
@@ -47,6 +52,7 @@ def work_of(flags, bench: str, name: str, show) -> Work:
 
 
 def machine() -> dict:
+  """Device, cores and versions."""
   device = jax.devices()[0]
   return {
     'device': device.device_kind,
@@ -79,12 +85,12 @@ def table(rows: list[Row]) -> rich.table.Table:
       f'{row.median:.3g}',
       f'{row.tokens / row.median:,.0f}' if row.tokens else '',
       f'{row.median / first[key].median:.2f}x',
-      said(row.notes),
+      format_notes(row.notes),
     )
   return shown
 
 
-UNITS = {  # note: how it is said
+UNITS = {  # note: its words
   'ms_a_step': lambda x: f'{x:.2f} ms/step',
   'share_of_ceiling': lambda x: f'{x:.0%} of ceiling',
   'temporary_bytes': lambda x: f'{x / 1e6:,.0f} MB',
@@ -93,49 +99,58 @@ UNITS = {  # note: how it is said
 }
 
 
-def said(notes: dict) -> str:
+def format_notes(notes: dict) -> str:
+  """Notes that are numbers for people, with their units."""
   return ', '.join(UNITS[k](v) for k, v in notes.items() if k in UNITS)
 
 
+def jobs_of(flags) -> list[tuple[str, str]]:
+  """(benchmark, size) in the order in which they run, each once; startup has
+  one size."""
+  named = BENCHES if 'all' in flags.what else dict.fromkeys(flags.what)
+  sizes = list(dict.fromkeys(flags.size))
+  return [
+    (bench, size)
+    for bench in named
+    for size in (sizes if bench != 'startup' else sizes[:1])
+  ]
+
+
+def write(run_dir: Path, flags, found: list[Row]) -> None:
+  """Writes bench.json, and roofline.svg of the decode steps that there are."""
+  record = {
+    'machine': machine(),
+    'flags': dataclasses.asdict(flags),
+    'rows': [row._asdict() | {'median': row.median} for row in found],
+  }
+  atomic_write(run_dir / 'bench.json', json.dumps(record, indent=2) + '\n')
+  decoded = [row for row in found if 'flops_a_step' in row.notes]
+  if decoded:
+    atomic_write(run_dir / 'roofline.svg', pictures.roofline(decoded) + '\n')
+
+
 def run(flags) -> list[Row]:
+  """Runs all jobs; results that there are survive one that fails. Raises
+  ValueError or OSError."""
   if flags.peer and jax.default_backend() != 'cpu':
-    flag_layer.fail(
+    raise ValueError(
       f'the peers run on the CPU, and jax here on {jax.default_backend()}; set '
       'JAX_PLATFORMS=cpu'
     )
-  place = flag_layer.RunFlags(output_dir=flags.output_dir)
-  run_dir = flag_layer.claim_output_dir(place, 'bench')
-  console = rich.console.Console()
+  place = RunSettings(output_dir=flags.output_dir)
+  run_dir = claim_output_dir(place, 'bench', resumable=False)
+  console, found = rich.console.Console(), []
 
   def show(text):
     console.print(f'  {text}', highlight=False)
 
-  benches = BENCHES if flags.what == 'all' else [flags.what]
-  found, fault = [], None
-  jobs = [
-    (bench, name)
-    for bench in benches
-    for name in (flags.size if bench != 'startup' else flags.size[:1])
-  ]
-  for bench, name in jobs:
-    console.print(f'{bench} {name} ...', highlight=False)
-    try:
+  try:
+    for bench, name in jobs_of(flags):
+      console.print(f'{bench} {name} ...', highlight=False)
       found += BENCHES[bench](work_of(flags, bench, name, show))
-    except (ValueError, OSError) as e:
-      fault = e
-      break
-    told = {
-      'machine': machine(),
-      'flags': flag_layer.flat(flags),
-      'rows': [row._asdict() | {'median': row.median} for row in found],
-    }
-    (run_dir / 'bench.json').write_text(json.dumps(told, indent=2) + '\n')
-  if found:
-    console.print(table(found))
-  decoded = [row for row in found if 'flops_a_step' in row.notes]
-  if decoded:
-    (run_dir / 'roofline.svg').write_text(pictures.roofline(decoded) + '\n')
-  console.print(f'results: {run_dir}{os.sep}', highlight=False)
-  if fault:
-    flag_layer.fail(fault)
+      write(run_dir, flags, found)
+  finally:
+    if found:
+      console.print(table(found))
+    console.print(f'results: {run_dir}{os.sep}', highlight=False)
   return found

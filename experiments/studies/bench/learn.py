@@ -20,12 +20,17 @@ from jaxrl_tok import distribution
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step import memory
-from jaxrl_tok.step.device_steps import Table, make_steps
-from jaxrl_tok.step.update import init_state, make_update
-from jaxrl_tok.types import Rollout
+from jaxrl_tok.step.device_rewards import make_device_scorer, on_device
+from jaxrl_tok.step.device_steps import Table, make_device_steps
+from jaxrl_tok.step.programs import make_sampling
+from jaxrl_tok.step.state import init_state, step_key
+from jaxrl_tok.step.supervised import answers_as_rollout
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.types import Rollout, Scored
 
+EVEN = 'even_share'  # the reward's name
 LOGP_ROWS, LOGP_LENGTH = 8, 256
 LOGP_VOCABULARIES = 2048, 32_768, 151_936  # of a decoder of one layer
 
@@ -37,35 +42,35 @@ class Step:
     T = work.completion_length
     policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
     algorithm, optimizer = algorithms.grpo(), optax.adamw(1e-5)
-    sampler = make_sampler(policy, SamplerConfig(G, T))
-    prompts = random_prompts(work.size, C, work.prompt_length)
+    sample = make_sampling(policy, SamplerConfig(G, T))
+    self.prompts = random_prompts(work.size, C, work.prompt_length)
     self.rule = distribution.make_rule(work.size.vocab_size, [])
     params = jax.jit(policy.init)(jax.random.key(0))
     self.state = init_state(algorithm, optimizer, params, jax.random.key(1))
-
-    def sample(weights, key, prompts, rule):
-      return sampler(policy.merge_params(*weights), key, prompts, rule)
-
-    self.prompts, self.fold_in = prompts, jax.jit(jax.random.fold_in)
     self.parts = {'rollout': [], 'score': [], 'update': []}
-    given = self.state.weights, self.state.key, prompts, self.rule
+    given = self.sampling_arguments()
     self.sample = jax.jit(sample).lower(*given).compile()
     rollout = jax.eval_shape(sample, *given)
     each = memory.bytes_a_prompt(policy, (params, None), rollout, self.rule)
     parts, *_ = memory.divisions(C, each, memory.budget(jax.devices()[0]))
     update = make_update(policy, algorithm, optimizer, parts)
     reward = jax.ShapeDtypeStruct((C * G, T), jnp.float32)
-    given = self.state, rollout, reward, self.rule
+    given = self.state, as_scored(rollout, reward), self.rule
     self.update = jax.jit(update, donate_argnums=0).lower(*given).compile()
-    self.many = jax.jit(
-      make_steps(sample, even_share, update), donate_argnums=0
-    )
+    score = make_device_scorer({EVEN: even_share})
+    steps = make_device_steps(sample, score, update, {EVEN: 1.0})
+    self.many = jax.jit(steps, donate_argnums=0)
+
+  def sampling_arguments(self) -> tuple:
+    """Arguments of the sampler for the next step."""
+    state = self.state
+    key = step_key(state)
+    return state.policy_params, key, self.prompts, self.rule, state.step
 
   def host(self) -> float:
-    """A step with its reward on the host."""
+    """Seconds of a step with its reward on the host."""
     times = [time.perf_counter()]
-    key = self.fold_in(self.state.key, self.state.step)
-    rollout = self.sample(self.state.weights, key, self.prompts, self.rule)
+    rollout = self.sample(*self.sampling_arguments())
     tokens = jax.device_get(rollout.tokens)
     times.append(time.perf_counter())
     reward = np.zeros(tokens.shape, np.float32)
@@ -73,7 +78,8 @@ class Step:
       np.mean([t % 2 == 0 for t in row]) for row in tokens.tolist()
     ]
     times.append(time.perf_counter())
-    self.state, metrics, _ = self.update(self.state, rollout, reward, self.rule)
+    scored = as_scored(rollout, reward)
+    self.state, metrics, _ = self.update(self.state, scored, self.rule)
     jax.block_until_ready((self.state, metrics))
     times.append(time.perf_counter())
     for kept, seconds in zip(self.parts.values(), np.diff(times)):
@@ -83,26 +89,32 @@ class Step:
   def on_device(self, n: int):
     """A contender of n steps in one program; its seconds are of one step."""
     C = len(self.prompts.length)
-    table = Table(*self.prompts, {})
+    table = Table(self.prompts.tokens, self.prompts.length, {})
     index = jnp.tile(jnp.arange(C), (n, 1))
     state = jax.tree.map(jnp.copy, self.state)
-    many = self.many.lower(state, None, table, index, self.rule).compile()
+    many = self.many.lower(state, table, index, self.rule).compile()
 
     def run() -> float:
       nonlocal state
       began = time.perf_counter()
-      state, metrics, _ = many(state, None, table, index, self.rule)
+      state, metrics, _ = many(state, table, index, self.rule)
       jax.block_until_ready((state, metrics))
       return (time.perf_counter() - began) / n
 
     return run
 
 
-def even_share(params, rollout: Rollout, columns):
-  """The same reward as a JAX function: (reward [B, T], metrics)."""
-  even = jnp.mean(rollout.tokens % 2 == 0, axis=1)
-  reward = jnp.zeros(rollout.mask.shape, jnp.float32).at[:, -1].set(even)
-  return reward, {}
+def as_scored(rollout: Rollout, reward) -> Scored:
+  """A rollout with one reward of the host [B, T], which applies to all rows."""
+  B = len(rollout.mask)
+  everywhere, weight = np.ones(B, bool), np.float32(1)
+  return Scored(rollout, {EVEN: reward}, {EVEN: everywhere}, {EVEN: weight})
+
+
+@on_device
+def even_share(rollout: Rollout):
+  """The host's reward as a JAX function: [B]."""
+  return jnp.mean(rollout.tokens % 2 == 0, axis=1)
 
 
 def step(work: Work) -> list[Row]:
@@ -145,12 +157,10 @@ def chunked_and_whole(work: Work):
   policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
   params = jax.jit(policy.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
-  rollout = Rollout(
+  rollout = answers_as_rollout(
     random_prompts(work.size, B, work.prompt_length),
     jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
     jnp.ones((B, T), bool),
-    jnp.zeros((B, T)),
-    None,
   )
   rule = distribution.make_rule(V, [])
   own, memory = {}, {}

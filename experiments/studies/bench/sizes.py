@@ -26,6 +26,7 @@ SIZES = {
 
 
 def make_config(size: Size):
+  """TransformerConfig of a size."""
   from jaxrl_tok.models.rope import make_rope
   from jaxrl_tok.models.transformer import Layer, TransformerConfig
 
@@ -42,7 +43,8 @@ def make_config(size: Size):
 
 
 def num_weights(size: Size) -> int:
-  """Of the matrices that every token is multiplied with, head included."""
+  """Weights of the matrices that every token is multiplied with, head
+  included."""
   N, K, H = size.num_heads, size.num_kv_heads, size.head_dim
   attention = size.d_model * H * (2 * N + 2 * K)
   block = attention + 3 * size.d_model * size.d_ff

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from experiments.studies.bench.timing import Row, Work
+from jaxrl_tok.report.files import read_metrics
 
 LOOK_EVERY = 0.05  # s
 
@@ -19,30 +20,30 @@ def first_step(home: str) -> float:
   env.pop('JAX_COMPILATION_CACHE_DIR', None)  # it would not be in `home`
   with tempfile.TemporaryDirectory() as out:
     command = [sys.executable, '-m', 'experiments.arithmetic', '--max_steps=1']
-    log = Path(out, 'run', 'metrics.jsonl')
-    with Path(out, 'said').open('w') as said:
+    with Path(out, 'console').open('w') as console:
       began = time.perf_counter()
       process = subprocess.Popen(
         [*command, f'--output_dir={out}/run'],
         env=env,
-        stdout=said,
-        stderr=said,
+        stdout=console,
+        stderr=console,
       )
       took = None
       while took is None and process.poll() is None:
         time.sleep(LOOK_EVERY)
-        if log.is_file() and '"phase": "train"' in log.read_text():
+        rows = read_metrics(Path(out, 'run'))
+        if any(row.get('phase') == 'train' for row in rows):
           took = time.perf_counter() - began
       process.wait()  # what it compiled is kept by its end
     if took is None:
-      last = Path(out, 'said').read_text().strip().splitlines()[-1:]
+      last = Path(out, 'console').read_text().strip().splitlines()[-1:]
       raise ValueError(f'{" ".join(command)} ended: {"".join(last)}')
   return took
 
 
 def startup(work: Work) -> list[Row]:
-  """With empty caches, where the warm start is made, too; then with what that
-  left: its programs and the warm start."""
+  """Runs with empty caches, where the warm start is made, too; then with what
+  that left: its programs and the warm start."""
   found = {'cold': [], 'warm': []}
   for i in range(work.rounds):
     with tempfile.TemporaryDirectory() as home:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 
 SCRIPTS = Path(__file__).parent / 'peers'
-# which dtypes a peer is tried in
+# dtypes that a peer is tried in
 PEER_DTYPES = {
   'hf': ('float32', 'bfloat16'),
   'trl': ('float32', 'bfloat16'),
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Work(NamedTuple):
-  """What a benchmark is given."""
+  """Sizes and rounds of a benchmark."""
 
   name: str  # of the size
   size: tuple  # sizes.Size
@@ -76,8 +76,8 @@ def in_turn(contenders: dict[str, Callable], work: Work) -> dict:
   for i in range(work.rounds):
     for name, contender in contenders.items():
       found[name].append(contender())
-    said = ', '.join(f'{name} {s[-1]:.3g} s' for name, s in found.items())
-    work.show(f'round {i + 1} of {work.rounds}: {said}')
+    last = ', '.join(f'{name} {s[-1]:.3g} s' for name, s in found.items())
+    work.show(f'round {i + 1} of {work.rounds}: {last}')
   return found
 
 
@@ -89,12 +89,12 @@ class Peer:
     script = SCRIPTS / f'{name}_peer.py'
     self._name = f'{name}, {job["dtype"]}'
     # in a file, which is closed with it: a pipe that nobody reads would fill
-    self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115
+    self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115
     self._process = subprocess.Popen(
       [python, str(script), json.dumps(job)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=self._said,
+      stderr=self._errors,
       text=True,
     )
     self.versions = None
@@ -102,9 +102,10 @@ class Peer:
   def _read(self) -> dict:
     line = self._process.stdout.readline()
     if not line:
-      self._said.seek(0)
-      said = self._said.read().strip().splitlines()
-      raise ValueError(f'{self._name} ended: {said[-1] if said else "silent"}')
+      self._errors.seek(0)
+      lines = self._errors.read().strip().splitlines()
+      last = lines[-1] if lines else 'silent'
+      raise ValueError(f'{self._name} ended: {last}')
     return json.loads(line)
 
   def ready(self) -> dict:
@@ -129,7 +130,7 @@ class Peer:
       self._process.kill()
       self._process.wait()
     self._process.stdout.close()
-    self._said.close()
+    self._errors.close()
 
 
 def with_peers(work: Work, bench: str, C: int, G: int, own: dict):

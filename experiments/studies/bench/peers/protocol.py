@@ -1,7 +1,7 @@
-"""How a peer talks to the benchmark: one line of JSON at a time.
+"""Protocol between a peer and the benchmark: one line of JSON at a time.
 
 1. argv[1] is the job (what to run, at which size).
-2. After the warm-up the peer says {"ready": {"package": "version", ...}}.
+2. After the warm-up the peer prints {"ready": {"package": "version", ...}}.
 3. Every line on stdin asks for one round, answered by {"seconds": ...}.
 4. The end of stdin is the end of the program.
 
@@ -38,11 +38,13 @@ def rounds(packages):
   """
   for _ in range(WARM_UP):
     yield True
-  _say({'ready': {name: importlib.metadata.version(name) for name in packages}})
+  _answer(
+    {'ready': {name: importlib.metadata.version(name) for name in packages}}
+  )
   while sys.stdin.readline():
     start = time.perf_counter()
     yield True
-    _say({'seconds': time.perf_counter() - start})
+    _answer({'seconds': time.perf_counter() - start})
 
 
 def check(what, found, wanted):
@@ -51,5 +53,5 @@ def check(what, found, wanted):
     sys.exit(f'{what}: {found}, wanted {wanted}')
 
 
-def _say(record):
+def _answer(record):
   print(json.dumps(record), file=_answers, flush=True)
