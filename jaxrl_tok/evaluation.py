@@ -8,7 +8,12 @@ import numpy as np
 
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.sharding import put_rows
-from jaxrl_tok.step.collectors import Scorer, score, total_reward
+from jaxrl_tok.step.collectors import (
+  Scorer,
+  score,
+  token_rewards,
+  total_reward,
+)
 from jaxrl_tok.step.device_steps import StepBatch
 
 
@@ -143,7 +148,7 @@ def credit_rows(
   """
   examples, C = batch.examples, len(batch.examples)
   scored, advantage = jax.device_get(last)
-  rollout, reward = scored.rollout, np.asarray(scored.reward)
+  rollout, reward = scored.rollout, token_rewards(scored)
   largest = np.abs(advantage).reshape(C, -1).max(axis=1)
   G, rows = len(rollout.tokens) // C, []
   for c in np.argsort(-largest, kind='stable')[:prompts]:

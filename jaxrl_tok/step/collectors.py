@@ -52,7 +52,8 @@ class Pending(NamedTuple):
   device: tuple  # (rewards, applies) of rewards on the device
   greedy: Rollout | None
   greedy_device: tuple
-  positions: np.ndarray
+  positions: np.ndarray  # int64 [C] of the records, in the data's order
+  examples: list | None  # the records; None: look them up
   version: jax.Array  # int32 []  updates before this step
   started: tuple  # (state, key), for collectors that start again
   cursor: dict
@@ -78,16 +79,20 @@ class Scorer(NamedTuple):
   trainer_state: Callable  # step -> rewards.TrainerState
 
 
-def total_reward(scored: Scored) -> np.ndarray:
-  """float32 [B]: weighted sum of each row's rewards that apply, on the host."""
+def token_rewards(scored: Scored) -> np.ndarray:
+  """float32 [B, T]: Scored.reward, on the host."""
   rewards, applies, weights, mask = jax.device_get(
     (scored.rewards, scored.applies, scored.weights, scored.rollout.mask)
   )
-  total = np.zeros(len(mask), np.float32)
+  total = np.zeros(mask.shape, np.float32)
   for name, reward in rewards.items():
-    rows = np.where(mask, reward, 0).sum(1, dtype=np.float32)
-    total += weights[name] * np.where(applies[name], rows, 0)
+    total += weights[name] * np.where(mask & applies[name][:, None], reward, 0)
   return total
+
+
+def total_reward(scored: Scored) -> np.ndarray:
+  """float32 [B]: each row's sum of token_rewards."""
+  return token_rewards(scored).sum(1)
 
 
 class Score(NamedTuple):
@@ -132,7 +137,7 @@ def single_turn(
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
     position = int(cursor['position'])
-    _, prompts, columns = batch_at(data, seed, position, num_prompts)
+    examples, prompts, columns = batch_at(data, seed, position, num_prompts)
     placed, columns = put_rows(jax.sharding.get_mesh(), (prompts, columns))
 
     def dispatch(by):
@@ -150,6 +155,7 @@ def single_turn(
       best,
       best_on_device,
       np.arange(position, position + num_prompts),
+      examples,
       state.step,
       (state, key),
       {'position': np.int64(position + num_prompts)},
@@ -158,7 +164,9 @@ def single_turn(
   def finish(p: Pending):
     jax.block_until_ready(p.rollout.mask)
     began, step = time.monotonic(), int(p.version)
-    examples = examples_at(data, seed, p.positions)
+    examples = p.examples
+    if examples is None:
+      examples = examples_at(data, seed, p.positions)
     found = score(scorer, p.rollout, p.device, examples, step)
     scored, metrics = found.scored, found.metrics
     if p.greedy is not None:
@@ -187,7 +195,8 @@ def has_reward_variance(scored: Scored) -> np.ndarray:
   """bool [C]: the rewards of the group's valid rows are not all equal."""
   C = len(scored.rollout.prompts.length)
   rows = total_reward(scored).reshape(C, -1)
-  valid = np.asarray(jax.device_get(scored.valid)).reshape(C, -1)
+  applies = jax.device_get(scored.applies)
+  valid = np.any(list(applies.values()), axis=0).reshape(C, -1)
   high = np.where(valid, rows, -np.inf).max(axis=1)
   low = np.where(valid, rows, np.inf).min(axis=1)
   return high - low > 1e-6

@@ -146,7 +146,7 @@ def ahead(collector: Collector) -> Collector:
   """
 
   def bare(pending: Pending) -> Pending:
-    return pending._replace(started=(), cursor={})
+    return pending._replace(started=(), cursor={}, examples=None)
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
     inner, held = cursor['inner'], cursor.get('pending')
