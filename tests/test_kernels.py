@@ -244,7 +244,7 @@ def test_a_kernel_that_is_not_here_is_one_line(capsys, name, said):
   with pytest.raises(ValueError, match=f'^--attention {name} needs'):
     make_policy(CONFIG, attention=name)
   with pytest.raises(SystemExit) as stopped:
-    arithmetic.main(['--attention', name])
+    arithmetic.run(['--attention', name])
   line = capsys.readouterr().err.strip()
   assert stopped.value.code == 2
   assert '\n' not in line
