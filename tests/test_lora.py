@@ -261,6 +261,30 @@ def test_log_probs_are_those_of_evaluate():
   assert np.abs(np.asarray(plain.logp - stats.logp)).max() > 1e-3
 
 
+def test_a_mesh_and_remat_change_nothing():
+  model, trainable, adapters, base = opened('phi3_lora')
+  rule = distribution.make_rule(model.vocab_size, [257])
+  prompts = random_prompts()
+  tokens = np.random.default_rng(0).integers(0, 250, (8, 6)).astype(np.int32)
+  rollout = make_rollout(prompts, tokens, tokens < 250)
+
+  def grads(remat, adapters, base):
+    policy = model.make_policy(remat=remat)
+
+    def loss(adapters):
+      params = trainable.merge(adapters, base)
+      return evaluate(policy, params, rollout, rule).logp.sum()
+
+    return jax.jit(jax.grad(loss))(adapters)
+
+  want = grads('none', adapters, base)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  with jax.set_mesh(mesh):
+    found = grads('full', *trainable.load(mesh))
+  for a, b in zip(*map(jax.tree.leaves, (found, want))):
+    np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
+
+
 def products(jaxpr) -> list[tuple]:
   """Shapes of everything that a matrix product makes, however deep."""
   found = []

@@ -1,0 +1,1 @@
+"""Directories of models: fetched, opened, read, adapted, written, exported."""
