@@ -13,7 +13,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -90,21 +90,60 @@ def own_flags(function: Callable) -> tuple[list, list[str]]:
   return fields, shared
 
 
+def unused_flags(settings: Settings, names) -> set[str]:
+  """Names of flags among `names`; a group's name stands for all of its."""
+  found = set(names)
+  for field in dataclasses.fields(settings):
+    if field.name in found:
+      found |= flatten(getattr(settings, field.name)).keys()
+  return found
+
+
+def hide(settings: Settings, names) -> Settings:
+  """Settings whose groups have no flags of these names."""
+
+  def hidden(group):
+    fields = [
+      (
+        f.name,
+        tyro.conf.Suppress[tyro.conf.Fixed[f.type]],
+        dataclasses.field(default=getattr(group, f.name)),
+      )
+      for f in dataclasses.fields(group)
+      if f.name in names
+    ]
+    if not fields:
+      return group
+    own = type(group)
+    kind = dataclasses.make_dataclass(
+      own.__name__, fields, bases=(own,), frozen=True
+    )
+    kind.__doc__ = own.__doc__
+    return kind(**vars(group))
+
+  groups = {
+    field.name: hidden(getattr(settings, field.name))
+    for field in dataclasses.fields(settings)
+  }
+  return dataclasses.replace(settings, **groups)
+
+
 def _with_own(settings: Settings, fields: list):
   """(type, default) of all flags: the groups, and a task's own in front."""
-  if not fields:
-    return type(settings), settings
-  group = dataclasses.make_dataclass('TaskFlags', fields, frozen=True)
-  group.__doc__ = 'The task.'
-  needed = any(f[2].default is dataclasses.MISSING for f in fields)
   groups = [
-    (f.name, f.type, dataclasses.field(default=getattr(settings, f.name)))
+    (f.name, type(group), dataclasses.field(default=group))
     for f in dataclasses.fields(settings)
+    for group in [getattr(settings, f.name)]
   ]
-  first = 'task', group
-  if not needed:
-    first = *first, dataclasses.field(default=group())
-  kind = dataclasses.make_dataclass('Flags', [first, *groups], frozen=True)
+  needed = any(f[2].default is dataclasses.MISSING for f in fields)
+  if fields:
+    group = dataclasses.make_dataclass('TaskFlags', fields, frozen=True)
+    group.__doc__ = 'The task.'
+    first = 'task', group
+    if not needed:
+      first = *first, dataclasses.field(default=group())
+    groups = [first, *groups]
+  kind = dataclasses.make_dataclass('Flags', groups, frozen=True)
   return kind, None if needed else kind()
 
 
@@ -130,13 +169,13 @@ def check_spelling(known, argv: list[str]) -> None:
 
 
 def _names(kind) -> set[str]:
-  """Names of a dataclass' fields, those of its groups included."""
+  """Names of a dataclass' flags, those of its groups included."""
   names = set()
   for field in dataclasses.fields(kind):
     inner = field.type
     if dataclasses.is_dataclass(inner):
       names |= _names(inner)
-    else:
+    elif tyro.conf.Suppress not in get_args(inner):
       names.add(field.name)
   return names
 
@@ -174,6 +213,7 @@ def parse(
   prog: str,
   argv: list[str],
   description: str | None = None,
+  unused: Sequence[str] = (),
 ) -> Parsed:
   """argv -> settings with the values that it gives; a fault exits with one
   line.
@@ -182,11 +222,21 @@ def parse(
     settings: defaults.
     function: whose parameters are flags, too (see own_flags).
     prog: the command, for --help.
+    unused: flags, or groups of them, that would have no effect: there are
+      none of these names.
   """
   try:
     fields, shared = own_flags(function) if function else ([], [])
   except ValueError as e:
     fail(e)
+  unused = unused_flags(settings, unused)
+  for name in names_typed(argv):
+    if name.removeprefix('no_') in unused:
+      fail(
+        f'--{name} has no effect here; leave it out (--help lists the flags)'
+      )
+  fields = [field for field in fields if field[0] not in unused]
+  settings = hide(settings, unused)
 
   def read(settings: Settings):
     kind, default = _with_own(settings, fields)
