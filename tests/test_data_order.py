@@ -22,10 +22,12 @@ def test_each_epoch_is_a_permutation(n, seed, epoch):
   assert sorted(found.tolist()) == list(range(n))
 
 
-@pytest.mark.parametrize('n', [1_000_000, 999_983, 2**20])
-def test_a_million_records_come_once_each(n):
-  found = data.record_indices(n, 3, n, n)
-  assert (np.bincount(found, minlength=n) == 1).all()
+def test_a_million_records_come_once_each():
+  n = 1_000_000
+  seen = np.zeros(n, int)
+  for at in range(0, n, n // 8):
+    np.add.at(seen, data.record_indices(n, 3, n + at, n // 8), 1)
+  assert (seen == 1).all()
 
 
 @given(

@@ -46,21 +46,29 @@ def record_indices(
   n: int | None, seed: int, position: int, count: int
 ) -> np.ndarray:
   """Numbers of the records at positions position .. position + count - 1,
-  int64 [count]. n None: endless."""
+  int64 [count]. n None: endless.
+
+  Each of R rounds pairs x with (shift - x) mod n and swaps both or neither, by
+  a bit that the two share: a bijection, whatever the shift and the bits are.
+  """
   if position < 0 or count < 0:
     raise ValueError(f'position {position} and count {count} must be 0 or more')
   if n is None:
     return np.arange(position, position + count)
   if n < 1:
     raise ValueError('no records to order; give 1 or more')
-  positions = np.arange(position, position + count, dtype=np.uint64)
   size = np.uint64(n)
-  epoch, x = np.divmod(positions, size)
-  epoch_key = mix((fold(seed) ^ epoch) + WEYL)
+  epoch, x = np.divmod(
+    np.arange(position, position + count, dtype=np.uint64), size
+  )
+  epochs = np.arange(position // n, (position + count) // n + 1).astype(
+    np.uint64
+  )
+  which = (epoch - epochs[0]).astype(np.int64)
   steps = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * WEYL
-  key_RxC = mix(epoch_key + steps)
-  shift_RxC = key_RxC % size
-  for key, shift in zip(key_RxC, shift_RxC):
+  key_RxE = mix(mix((fold(seed) ^ epochs) + WEYL) + steps)
+  for key_E, shift_E in zip(key_RxE, key_RxE % size):
+    key, shift = key_E[which], shift_E[which]
     partner = shift + np.where(x > shift, size, 0) - x  # (shift - x) mod n
     bit = (np.maximum(x, partner) ^ key) * MIX_A
     bit = ((bit ^ (bit >> HALF)) * MIX_B) >> TOP

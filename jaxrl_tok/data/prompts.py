@@ -52,7 +52,7 @@ class PromptSet:
 
   @property
   def num_records(self) -> int | None:
-    """None: endless."""
+    """Number of records; None: endless."""
     return self.records.num_records
 
   def batch(

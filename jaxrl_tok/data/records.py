@@ -10,6 +10,7 @@
 import dataclasses
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -46,6 +47,7 @@ class Records(Sequence):
 
   @property
   def num_records(self) -> int | None:
+    """Number of records; None: endless."""
     return None if self.hashes is None else len(self.hashes)
 
   def __len__(self) -> int:
@@ -200,7 +202,7 @@ def data_fingerprint(records: Records) -> str:
 
 def from_prompts(name: str, prompts, read: Callable, where: Callable):
   """Records of prompts that are checked one by one."""
-  hashes, num_bytes = [], []
+  hashes, num_bytes = array('Q'), array('i')
   for i, prompt in enumerate(prompts):
     check_prompt(prompt, where(i))
     hashes.append(hash_prompt(prompt, where(i)))
@@ -211,8 +213,8 @@ def from_prompts(name: str, prompts, read: Callable, where: Callable):
     name,
     read,
     where,
-    np.array(hashes, np.uint64),
-    np.array(num_bytes, np.int32),
+    np.frombuffer(hashes, np.uint64),
+    np.frombuffer(num_bytes, np.int32),
   )
 
 
