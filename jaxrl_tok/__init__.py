@@ -12,6 +12,8 @@ and imports no jax.
 """
 
 import importlib
+import sys
+import types
 
 __version__ = '0.1.0'
 
@@ -20,7 +22,6 @@ _HOMES = {
   'Interrupted': 'run.task',
   'Task': 'run.task',
   'main': 'run.api',
-  'train': 'run.api',
   'Result': 'run.result',
   'Algorithm': 'types',
   'Carry': 'types',
@@ -30,7 +31,23 @@ _HOMES = {
   'on_device': 'step.device_rewards',
   'algorithms': 'credit.algorithms',
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, 'train'])
+
+
+class _Package(types.ModuleType):
+  """Package whose `train` is the function: to import the module train.py, the
+  loop, would otherwise put the module in its place."""
+
+  @property
+  def train(self):
+    return importlib.import_module(f'{__name__}.run.api').train
+
+  @train.setter
+  def train(self, module):
+    pass
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
