@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import advantage_inputs, make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +17,10 @@ from jaxrl_tok.run import build, flags
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.types import (
   Advantage,
-  AdvantageInputs,
   Carry,
   Passes,
   Prompts,
   Rollout,
-  Scored,
   TokenStats,
   Trajectory,
 )
@@ -35,26 +34,20 @@ def inputs_of(mask, reward, valid=None, ended=True, value=None, greedy=None):
   """Inputs of an advantage: one reward, which applies where valid."""
   rows = len(mask)
   groups = C if rows == B else 1
-  prompts = Prompts(jnp.zeros((groups, 1), int), jnp.ones((groups,), int))
-  rollout = Rollout(
-    prompts,
-    jnp.zeros(mask.shape, jnp.int32),
-    jnp.asarray(mask),
-    jnp.zeros(mask.shape),
-    None,
-    jnp.broadcast_to(jnp.asarray(ended), (rows,)),
-    jnp.zeros(rows, jnp.int32),
+  rollout = make_rollout(
+    Prompts(jnp.zeros((groups, 1), int), jnp.ones((groups,), int)),
+    np.zeros(mask.shape),
+    mask,
+    ended=jnp.broadcast_to(jnp.asarray(ended), (rows,)),
   )
-  valid = np.ones(rows, bool) if valid is None else valid
-  scored = Scored(
+  return advantage_inputs(
     rollout,
-    {'reward': jnp.asarray(reward, jnp.float32)},
-    {'reward': jnp.asarray(valid)},
-    {'reward': jnp.float32(1)},
-    greedy,
+    reward,
+    value,
+    jnp.zeros(mask.shape),
+    greedy_reward=greedy,
+    applies=valid,
   )
-  log_change = jnp.zeros(mask.shape)
-  return AdvantageInputs(scored, scored.reward, scored.valid, value, log_change)
 
 
 def prefixes(lengths):

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIG, changed, look, sharpened
+from conftest import (
+  CONFIG,
+  advantage_inputs,
+  changed,
+  look,
+  make_rollout,
+  make_scored,
+  sharpened,
+)
 
 from jaxrl_tok import distribution, masked
 from jaxrl_tok.credit import advantages, algorithms, losses
@@ -21,14 +29,7 @@ from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import completion_hidden, evaluate
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import (
-  Advantage,
-  AdvantageInputs,
-  Carry,
-  Prompts,
-  Rollout,
-  Scored,
-)
+from jaxrl_tok.types import Advantage, Carry, Prompts, Rollout
 
 END, T = 2, 3
 POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))
@@ -61,23 +62,8 @@ def rollout_of(index):
   C = len(index)
   flat = index.reshape(-1)
   prompts = Prompts(np.full((C, 2), 1, np.int32), np.full((C,), 2, np.int32))
-  tokens, mask = jnp.asarray(TOKENS[flat]), jnp.asarray(MASK[flat])
-  ended, version = (tokens == END).any(1), jnp.zeros(len(flat), jnp.int32)
-  logp = jnp.zeros(mask.shape)
-  return Rollout(prompts, tokens, mask, logp, None, ended, version)
-
-
-def scored(rollout, reward, greedy_reward=None):
-  """Scored, whose one reward applies to every row."""
-  every = jnp.ones(rollout.mask.shape[0], bool)
-  one = {'reward': jnp.float32(1)}
-  rewards = {'reward': jnp.asarray(reward)}
-  return Scored(rollout, rewards, {'reward': every}, one, greedy_reward)
-
-
-def inputs_of(scored, value=None):
-  """Inputs of an advantage without a KL in the reward."""
-  return AdvantageInputs(scored, scored.reward, scored.valid, value, None)
+  ended = jnp.asarray((TOKENS[flat] == END).any(1))
+  return make_rollout(prompts, TOKENS[flat], MASK[flat], ended=ended)
 
 
 def token_rewards(kind):
@@ -131,7 +117,7 @@ def ascend(params):
   )
   state = init_state(given, RECORD, params, jax.random.key(0))
   update = jax.jit(make_update(POLICY, given, RECORD))
-  rows = scored(rollout_of(np.arange(N)[:, None]), zeros)
+  rows = make_scored(rollout_of(np.arange(N)[:, None]), zeros)
 
   def ascend(advantage):
     carries = {'given': jnp.asarray(advantage, jnp.float32)}
@@ -159,8 +145,10 @@ def expected_gradient(ascend, everything, baseline, reward, G, carries):
     mask = jnp.asarray(MASK)[index]
     prompts = Prompts(None, jnp.full((1,), 2))
     one = Rollout(prompts, None, mask, None, None, None, None)
-    seen = scored(one, jnp.asarray(reward)[index], jnp.full((1,), GREEDY))
-    return algorithm.advantage(inputs_of(seen), carries).advantage
+    inputs = advantage_inputs(
+      one, jnp.asarray(reward)[index], greedy_reward=jnp.full((1,), GREEDY)
+    )
+    return algorithm.advantage(inputs, carries).advantage
 
   advantage = np.asarray(jax.jit(jax.vmap(advantage_of))(groups), np.float64)
   summed = np.zeros((N, T))
@@ -224,8 +212,8 @@ def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
       for n, t in where:
         V[n, t] += noise
   algorithm = algorithms.a2c(gamma=1.0, gae_lambda=gae_lambda)
-  seen = scored(rollout_of(np.arange(N)[:, None]), reward)
-  inputs = inputs_of(seen, jnp.asarray(V, jnp.float32))
+  rollout = rollout_of(np.arange(N)[:, None])
+  inputs = advantage_inputs(rollout, reward, jnp.asarray(V, jnp.float32))
   advantage, target, _ = algorithm.advantage(inputs, {})
   weighted = np.asarray(advantage, np.float64) * prob[:, None]
   found = ascend(weighted * N)
@@ -241,7 +229,7 @@ def test_ema_scores_before_it_learns():
   algorithm = algorithms.reinforce(advantages.ema(0.75))
   rollout = rollout_of(np.arange(4).reshape(2, 2))
   last = np.asarray(masked.last_chosen(rollout.mask))
-  inputs = inputs_of(scored(rollout, np.where(last, 4.0, 0.0)))
+  inputs = advantage_inputs(rollout, np.where(last, 4.0, 0.0))
   ema = algorithm.carries['ema_baseline']
   before = ema.init(None)
   assert before == 0
@@ -310,7 +298,8 @@ def test_kl_forms_have_the_gradient_of_their_name(
   state = init_state(weigh, RECORD, params, jax.random.key(0))
   state = state.replace(carries=state.carries | {'reference': reference})
   update = jax.jit(make_update(POLICY, weigh, RECORD))
-  state, metrics, _ = update(state, scored(rollout, jnp.zeros((N, T))), RULE)
+  nothing = make_scored(rollout, jnp.zeros((N, T)))
+  state, metrics, _ = update(state, nothing, RULE)
   assert_close(state.opt_state, wanted[kl], atol=1e-5)
   assert float(metrics['kl']) > 0
 

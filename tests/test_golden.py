@@ -17,20 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import advantage_inputs, make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.step.gradient import total_loss
 from jaxrl_tok.step.update import penalised
-from jaxrl_tok.types import (
-  AdvantageInputs,
-  Prompts,
-  Rollout,
-  Scored,
-  TokenStats,
-  Trajectory,
-)
+from jaxrl_tok.types import Prompts, Rollout, TokenStats, Trajectory
 
 GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
 GOLDEN['valid'] = np.ones(len(GOLDEN['mask']), bool)
@@ -98,8 +92,8 @@ def mixed_garbage(B):
 def rollout_of(batch, C) -> Rollout:
   prompts = Prompts(jnp.zeros((C, 1), jnp.int32), jnp.ones((C,), jnp.int32))
   mask, ended = batch['mask'], ~batch['cut']
-  tokens, version = jnp.zeros(mask.shape, jnp.int32), jnp.zeros(len(mask), int)
-  return Rollout(prompts, tokens, mask, batch['l_roll'], None, ended, version)
+  tokens = jnp.zeros(mask.shape, jnp.int32)
+  return make_rollout(prompts, tokens, mask, batch['l_roll'], ended=ended)
 
 
 def solve(
@@ -109,29 +103,23 @@ def solve(
   learned, kl = algorithm.value_loss is not None, algorithm.kl
   rollout = rollout_of(batch, batch['greedy'].shape[0])
   beta = 0.0 if kl is None else kl.beta
-  scored = Scored(
+  inputs = advantage_inputs(
     rollout,
-    {'reward': reward},
-    {'reward': batch['valid']},
-    {'reward': jnp.float32(1)},
-    batch['greedy'] if algorithm.greedy else None,
-  )
-  reward = scored.reward
-  if kl is not None and kl.form == 'reward':
-    reward = penalised(reward, rollout, batch['l_ref'], beta)
-  inputs = AdvantageInputs(
-    scored,
     reward,
-    scored.valid,
     batch['V_old'] if learned else None,
     batch['l_old'] - batch['l_roll'],
+    greedy_reward=batch['greedy'] if algorithm.greedy else None,
+    applies=batch['valid'],
   )
+  if kl is not None and kl.form == 'reward':
+    reward = penalised(inputs.reward, rollout, batch['l_ref'], beta)
+    inputs = inputs._replace(reward=reward)
   carries = {'ema_baseline': jnp.float32(ema_baseline)}
   credit = algorithm.advantage(inputs, carries)
   mask, valid = inputs.mask, inputs.valid
   trajectory = Trajectory(
     rollout._replace(mask=mask),
-    reward,
+    inputs.reward,
     credit.advantage,
     credit.value_target,
     None if kl is None else batch['l_ref'],
