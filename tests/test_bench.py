@@ -1,4 +1,5 @@
-"""The benchmark measures what it says, and runs peers as their scripts say."""
+"""The benchmark measures the work that it names, and runs peers by their
+protocol."""
 
 import json
 import sys
@@ -33,10 +34,11 @@ for number, line in enumerate(sys.stdin):
 
 
 def work(**changes) -> timing.Work:
-  told = timing.Work(
+  """Work of the tiny size, with other fields."""
+  found = timing.Work(
     *('tiny', TINY, 'float32', 16, 4, 20, 3, {}), show=lambda text: None
   )
-  return told._replace(**changes)
+  return found._replace(**changes)
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_lengths_are_ragged_as_asked():
 
 def test_ragged_rows_end_where_they_must(monkeypatch):
   """The benchmark itself refuses a sampler whose rows end elsewhere."""
-  monkeypatch.setattr(decode, 'HALVINGS', 1)  # each is a program to compile
+  monkeypatch.setattr(decode, 'COMPACT_LEVELS', 1)  # each is compiled
   rows = decode.ragged(work(rounds=1))
   assert [row.tokens for row in rows] == [
     decode.ragged_lengths(16, 20).sum()
@@ -102,25 +104,30 @@ def test_ragged_rows_end_where_they_must(monkeypatch):
   assert len({row.who for row in rows}) == 2
 
 
-def test_a_step_learns_in_both_ways():
-  """On the host and in one program: the same update from the same state."""
-  one = learn.Step(work(), 2, 8)
+def test_steps_learn_alike_on_the_host_and_in_one_program():
+  """Two steps from one state: both move it, and alike."""
+  one = learn.Step(work(completion_length=4), 2, 8)
   begin = jax.tree.map(np.array, one.state.params)
-  again = jax.tree.map(jax.numpy.copy, one.state)  # host's is given away
-  one.host()
-  table = learn.Table(*one.prompts, {})
-  state, *_ = one.many(again, None, table, np.array([[0, 1]]), one.rule)
+  again = jax.tree.map(jax.numpy.copy, one.state)  # host's is donated
+  state, _ = one.compile_steps(2)(again)
+  assert min(one.on_device(2)(), one.host(), one.host()) > 0
+  assert set(one.parts) == {'rollout', 'score', 'update'}
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), begin, state.params)
   assert max(jax.tree.leaves(moved)) > 1e-6
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
     one.state.params,
     state.params,
   )
 
 
+def test_a_sampler_is_a_contender():
+  sample = decode.contender(work(completion_length=2), 2, 8)
+  assert 0 < sample() < 60
+
+
 def test_weights_are_counted():
-  """Those of matrices: all parameters but the embedding and the norms."""
+  """Matrices count: all parameters but the embedding and the norms."""
   policy = learn.make_policy(sizes.make_config(TINY))
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   shapes.pop('embed')
@@ -128,28 +135,93 @@ def test_weights_are_counted():
   assert sizes.num_weights(TINY) == counted
 
 
-def test_a_run_leaves_numbers_and_a_roofline(tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(experiment.SIZES, 'nano', TINY)
+@pytest.fixture
+def stubbed(monkeypatch):
+  """Contenders of decode and step that take no time, on a slow machine."""
   slow = ceilings.Ceilings(1e9, 1e9, 1e9, 1e-6)
   monkeypatch.setattr(ceilings, 'measure', lambda *args: slow)
+  times = iter(np.arange(1, 1000) / 1000)
+  monkeypatch.setattr(
+    decode, 'contender', lambda *args: lambda: float(next(times))
+  )
+
+  class Step:
+    def __init__(self, work, C, G):
+      self.parts = {'rollout': [0.1, 0.2], 'update': [0.1, 0.3]}
+
+    def host(self):
+      return float(next(times))
+
+    def on_device(self, n):
+      return self.host
+
+  monkeypatch.setattr(learn, 'Step', Step)
+
+
+def test_a_run_leaves_numbers_and_a_roofline(tmp_path, stubbed, capsys):
   out = tmp_path / 'out'
   given = '--size nano --rows 16 --completion_length 4 --rounds 2'
-  bench.main(['decode', *given.split(), f'--output_dir={out}'])
-  told = json.loads((out / 'bench.json').read_text())
-  row, longer = told['rows']
-  assert (row['tokens'], longer['tokens']) == (64, 128)
+  bench.main(['decode', 'step', *given.split(), f'--output_dir={out}'])
+  found = json.loads((out / 'bench.json').read_text())
+  row, longer, step, _ = found['rows']
+  assert (row['tokens'], longer['tokens'], step['tokens']) == (64, 128, 64)
   assert len(row['seconds']) == 2
   assert row['median'] == np.mean(row['seconds'])
-  assert told['machine']['backend'] == 'cpu'
+  assert step['notes'] == {'rollout': 0.2, 'update': 0.3}
+  assert found['machine']['backend'] == 'cpu'
+  assert found['flags']['what'] == ['decode', 'step']
   page = ElementTree.parse(out / 'roofline.svg').getroot()
   assert 'nano' in ' '.join(page.itertext())
-  assert 'decode nano' in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert 'decode nano' in shown
+  assert 'step nano' in shown
+
+
+def test_results_survive_a_benchmark_that_fails(tmp_path, stubbed, monkeypatch):
+  def fail(work):
+    raise ValueError('no such peer')
+
+  monkeypatch.setitem(experiment.BENCHES, 'step', fail)
+  out = tmp_path / 'out'
+  with pytest.raises(SystemExit) as stopped:
+    bench.main(['decode', 'step', '--size', 'nano', f'--output_dir={out}'])
+  assert stopped.value.code == 2
+  found = json.loads((out / 'bench.json').read_text())
+  assert [row['bench'] for row in found['rows']] == ['decode'] * 2
+
+
+@pytest.mark.parametrize(
+  ('given', 'jobs'),
+  [
+    ('decode', ['decode nano', 'decode small']),
+    (
+      'step decode step',
+      ['step nano', 'step small', 'decode nano', 'decode small'],
+    ),
+    ('startup logp --size small', ['startup small', 'logp small']),
+    ('startup', ['startup nano']),
+  ],
+)
+def test_benchmarks_run_once_in_the_order_given(monkeypatch, given, jobs):
+  monkeypatch.setattr(bench, 'check', lambda flags: None)
+  monkeypatch.setattr(experiment, 'run', experiment.jobs_of)
+  assert list(map(' '.join, bench.main(given.split()))) == jobs
+
+
+def test_all_runs_every_benchmark(monkeypatch):
+  monkeypatch.setattr(experiment, 'run', experiment.jobs_of)
+  for given in ([], ['all'], ['all', 'decode']):
+    found = bench.main(given)
+    assert [name for name, size in found if size == 'nano'] == list(
+      experiment.BENCHES
+    )
 
 
 @pytest.mark.parametrize(
   ('given', 'fact'),
   [
     ('sing', 'sing'),
+    ('decode sing', 'sing'),
     ('decode --rounds 0', 'must be at least 1'),
     ('decode --rows 20', 'pass --rows 32'),
     ('decode --size huge', 'huge'),
@@ -160,51 +232,63 @@ def test_a_run_leaves_numbers_and_a_roofline(tmp_path, monkeypatch, capsys):
     ('decode --roudns 3', 'did you mean --rounds?'),
   ],
 )
-def test_what_cannot_be_is_one_line(tmp_path, capsys, given, fact):
+def test_flags_that_cannot_be_are_one_line(tmp_path, capsys, given, fact):
   with pytest.raises(SystemExit) as stopped:
     bench.main([*given.split(), f'--output_dir={tmp_path / "out"}'])
   assert stopped.value.code == 2
-  said = capsys.readouterr().err.strip()
-  assert fact in said
-  assert '\n' not in said
+  error = capsys.readouterr().err.strip()
+  assert fact in error
+  assert '\n' not in error
   assert not (tmp_path / 'out').exists()
 
 
-def test_every_benchmark_runs(tmp_path, monkeypatch):
-  """Names, tokens and seconds of each; startup's run is a stand-in."""
-  monkeypatch.setattr(learn, 'LOGP_VOCABULARIES', (512,))
-  monkeypatch.setattr(learn, 'LOGP_LENGTH', 16)
-  program = tmp_path / 'python'
-  program.write_text(
-    '#!/bin/sh\nout=${4#--output_dir=}\nmkdir -p $out\n'
-    """echo '{"phase": "train"}' > $out/metrics.jsonl\nsleep 0.3\n"""
-  )
-  program.chmod(0o755)
-  monkeypatch.setattr(startup.sys, 'executable', str(program))
-  one = work(rounds=1)
-  found = [
-    *(
-      row
-      for bench in (decode.group, learn.step, learn.logp)
-      for row in bench(one)
-    ),
-    *startup.startup(one),
-  ]
-  assert [(row.bench, row.size, row.who) for row in found] == [
+def test_groups_are_measured_beside_prompts_of_their_own(stubbed):
+  rows = decode.group(work(rounds=2))
+  assert [(row.bench, row.size, row.who) for row in rows] == [
     ('group', 'tiny G=8', 'shared by 8'),
     ('group', 'tiny G=8', 'each its own'),
     ('group', 'tiny G=16', 'shared by 16'),
     ('group', 'tiny G=16', 'each its own'),
-    ('step', 'tiny', 'jaxrl_tok'),
-    ('step', 'tiny', 'jaxrl_tok, one program'),
+  ]
+  assert {row.tokens for row in rows} == {16 * 20}
+
+
+def test_log_probs_are_measured_in_chunks_and_whole(monkeypatch):
+  monkeypatch.setattr(learn, 'LOGP_VOCABULARIES', (512,))
+  monkeypatch.setattr(learn, 'LOGP_LENGTH', 16)
+  rows = learn.logp(work(rounds=1))
+  assert [(row.bench, row.size, row.who) for row in rows] == [
     ('logp', 'tiny V=512', 'chunked'),
     ('logp', 'tiny V=512', 'whole'),
-    ('startup', '-', 'cold'),
-    ('startup', '-', 'warm'),
   ]
-  for row in found:
+  for row in rows:
     assert 0 < row.median < 60
-  assert set(found[4].notes) == {'rollout', 'score', 'update'}
+    assert row.notes['temporary_bytes'] > 0
+
+
+def test_a_start_is_measured_until_its_first_step(tmp_path, monkeypatch):
+  """A program in place of python logs a step after 0.2 s."""
+  program = tmp_path / 'python'
+  program.write_text(
+    '#!/bin/sh\nout=${4#--output_dir=}\nmkdir -p $out\nsleep 0.2\n'
+    """echo '{"phase": "train", "step": 1}' > $out/metrics.jsonl\n"""
+    'sleep 0.5\n'
+  )
+  program.chmod(0o755)
+  monkeypatch.setattr(startup.sys, 'executable', str(program))
+  rows = startup.startup(work(rounds=1))
+  assert [row.who for row in rows] == ['cold', 'warm']
+  for row in rows:
+    assert row.median > 0.2
+
+
+def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
+  program = tmp_path / 'python'
+  program.write_text('#!/bin/sh\necho no memory >&2\nexit 1\n')
+  program.chmod(0o755)
+  monkeypatch.setattr(startup.sys, 'executable', str(program))
+  with pytest.raises(ValueError, match=r'max_steps=1.* ended: no memory'):
+    startup.first_step(str(tmp_path))
 
 
 def test_the_machine_is_measured():

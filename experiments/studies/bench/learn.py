@@ -1,6 +1,7 @@
 """step: a whole GRPO step; logp: chunked against whole log-probs."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +87,23 @@ class Step:
       kept.append(seconds)
     return times[-1] - times[0]
 
-  def on_device(self, n: int):
-    """A contender of n steps in one program; its seconds are of one step."""
+  def compile_steps(self, n: int) -> Callable:
+    """Returns steps(state) -> (state, metrics), n steps in one program; the
+    state is donated."""
     C = len(self.prompts.length)
     table = Table(self.prompts.tokens, self.prompts.length, {})
     index = jnp.tile(jnp.arange(C), (n, 1))
-    state = jax.tree.map(jnp.copy, self.state)
-    many = self.many.lower(state, table, index, self.rule).compile()
+    many = self.many.lower(self.state, table, index, self.rule).compile()
+    return lambda state: many(state, table, index, self.rule)[:2]
+
+  def on_device(self, n: int) -> Callable:
+    """A contender of n steps in one program; its seconds are of one step."""
+    steps, state = self.compile_steps(n), jax.tree.map(jnp.copy, self.state)
 
     def run() -> float:
       nonlocal state
       began = time.perf_counter()
-      state, metrics, _ = many(state, table, index, self.rule)
+      state, metrics = steps(state)
       jax.block_until_ready((state, metrics))
       return (time.perf_counter() - began) / n
 
