@@ -280,6 +280,7 @@ def prompt_set(
     settings.data.long_prompts,
     columns=columns,
     name=name,
+    num_prompts=settings.sampling.num_prompts,
   )
 
 

@@ -185,7 +185,9 @@ def single_turn(
 
 def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
   """Records at positions of the data's order."""
-  return [batch_at(data, seed, int(p), 1)[0][0] for p in positions]
+  runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+  found = (batch_at(data, seed, int(run[0]), len(run))[0] for run in runs)
+  return [example for examples in found for example in examples]
 
 
 # --- groups, on the host -----------------------------------------------------

@@ -241,7 +241,7 @@ def make_update(
       metrics |= value_metrics(trajectory.old_value, credit.value_target, mask)
     if algorithm.kl is not None:
       metrics['kl_coef'] = kl_coef
-    state = after_update(algorithm, state, moved, metrics, len(mask))
+    state = after_update(algorithm, state, moved, metrics, inputs.valid.sum())
     return state, metrics, credit.advantage
 
   return update
@@ -252,11 +252,12 @@ def after_update(
   state: TrainState,
   moved: tuple,
   metrics: dict,
-  rows: int,
+  rows: jax.Array,
 ) -> TrainState:
   """The state with the passes' parameters, one step on; every carry follows.
 
-  moved: ((params, critic), opt_state). rows: B, which carries read, too.
+  moved: ((params, critic), opt_state). rows: int [], valid ones, which
+      carries read, too.
   """
   (params, critic), opt_state = moved
   state = state.replace(
