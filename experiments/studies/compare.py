@@ -5,8 +5,8 @@
   python -m experiments.studies.compare --more --learning_rate 1e-3
 
 Each run is `python -m experiments.arithmetic --algorithm A --seed S` with its
-default budget (600 steps of 128 x 8 completions, or 95 % held-out), looked at
-every 10 steps. What is compared is what does not depend on the machine:
+default budget (600 steps of 128 x 8 completions, or 95 % held-out), evaluated
+every 10 steps. Compared are numbers that do not depend on the machine:
 held-out accuracy, and steps and tokens (prompt and completion) until it is
 80 %. A run that is already in --output_dir is not made again.
 
@@ -30,28 +30,32 @@ from typing import NamedTuple
 import rich.console
 import rich.table
 
-from jaxrl_tok.report import charts
+from jaxrl_tok.credit.names import ALGORITHMS
+from jaxrl_tok.report.charts import ORANGE
+from jaxrl_tok.report.files import atomic_write, read_metrics
 from jaxrl_tok.report.logger import duration
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.report.row_chart import Dot, Panel, row_chart
+from jaxrl_tok.run import flags as flag_layer
 
+PROG = 'python -m experiments.studies.compare'
 REACHED = 0.8
-# rows of the table: what is passed to arithmetic
-ROWS = {name: ('--algorithm', name) for name in flag_layer.ALGORITHMS}
+# rows of the table: flags of arithmetic
+ROWS = {name: ('--algorithm', name) for name in ALGORITHMS}
 ROWS['reinforce, token rewards'] = (*ROWS['reinforce'], '--reward', 'digits')
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  """What is compared."""
+  """The comparison."""
 
   algorithms: tuple[str, ...] = tuple(ROWS)
   """Rows of the table."""
   seeds: tuple[int, ...] = (0, 1, 2)
-  """A run of each."""
+  """Seeds, a run of each."""
   jobs: int = 2
   """Runs at a time."""
   output_dir: str = 'runs/compare'
-  """Of the runs, compare.md, compare.json and compare.svg."""
+  """Directory of the runs, compare.md, compare.json and compare.svg."""
   more: tuple[str, ...] = ()
   """Flags for every run; last, as all that follows is theirs."""
 
@@ -66,12 +70,15 @@ class Outcome(NamedTuple):
   all_steps: int
 
 
-def outcome(path: Path) -> Outcome:
-  """Reads a run's metrics.jsonl."""
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  looks = [row for row in rows if row['phase'] == 'eval']
-  tokens = {r['step']: r['num_tokens'] for r in rows if r['phase'] == 'train'}
-  found = [(row['step'], row['eval/reward']) for row in looks]
+def outcome(run_dir: Path) -> Outcome:
+  """Outcome of a run, by its metrics."""
+  rows = read_metrics(run_dir)
+  tokens = {r['step']: r['num_tokens'] for r in rows if 'num_tokens' in r}
+  found = [
+    (r['step'], r['eval/reward'])
+    for r in rows
+    if r.get('phase') == 'eval' and 'eval/reward' in r
+  ]
   first = next((s for s, reward in found if s and reward >= REACHED), None)
   return Outcome(
     found[0][1], found[-1][1], first, tokens.get(first), found[-1][0]
@@ -79,22 +86,23 @@ def outcome(path: Path) -> Outcome:
 
 
 def directory(flags: Flags, row: str, seed: int) -> Path:
+  """Directory of a run."""
   name = row.replace(', ', '-').replace(' ', '_')
   return Path(flags.output_dir) / f'{name}-{seed}'
 
 
 def make_run(flags: Flags, row: str, seed: int) -> Outcome:
-  """The outcome of a run, which is made unless it is there."""
+  """Outcome of a run, which is made unless it is there. Raises ValueError
+  where it fails."""
   where = directory(flags, row, seed)
   if not (where / 'export').is_dir():
-    shutil.rmtree(where, ignore_errors=True)  # of a run that did not end
-    out = Path(flags.output_dir)
+    shutil.rmtree(where, ignore_errors=True)  # a run that did not end
     command = [
       *(sys.executable, '-m', 'experiments.arithmetic', *ROWS[row]),
       *(f'--seed={seed}', f'--output_dir={where}', '--eval_every=10'),
       *('--save_every=0', '--no_log_kl', '--report_to=none', *flags.more),
     ]
-    log = out / f'{where.name}.log'
+    log = where.with_name(f'{where.name}.log')
     with log.open('w') as console:
       done = subprocess.run(
         command,
@@ -104,12 +112,16 @@ def make_run(flags: Flags, row: str, seed: int) -> Outcome:
       )
     if done.returncode:
       last = log.read_text().strip().splitlines()[-1:]
-      flag_layer.fail(f'{shlex.join(command)}: {"".join(last)}; see {log}')
-  return outcome(where / 'metrics.jsonl')
+      raise ValueError(f'{shlex.join(command)}: {"".join(last)}; see {log}')
+  return outcome(where)
+
+
+# --- table and picture -------------------------------------------------------
 
 
 def spread(values: list, form: str) -> str:
-  """'mean ± standard deviation' of what there is, and how many are missing."""
+  """'mean ± standard deviation' of the values that are not None, and how many
+  are."""
   there = [v for v in values if v is not None]
   if not there:
     return 'never'
@@ -139,97 +151,82 @@ def table(found: dict[str, list[Outcome]]) -> list[tuple[str, ...]]:
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
+  """Table in Markdown."""
   rows = [lines[0], tuple('---' for _ in lines[0]), *lines[1:]]
   return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
 def picture(found: dict[str, list[Outcome]]) -> str:
-  """Tokens to 80 %, a dot a run and a line at their mean, as SVG."""
-  left, top, gap, right = 190, 34, 24, 690
-  size = right + 70, top + gap * len(found) + 40
-  known = [o.tokens / 1e6 for os in found.values() for o in os if o.tokens]
-  marks = charts.ticks(0, max(known, default=1), 6)
-  bottom = top + gap * len(found)
-
-  def across(value):
-    return left + (right - left) * value / marks[-1]
-
-  parts = [
-    charts.words(left, 18, 'million tokens to 80 % held-out', font_weight=600)
-  ]
-  for mark in marks:
-    x = f'{across(mark):.1f}'
-    parts += [
-      charts.tag(
-        'line',
-        x1=x,
-        x2=x,
-        y1=top,
-        y2=bottom,
-        stroke=charts.INK,
-        stroke_opacity=0.22,
-      ),
-      charts.words(across(mark), bottom + 18, charts.figure(mark), 'middle'),
-    ]
-  for i, (row, outcomes) in enumerate(found.items()):
-    y = top + gap * (i + 0.5)
-    there = [o.tokens / 1e6 for o in outcomes if o.tokens]
-    parts.append(charts.words(left - 10, y + 4, row, 'end'))
-    for value in there:
-      parts.append(
-        charts.tag(
-          'circle', cx=f'{across(value):.1f}', cy=y, r=4, fill=charts.BLUE
-        )
-      )
-    if there:
-      x = f'{across(statistics.mean(there)):.1f}'
-      parts.append(
-        charts.tag(
-          'line',
-          x1=x,
-          x2=x,
-          y1=y - 8,
-          y2=y + 8,
-          stroke=charts.ORANGE,
-          stroke_width=2.5,
-        )
-      )
-    if len(there) < len(outcomes):
-      text = f'{len(outcomes) - len(there)} of {len(outcomes)} never'
-      parts.append(charts.words(right + 4, y + 4, text))
-  return charts.svg(
-    ''.join(parts), 'Tokens until 80 % held-out accuracy by algorithm', size
+  """Tokens to 80 %, a dot a run and a bar at their mean, as SVG."""
+  dots, notes = [], {}
+  for row, outcomes in found.items():
+    known = [o.tokens / 1e6 for o in outcomes if o.tokens]
+    dots += [Dot(row, value) for value in known]
+    if known:
+      dots.append(Dot(row, statistics.mean(known), colour=ORANGE, bar=True))
+    if len(known) < len(outcomes):
+      notes[row] = f'{len(outcomes) - len(known)} of {len(outcomes)} never'
+  heading = 'million tokens to 80 % held-out'
+  return row_chart(
+    list(found),
+    [Panel(heading, dots, width=500, origin=0)],
+    'Tokens until 80 % held-out accuracy by algorithm',
+    notes,
   )
-
-
-def parse(argv: list[str]) -> Flags:
-  cut = argv.index('--more') if '--more' in argv else len(argv)
-  flags = flag_layer.cli(
-    Flags(), 'python -m experiments.studies.compare', argv[:cut], __doc__
-  )
-  unknown = [row for row in flags.algorithms if row not in ROWS]
-  if unknown:
-    flag_layer.fail(f'--algorithms {unknown[0]!r} is none of {", ".join(ROWS)}')
-  if flags.jobs < 1:
-    flag_layer.fail(f'--jobs {flags.jobs} must be at least 1')
-  return dataclasses.replace(flags, more=tuple(argv[cut + 1 :]))
 
 
 def write(out: Path, found: dict[str, list[Outcome]]) -> None:
-  (out / 'compare.md').write_text(markdown(table(found)))
-  (out / 'compare.svg').write_text(picture(found))
-  told = {k: [o._asdict() for o in v] for k, v in found.items()}
-  (out / 'compare.json').write_text(json.dumps(told, indent=2) + '\n')
+  """Writes compare.md, compare.svg and compare.json."""
+  outcomes = {k: [o._asdict() for o in v] for k, v in found.items()}
+  atomic_write(out / 'compare.md', markdown(table(found)))
+  atomic_write(out / 'compare.svg', picture(found) + '\n')
+  atomic_write(out / 'compare.json', json.dumps(outcomes, indent=2) + '\n')
 
 
-def main(argv=None) -> dict[str, list[Outcome]]:
-  flags = parse(sys.argv[1:] if argv is None else argv)
+def show(console: rich.console.Console, lines: list[tuple[str, ...]]) -> None:
+  """Prints the table."""
+  shown = rich.table.Table(*lines[0])
+  for line in lines[1:]:
+    shown.add_row(*line)
+  console.print(shown)
+
+
+# --- command -----------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> Flags:
+  """Flags of a command line; --more takes what follows it as it is."""
+  cut = argv.index('--more') if '--more' in argv else len(argv)
+  flags = flag_layer.cli(Flags, Flags(), PROG, argv[:cut], __doc__)
+  return dataclasses.replace(flags, more=tuple(argv[cut + 1 :]))
+
+
+def check(flags: Flags) -> None:
+  """Refuses what cannot be compared. Raises ValueError."""
+  unknown = [row for row in flags.algorithms if row not in ROWS]
+  if unknown:
+    raise ValueError(
+      f'--algorithms {unknown[0]!r} is none of {", ".join(ROWS)}'
+    )
+  for name in ('algorithms', 'seeds'):
+    values = getattr(flags, name)
+    if not values or len(set(values)) < len(values):
+      raise ValueError(f'--{name} must be different ones, one at least')
+  if flags.jobs < 1:
+    raise ValueError(f'--jobs {flags.jobs} must be at least 1')
+
+
+def compare(flags: Flags) -> dict[str, list[Outcome]]:
+  """Makes the runs that lack, a few at a time; every one that ends is
+  written. Raises ValueError or OSError."""
   out = Path(flags.output_dir)
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as e:
-    flag_layer.fail(f'--output_dir {out} cannot be made: {e.strerror}')
-  say, began = rich.console.Console().print, time.monotonic()
+    raise ValueError(
+      f'--output_dir {out} cannot be made: {e.strerror}; give another'
+    ) from None
+  console, began = rich.console.Console(), time.monotonic()
   # every algorithm once before the second seed: what is there is balanced
   runs = [(r, s) for s in flags.seeds for r in flags.algorithms]
   found = {}
@@ -244,19 +241,26 @@ def main(argv=None) -> dict[str, list[Outcome]]:
       found.setdefault(run[0], []).append(done)
       write(out, found)
       left = (time.monotonic() - began) / number * (len(runs) - number)
-      say(
+      console.print(
         f'{number} of {len(runs)}: {run[0]}, seed {run[1]}: '
         f'{done.before:.1%} -> {done.after:.1%} in {done.all_steps} steps; '
         f'ETA {duration(left)}'
       )
-  lines = table(found)
-  shown = rich.table.Table(*lines[0])
-  for line in lines[1:]:
-    shown.add_row(*line)
-  say(shown)
-  say(f'{len(runs)} runs in {duration(time.monotonic() - began)}')
-  say(f'table: {out / "compare.md"}\npicture: {out / "compare.svg"}')
+  show(console, table(found))
+  console.print(f'{len(runs)} runs in {duration(time.monotonic() - began)}')
+  console.print(f'table: {out / "compare.md"}')
+  console.print(f'picture: {out / "compare.svg"}')
   return found
+
+
+def main(argv=None) -> dict[str, list[Outcome]]:
+  """Compares; a fault is one line and exit status 2."""
+  flags = parse(sys.argv[1:] if argv is None else list(argv))
+  try:
+    check(flags)
+    return compare(flags)
+  except (ValueError, OSError) as e:
+    flag_layer.fail(e)
 
 
 if __name__ == '__main__':
