@@ -46,6 +46,14 @@ def weights(out) -> dict:
   return load_file(file)
 
 
+@pytest.fixture(autouse=True)
+def users_promote_ranks():
+  """A user's code need not keep the suite's strictness."""
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  yield
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
 @pytest.mark.parametrize('name', OWN)
 def test_trained_saved_resumed_evaluated(name, tmp_path, monkeypatch):
   assert len((FILES / f'{name}.py').read_text().splitlines()) <= 60

@@ -25,17 +25,16 @@ def cell(params, h, token):  # [R, D], [R] -> [R, D]
 
 def read(params, h, tokens, real):  # [R, D], [R, t], bool [R, t]
   def step(h, column):
-    new = jnp.where(column[1][:, None], cell(params, h, column[0]), h)
-    return new, new
+    h = jnp.where(column[1][:, None], cell(params, h, column[0]), h)
+    return h, h
 
   h, hidden = jax.lax.scan(step, h, (tokens.T, real.T))
   return h, jnp.moveaxis(hidden, 0, 1)
 
 
 def encode(params, prompts):
-  C, P = prompts.tokens.shape
-  real = jnp.arange(P) < prompts.length[:, None]
-  h, _ = read(params, jnp.zeros((C, D)), prompts.tokens, real)
+  real = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
+  h, _ = read(params, jnp.zeros((len(real), D)), prompts.tokens, real)
   return Prefix(h, h, prompts.length)
 
 
