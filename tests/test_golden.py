@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok.credit import advantages, algorithms, losses
-from jaxrl_tok.step.gradient import total_loss
+from jaxrl_tok.step.passes import total_loss
 from jaxrl_tok.step.update import penalised
 from jaxrl_tok.types import Prompts, Rollout, TokenStats, Trajectory
 

@@ -4,7 +4,7 @@
    values, the KL that leaves the reward: what the algorithm reads.
 2. algorithm.advantage: rewards -> advantage, over the whole batch.
 3. passes.make_passes: optimizer steps on mini-batches, each the gradient of
-   gradient.make_gradient.
+   make_gradient there.
 4. Carries move: the KL's coefficient, an EMA, the reference; then metrics.
 """
 
@@ -17,9 +17,8 @@ import optax
 
 from jaxrl_tok import masked
 from jaxrl_tok.policy import check_array, check_prompts, evaluate, values
-from jaxrl_tok.step.gradient import Fixed, make_gradient
 from jaxrl_tok.step.groups import merge_rows, split_groups
-from jaxrl_tok.step.passes import make_passes
+from jaxrl_tok.step.passes import Fixed, make_gradient, make_passes
 from jaxrl_tok.step.state import carries_of
 from jaxrl_tok.types import (
   AdvantageInputs,
