@@ -57,6 +57,7 @@ class Arguments(NamedTuple):
 
   words: dict  # settings
   own: dict  # values of the user's own, as build.Own takes them
+  evaluations: tuple  # further ones than the task has
 
 
 def plain(value):
@@ -68,6 +69,8 @@ def plain(value):
 def sort_arguments(given: dict[str, Any]) -> Arguments:
   """Tells settings from values of the user's own; a word or None is a
   setting. Raises ValueError for a name that is neither."""
+  given = dict(given)
+  evaluations = tuple(given.pop('evaluations', ()))
   own = {
     VALUES[name]: value
     for name, value in given.items()
@@ -85,7 +88,7 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
         'transformation)'
       )
   check_names(words, {*flatten(Settings()), *VALUES})
-  return Arguments(words, own)
+  return Arguments(words, own, evaluations)
 
 
 def check_replaced(own: dict, typed) -> None:
@@ -132,7 +135,9 @@ def name_of(module: ModuleType) -> str:
 # --- train, main -------------------------------------------------------------
 
 
-def start(task: Task, settings: Settings, own: dict, caller, task_flags: dict):
+def start(
+  task: Task, settings: Settings, given: Arguments, caller, task_flags: dict
+):
   """Prepares the run and runs it; imports jax."""
   from jaxrl_tok.run import launch
   from jaxrl_tok.run.build import Own
@@ -143,6 +148,8 @@ def start(task: Task, settings: Settings, own: dict, caller, task_flags: dict):
       f'a run needs a Task, and this is a {type(task).__name__}; return '
       'Task(data, reward)'
     )
+  evaluations = (*task.evaluations, *given.evaluations)
+  task, own = dataclasses.replace(task, evaluations=evaluations), given.own
   return launch.run(prepare(task, settings, Own(**own), caller, task_flags))
 
 
@@ -157,7 +164,8 @@ def train(task: Task, **settings) -> 'Result':
     settings: every flag of `--help` by its name (max_steps, learning_rate,
       num_generations, ...), and values of one's own: algorithm (an Algorithm
       or an alias), policy (a Policy), optimizer (an optax transformation),
-      credit, baseline, loss, aggregation (see credit/algorithms.py).
+      credit, baseline, loss, aggregation (see credit/algorithms.py); and
+      evaluations, Evaluation records beside the task's.
 
   Raises ValueError or OSError, in one line, for what cannot be; Interrupted
   when a signal stopped the run, whose state is saved.
@@ -167,7 +175,7 @@ def train(task: Task, **settings) -> 'Result':
   found = flags.settings_of(given.words)
   module = module_of(None)
   caller = Caller(name_of(module), command_of(module))
-  return start(task, found, given.own, caller, {})
+  return start(task, found, given, caller, {})
 
 
 def main(
@@ -205,7 +213,7 @@ def main(
   try:
     check_replaced(given.own, {*given.words, *parsed.typed})
     found = function(**parsed.own) if function else task
-    return start(found, parsed.settings, given.own, caller, parsed.own)
+    return start(found, parsed.settings, given, caller, parsed.own)
   except Interrupted:
     raise SystemExit(TRY_AGAIN) from None
   except (ValueError, OSError) as e:

@@ -163,7 +163,8 @@ def single_turn(
 
   def finish(p: Pending):
     jax.block_until_ready(p.rollout.mask)
-    began, step = time.monotonic(), int(p.version)
+    began = time.monotonic()
+    step = int(np.ravel(jax.device_get(p.version))[0])
     examples = p.examples
     if examples is None:
       examples = examples_at(data, seed, p.positions)

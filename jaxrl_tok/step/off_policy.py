@@ -146,7 +146,11 @@ def ahead(collector: Collector) -> Collector:
   """
 
   def bare(pending: Pending) -> Pending:
-    return pending._replace(started=(), cursor={}, examples=None)
+    # the update donates the state, its step included
+    version = pending.rollout.version
+    return pending._replace(
+      version=version, started=(), cursor={}, examples=None
+    )
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
     inner, held = cursor['inner'], cursor.get('pending')

@@ -196,7 +196,7 @@ def make_gradient(
   return gradient
 
 
-# --- optimizer steps -----------------------------------------------------------
+# --- optimizer steps ---------------------------------------------------------
 
 
 def param_labels(trained) -> tuple:
@@ -275,7 +275,7 @@ def make_passes(
 ) -> Callable:
   """Returns run(state, Fixed, Trajectory, valid [B]) -> ((trained, opt_state),
   metrics) after all passes, or after those before the policy had moved by
-  max_update_kl. Pure; gradient: see gradient.make_gradient."""
+  max_update_kl. Pure; gradient: see make_gradient."""
   apply = make_optimizer_step(optimizer, passes.critic_warmup_steps)
 
   def once(state: TrainState, fixed: Fixed, trajectory: Trajectory, valid):

@@ -3,8 +3,7 @@
 1. `make_inputs`: log-probs of the reference and of the policy at the start,
    values, the KL that leaves the reward: what the algorithm reads.
 2. algorithm.advantage: rewards -> advantage, over the whole batch.
-3. passes.make_passes: optimizer steps on mini-batches, each the gradient of
-   make_gradient there.
+3. passes.py: optimizer steps on mini-batches' gradients.
 4. Carries move: the KL's coefficient, an EMA, the reference; then metrics.
 """
 
