@@ -180,6 +180,15 @@ def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
       'them; pass --compact_levels 0'
     )
   C, G = sampling.num_prompts + sampling.replay_groups, sampling.num_generations
+  for name in (
+    ('num_prompts', 'replay_groups') if sampling.replay_groups else ()
+  ):
+    count = getattr(sampling, name)
+    if count % shards:
+      raise ValueError(
+        f'--{name} {count} groups cannot be shared equally by the {shards} '
+        f'devices of data x fsdp; pass --{name} {-(-count // shards) * shards}'
+      )
   micro = settings.model.micro_batch
   micro = 0 if micro == 'auto' else micro
   prompts = micro // G or C // mini_batches
