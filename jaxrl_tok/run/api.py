@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxrl_tok import Interrupted
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import (
   OptimizerSettings,
@@ -22,7 +23,7 @@ from jaxrl_tok.run.settings import (
   flatten,
   with_values,
 )
-from jaxrl_tok.run.task import Interrupted, Task
+from jaxrl_tok.run.task import Caller, Task
 
 if TYPE_CHECKING:
   from jaxrl_tok.run.result import Result
@@ -43,13 +44,6 @@ REPLACED = {
   'optimizer': [f.name for f in dataclasses.fields(OptimizerSettings)],
 }
 TRY_AGAIN = 75  # exit status of a run that a signal stopped
-
-
-class Caller(NamedTuple):
-  """Who runs: for the run directory's name and command.txt."""
-
-  name: str  # of the experiment
-  command: str
 
 
 class Arguments(NamedTuple):

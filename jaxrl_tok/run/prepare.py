@@ -16,10 +16,9 @@ from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
-from jaxrl_tok.run.api import Caller
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.settings import Settings
-from jaxrl_tok.run.task import Evaluation, Task
+from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.collectors import Scorer

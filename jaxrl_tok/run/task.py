@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
-class Interrupted(Exception):
-  """A signal asked the run to stop; its state is saved."""
+class Caller(NamedTuple):
+  """Who runs: for the run directory's name and command.txt."""
+
+  name: str  # of the experiment
+  command: str
 
 
 @dataclasses.dataclass(frozen=True)
