@@ -19,7 +19,6 @@ __version__ = '0.1.0'
 
 _HOMES = {
   'Evaluation': 'run.task',
-  'Interrupted': 'run.task',
   'Task': 'run.task',
   'main': 'run.api',
   'Result': 'run.result',
@@ -31,7 +30,11 @@ _HOMES = {
   'on_device': 'step.device_rewards',
   'algorithms': 'credit.algorithms',
 }
-__all__ = sorted([*_HOMES, 'train'])
+__all__ = sorted([*_HOMES, 'Interrupted', 'train'])
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; its state is saved."""
 
 
 class _Package(types.ModuleType):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from jaxrl_tok import Interrupted
 from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.step.collectors import Batch, Collector
@@ -47,10 +48,6 @@ class Progress:
   eval_reward: float | None = None  # held-out, the last evaluation
   best_reward: float | None = None
   evals_since_best: int = 0
-
-
-class Interrupted(Exception):
-  """A signal asked the run to stop; its state is saved."""
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -261,7 +258,7 @@ def train(
   Must run under jax.set_mesh. Returns (state, cursor, progress, why it
   stopped). Raises Interrupted, after saving, when a signal came.
   """
-  saved = progress.step
+  begun = progress.step
   with (
     logger.bar('train', config.max_steps, progress.step) as show,
     stop_requested() as asked,
@@ -279,12 +276,11 @@ def train(
       if (stop := asked()) or is_due(config.save_every, progress.step):
         log.flush()
         save(state, cursor, progress)
-        saved = progress.step
         log.restart()
       if stop:
         raise Interrupted(f'stopped by a signal after step {progress.step}')
     log.flush()
-  if progress.step != saved:
+  if progress.step > begun and not is_due(config.save_every, progress.step):
     save(state, cursor, progress)
   return state, cursor, progress, reason
 

@@ -15,19 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from jaxrl_tok.rewards.functions import ARGUMENTS
+
 ROLES = ('system', 'user', 'assistant', 'tool')
-# arguments that every reward function is called with
-RESERVED = frozenset(
-  (
-    'prompts',
-    'completions',
-    'completion_ids',
-    'trainer_state',
-    'log_extra',
-    'log_metric',
-    'environments',
-  )
-)
+RESERVED = frozenset(ARGUMENTS)  # names that no column may have
 MESSAGES = -1  # in Records.num_bytes
 CHUNK = 4096  # records read at a time
 

@@ -18,7 +18,7 @@ from jaxrl_tok.hub.directory import atomic_directory, save, write_card
 from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.weights import param_structs, read_params
 from jaxrl_tok.models import lora
-from jaxrl_tok.types import first_argument
+from jaxrl_tok.types import Policy, first_argument
 
 
 class Trainable(NamedTuple):
@@ -37,6 +37,12 @@ class Trainable(NamedTuple):
   export: Callable
 
 
+def random_params(policy: Policy, mesh, seed: int):
+  """Parameters that nobody has trained, placed."""
+  rules, key = policy.partition_rules, jax.random.key(seed)
+  return sharding.born_sharded(policy.init, mesh, rules, key)[0]
+
+
 def full(
   model: Model, param_dtype: str | None = 'float32', seed: int = 0
 ) -> Trainable:
@@ -51,8 +57,7 @@ def full(
   def load(mesh):
     if model.directory is not None:
       return read_params(model, mesh, param_dtype), None
-    rules, key = policy.partition_rules, jax.random.key(seed)
-    return sharding.born_sharded(policy.init, mesh, rules, key)[0], None
+    return random_params(policy, mesh, seed), None
 
   def save_as(
     out, trained, frozen, card=None, dtype='float32', replace=False

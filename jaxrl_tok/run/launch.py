@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from jaxrl_tok import checkpoint
+from jaxrl_tok import Interrupted, checkpoint
 from jaxrl_tok.credit import losses
 from jaxrl_tok.evaluation import Due, credit_rows, evaluate_held_out
 from jaxrl_tok.hub import fetch
@@ -28,7 +28,6 @@ from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import Logger, duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.run import compat, record
-from jaxrl_tok.run import task as tasks
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.run.result import Result, show_samples
 from jaxrl_tok.run.settings import flatten
@@ -48,7 +47,7 @@ from jaxrl_tok.step.programs import (
   compile_programs,
 )
 from jaxrl_tok.step.state import make_state
-from jaxrl_tok.train import Interrupted, LoopConfig, Progress, train
+from jaxrl_tok.train import LoopConfig, Progress, train
 
 SHOWN = 20  # held-out completions in samples.jsonl
 
@@ -369,7 +368,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       f'{e}; go on with --output_dir {run_dir} --resume auto'
     )
     setup.logger.close()
-    raise tasks.Interrupted(*e.args) from None
+    raise
   finally:
     checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')

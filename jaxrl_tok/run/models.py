@@ -12,7 +12,7 @@ from jaxrl_tok import sharding
 from jaxrl_tok.hub import adapters, families
 from jaxrl_tok.hub.directory import atomic_directory, open_model
 from jaxrl_tok.hub.model import Model
-from jaxrl_tok.hub.trainable import Trainable, adapted, full
+from jaxrl_tok.hub.trainable import Trainable, adapted, full, random_params
 from jaxrl_tok.models.lora import LoraConfig
 from jaxrl_tok.run.settings import Settings, SizeSettings
 from jaxrl_tok.types import Policy, first_argument
@@ -62,10 +62,6 @@ def own_trainable(model: OwnModel, seed: int) -> Trainable:
   writes them by their paths to params.safetensors, beside the tokenizer."""
   policy = model.policy
 
-  def load(mesh):
-    rules, key = policy.partition_rules, jax.random.key(seed)
-    return sharding.born_sharded(policy.init, mesh, rules, key)[0], None
-
   def save(out, trained, frozen, card=None, dtype='float32', replace=False):
     from safetensors.numpy import save_file
 
@@ -87,7 +83,7 @@ def own_trainable(model: OwnModel, seed: int) -> Trainable:
   return Trainable(
     structs=lambda: (jax.eval_shape(policy.init, jax.random.key(0)), None),
     init=policy.init,
-    load=load,
+    load=lambda mesh: (random_params(policy, mesh, seed), None),
     load_frozen=lambda mesh: None,
     merge=first_argument,
     save=save,
