@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict rank promotion, and one tiny policy."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -8,8 +9,13 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['TRANSFORMERS_NO_ADVISORY_WARNINGS'] = '1'
-# tests compile much and compute little: half the time, the same programs
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+# tests compile much and compute little: a fraction of the time, and the same
+# HLO (jaxlib 0.11 and later has one emitter alone)
+FLAGS = ['--xla_backend_optimization_level=0']
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+  FLAGS.append('--xla_cpu_parallel_codegen_split_count=1')
+os.environ['XLA_FLAGS'] = ' '.join(FLAGS)
 # and much of it again: one cache for all of a session's processes, then gone
 CACHE = 'JAX_COMPILATION_CACHE_DIR'
 if CACHE not in os.environ:
