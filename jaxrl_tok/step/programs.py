@@ -167,13 +167,15 @@ def make_sampling(policy: Policy, config: SamplerConfig) -> Callable:
 
 def make_reference_kl(policy: Policy, logits_chunk: int | None) -> Callable:
   """Returns reference_kl(reference_params, Rollout, rule) -> mean k3 in nats a
-  token: how far the policy that sampled is from the reference."""
+  token: how far the policy that sampled last is from the reference."""
 
   def reference_kl(reference_params, rollout: Rollout, rule: SamplingRule):
     reference = policy.merge_params(*reference_params)
     ref = evaluate(policy, reference, rollout, rule, logits_chunk)
-    d = masked.fill(rollout.logp - ref.logp, rollout.mask)
-    return masked.mean(losses.k3(d), rollout.mask)
+    newest = rollout.version == rollout.version.max()  # replayed rows are older
+    mask = rollout.mask & newest[:, None]
+    d = masked.fill(rollout.logp - ref.logp, mask)
+    return masked.mean(losses.k3(d), mask)
 
   return reference_kl
 
@@ -238,10 +240,11 @@ def update_function(run: _Run, micro_batches: int, length: int | None = None):
   return update if whole else shortened(update, length)
 
 
-def step_jobs(run: _Run, P: int) -> dict:
-  """{name: Job} of a step whose prompts are of length P."""
+def sampling_jobs(run: _Run, P: int) -> dict:
+  """{name: Job} of rollouts whose prompts are of length P, and their rewards
+  on the device."""
   n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
-  C, names = config.num_prompts, list(n.weights)
+  C = config.num_prompts
   jobs['sample', P], rollout = run.sampled(C, P, config.sampler)
   rollouts = {'device_score': rollout}
   if n.algorithm.greedy:
@@ -253,15 +256,20 @@ def step_jobs(run: _Run, P: int) -> dict:
     for name, given in rollouts.items():
       job = jax.jit(score, out_shardings=shapes.rows)
       jobs[name, P] = Job([job], (params, given, run.columns))
+  return jobs
+
+
+def update_jobs(run: _Run, P: int) -> dict:
+  """{name: Job} of updates by batches whose prompts are of length P."""
+  n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
+  C = config.num_prompts + config.replay_groups
+  _, rollout = run.sampled(C, P, config.sampler)
   if config.reference_kl:
     measure = make_reference_kl(n.policy, config.logits_chunk)
     job = jax.jit(measure, out_shardings=shapes.whole)
     args = run.state.reference_params, rollout, n.rule
     jobs['reference_kl', P] = Job([job], args)
-  more = config.replay_groups
-  if more:
-    _, rollout = run.sampled(C + more, P, config.sampler)
-  scored = shapes.scored(rollout, names, n.algorithm.greedy, C + more)
+  scored = shapes.scored(rollout, list(n.weights), n.algorithm.greedy, C)
   # the state comes out placed as it went in: no compilation at step 2
   placed = jax.tree.map(lambda x: x.sharding, run.state)
   for length in completion_lengths(
@@ -273,7 +281,7 @@ def step_jobs(run: _Run, P: int) -> dict:
         donate_argnums=0,
         out_shardings=(placed, shapes.whole, shapes.rows),
       )
-      for parts in divisions(run, rollout, C + more)
+      for parts in divisions(run, rollout, C)
     ]
     jobs['update', P, length] = Job(functions, (run.state, scored, n.rule))
   return jobs
@@ -339,9 +347,11 @@ def compile_programs(
     table = Table(*data.table())
     jobs['steps'] = many_steps_job(run, table)
   else:
-    buckets = data.buckets[-1:] if config.replay_groups else data.buckets
-    for P in buckets:
-      jobs |= step_jobs(run, P)
+    for P in data.buckets:
+      jobs |= sampling_jobs(run, P)
+    # a replay buffer holds prompts of one length
+    for P in data.buckets[-1:] if config.replay_groups else data.buckets:
+      jobs |= update_jobs(run, P)
   params = {
     name: e.device_score[1] for name, e in evaluations.items() if e.device_score
   }
