@@ -11,9 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import arithmetic
-from jaxrl_tok import evaluation, rewards, train
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.step import programs as parts
+from jaxrl_tok import rewards
+from jaxrl_tok.hub.directory import open_model
+from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.run.record import claim_output_dir
+from jaxrl_tok.run.settings import RunSettings
+from jaxrl_tok.step.programs import make_reference_kl
+from jaxrl_tok.train import LoopConfig, Progress, find_warnings, stop_reason
 
 TINY = {
   'digits': 1,
@@ -24,7 +28,7 @@ TINY = {
   'd_ff': 16,
   'num_prompts': 8,
   'num_generations': 4,
-  'eval_prompts': 16,
+  'held_out': 16,
   'eval_every': 2,
   'save_every': 2,
   'max_steps': 6,
@@ -39,7 +43,10 @@ TINY = {
 
 def flags(output_dir, **more) -> list[str]:
   given = {**TINY, 'output_dir': output_dir, **more}
-  return [f'--{name}={value}' for name, value in given.items()]
+  return [
+    f'--{name}' if value is True else f'--{name}={value}'
+    for name, value in given.items()
+  ]
 
 
 def rows(path: Path, *, timed: bool = False) -> list[dict]:
@@ -75,8 +82,7 @@ def cache(tmp_path_factory):
 def whole(cache, tmp_path_factory):
   """A run of six steps that nothing stopped."""
   out = tmp_path_factory.mktemp('runs') / 'whole'
-  summary = arithmetic.main(flags(out))
-  return out, summary
+  return out, arithmetic.run(flags(out))
 
 
 def assert_same_run(a: Path, b: Path):
@@ -89,7 +95,7 @@ def assert_same_run(a: Path, b: Path):
 
 
 def test_a_run_leaves_what_it_promises(whole):
-  out, summary = whole
+  out, result = whole
   names = {p.name for p in out.iterdir()}
   assert names == {
     'config.yaml',
@@ -103,7 +109,7 @@ def test_a_run_leaves_what_it_promises(whole):
     'export',
     'model',
   }
-  assert summary['steps'] == '6'
+  assert result.summary['steps'] == '6'
   found = rows(out / 'metrics.jsonl', timed=True)
   steps = [row for row in found if row['phase'] == 'train']
   assert [row['step'] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -143,7 +149,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
   out = tmp_path / 'run'
-  arithmetic.main(flags(out, max_steps=3, eval_every=2))
+  arithmetic.run(flags(out, max_steps=3, eval_every=2))
   # step 3 was the last then; a run that goes on does not evaluate there
   trimmed = [
     line
@@ -151,7 +157,7 @@ def test_stopped_and_resumed_is_never_stopped(whole, tmp_path):
     if (row := json.loads(line))['step'] < 3 or row['phase'] == 'train'
   ]
   (out / 'metrics.jsonl').write_text('\n'.join(trimmed) + '\n')
-  arithmetic.main(flags(out, resume='2'))
+  arithmetic.run(flags(out, resume='2'))
   assert_same_run(out, whole[0])
 
 
@@ -167,7 +173,7 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path, monkeypatch):
 
   monkeypatch.setattr(rewards, 'exact_match', exact_match)
   with pytest.raises(SystemExit) as stopped:
-    arithmetic.main(flags(out, save_every=0))
+    arithmetic.run(flags(out, save_every=0))
   assert stopped.value.code == 75
   monkeypatch.undo()
   steps = [
@@ -178,14 +184,39 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path, monkeypatch):
   assert 1 < len(steps) < 6
   saved = [int(p.name) for p in (out / 'checkpoints').iterdir()]
   assert saved == steps[-1:]
-  arithmetic.main(flags(out, resume='auto'))
+  arithmetic.run(flags(out, resume='auto'))
   assert_same_run(out, whole[0])
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    {'ahead': True, 'loss': 'clip'},
+    {'replay_groups': 8, 'replay_capacity': 16, 'importance_cap': 2},
+  ],
+  ids=['ahead', 'replayed'],
+)
+def test_older_rollouts_are_resumed_to_the_bit(cache, tmp_path, given):
+  whole, halted = tmp_path / 'whole', tmp_path / 'halted'
+  arithmetic.run(flags(whole, max_steps=4, **given))
+  arithmetic.run(flags(halted, max_steps=2, **given))
+  arithmetic.run(flags(halted, max_steps=4, resume='auto', **given))
+  assert_same_run(halted, whole)
+  found = rows(whole / 'metrics.jsonl')
+  steps = [row for row in found if row['phase'] == 'train']
+  assert len(steps) == 4
+  if 'ahead' in given:  # the policy has moved since it sampled
+    gaps = [row['sampler_logp_gap'] for row in steps]
+    assert gaps[0] < 1e-5 < gaps[2]
+  else:
+    ages = [row['replay/age'] for row in steps]
+    assert ages[0] == 0 < ages[3]
 
 
 def test_four_devices_and_micro_batches_reach_the_same(whole, tmp_path):
   """fsdp and tensor split, two micro-batches: the same tokens, and close."""
   out = tmp_path / 'run'
-  arithmetic.main(
+  arithmetic.run(
     flags(out, mesh='data=2,fsdp=2,tensor=2', micro_batch=16, max_steps=2)
   )
   want = [r for r in rows(whole[0] / 'metrics.jsonl') if r['step'] in (1, 2)]
@@ -208,7 +239,7 @@ def test_nothing_compiles_after_step_two(whole, tmp_path, monkeypatch, cache):
     return score(*args, **columns)
 
   monkeypatch.setattr(rewards, 'exact_match', exact_match)
-  arithmetic.main(flags(tmp_path / 'run', eval_every=1, max_steps=5))
+  arithmetic.run(flags(tmp_path / 'run', eval_every=1, max_steps=5))
   # one call before, then two a step: the rollout's and the evaluation's
   assert len(seen) >= 1 + 2 * 5
   assert seen[0] > 0
@@ -218,7 +249,7 @@ def test_nothing_compiles_after_step_two(whole, tmp_path, monkeypatch, cache):
 def test_model_flag_starts_from_a_saved_policy(whole, tmp_path):
   saved = whole[0] / 'export'
   out = tmp_path / 'run'
-  arithmetic.main(flags(out, model=saved, max_steps=1, learning_rate=1e-9))
+  arithmetic.run(flags(out, model=saved, max_steps=1))
   before = [
     r for r in rows(whole[0] / 'samples.jsonl') if r['split'] == 'after'
   ]
@@ -231,7 +262,7 @@ def test_model_flag_starts_from_a_saved_policy(whole, tmp_path):
 
 def test_the_export_is_the_policy(whole):
   out, _ = whole
-  loaded = hf.read_params(hf.open_model(out / 'export'))
+  loaded = read_params(open_model(out / 'export'))
   kinds = {p.suffix for p in (out / 'export').iterdir()}
   assert kinds <= {'.safetensors', '.json', '.md', '.txt', '.jinja'}
   import orbax.checkpoint as ocp
@@ -247,12 +278,59 @@ def test_a_used_directory_is_refused_and_left_alone(whole, capsys):
   out, _ = whole
   before = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
   with pytest.raises(SystemExit) as stopped:
-    arithmetic.main(flags(out))
+    arithmetic.run(flags(out))
   assert stopped.value.code == 2
   said = capsys.readouterr().err.strip()
   assert '--resume auto' in said
   assert '\n' not in said
   assert before == {p: p.stat().st_mtime_ns for p in out.rglob('*')}
+
+
+# --- the run's directory
+
+
+def claim(path, **more):
+  run = RunSettings(output_dir=path and str(path), **more)
+  return claim_output_dir(run, 'sums')
+
+
+def test_a_new_directory_is_made_and_left_empty(tmp_path):
+  path = claim(tmp_path / 'a' / 'b')
+  assert path == tmp_path / 'a' / 'b'
+  assert list(path.iterdir()) == []
+  assert claim(path) == path  # empty: nothing to lose
+
+
+def test_the_default_directory_is_named_after_experiment_and_time(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  path = claim(None)
+  assert path.is_dir()
+  assert path.parts[0] == 'runs'
+  assert path.name.startswith('sums-2')
+
+
+@pytest.mark.parametrize('word', ['auto', '20'])
+def test_a_resumed_run_has_its_directory_as_it_was(tmp_path, word):
+  (tmp_path / 'metrics.jsonl').write_text('precious')
+  assert claim(tmp_path, resume=word) == tmp_path
+  assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
+  assert (tmp_path / 'metrics.jsonl').read_text() == 'precious'
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+  path = tmp_path / 'file'
+  path.write_text('precious')
+  with pytest.raises(ValueError) as e:  # noqa: PT011
+    claim(path)
+  assert str(e.value) == f'--output_dir {path} is a file; give a directory'
+  with pytest.raises(ValueError, match='/under cannot be written: '):
+    claim(path / 'under')
+  assert path.read_text() == 'precious'
+
+
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -261,18 +339,20 @@ def test_a_used_directory_is_refused_and_left_alone(whole, capsys):
     ({'num_prompts': 6}, 'devices of data x fsdp cannot share'),
     ({'compact_levels': 1}, 'pass --compact_levels 0'),
     ({'micro_batch': 16}, 'cannot share equally; pass --micro_batch 32'),
+    ({'replay_groups': 4, 'loss': 'clip'}, 'pass --replay_groups 8'),
+    ({'ahead': True}, 'its loss has no ratio; pass'),
     ({'mesh': 'data=3'}, 'needs 3 devices and there are 8'),
     ({'max_prompt_length': 3}, 'more than max_prompt_length 3; pass'),
     ({'model': '/nonexistent'}, 'is no directory'),
     ({'max_completion_length': 2}, 'cannot hold an answer of 2 tokens'),
     ({'d_model': 15}, 'divisible by --num_heads'),
-    ({'resume': 'auto', 'd_ff': 24}, 'resume with the flags'),
+    ({'resume': 'auto', 'baseline': 'ema'}, 'resume with the flags'),
   ],
 )
 def test_what_cannot_be_is_one_line(whole, tmp_path, capsys, given, fact):
   out = whole[0] if 'resume' in given else tmp_path / 'run'
   with pytest.raises(SystemExit) as stopped:
-    arithmetic.main(flags(out, **given))
+    arithmetic.run(flags(out, **given))
   assert stopped.value.code == 2
   said = capsys.readouterr().err.strip()
   assert fact in said
@@ -282,7 +362,7 @@ def test_what_cannot_be_is_one_line(whole, tmp_path, capsys, given, fact):
 
 
 def test_print_config_trains_nothing(tmp_path, capsys):
-  arithmetic.main([*flags(tmp_path / 'run'), '--print_config'])
+  arithmetic.run([*flags(tmp_path / 'run'), '--print_config'])
   said = capsys.readouterr().out
   for fact in ('learning_rate: 0.0015', 'parameters: ', 'layer_0/mlp/gate_up'):
     assert fact in said
@@ -291,7 +371,7 @@ def test_print_config_trains_nothing(tmp_path, capsys):
 
 def test_token_rewards_run_end_to_end(cache, tmp_path):
   out = tmp_path / 'run'
-  arithmetic.main(flags(out, reward='digits', max_steps=2))
+  arithmetic.run(flags(out, reward='digits', max_steps=2))
   sampled = [r for r in rows(out / 'samples.jsonl') if r['split'] == 'train']
   assert any(len(set(row['advantage'])) > 1 for row in sampled)
   steps = [r for r in rows(out / 'metrics.jsonl') if r['phase'] == 'train']
@@ -300,16 +380,19 @@ def test_token_rewards_run_end_to_end(cache, tmp_path):
 
 def test_ones_own_jsonl_is_learnt(cache, tmp_path):
   file = tmp_path / 'own.jsonl'
-  lines = [
-    json.dumps({'prompt': f'say {c}{c}', 'answer': c, 'note': 1})
+  lines = [  # as long as sums of one digit, so that no program is new
+    json.dumps({'prompt': f'say{c}', 'answer': c * 2, 'note': 1})
     for c in 'abcdefghijklmnopqrst'
   ]
   file.write_text('\n'.join(lines))
   out = tmp_path / 'run'
-  arithmetic.main(flags(out, data=file, max_steps=1))
+  arithmetic.run(flags(out, data=file, max_steps=1))
   found = {r['answer'] for r in rows(out / 'samples.jsonl')}
-  assert found <= set('abcdefghijklmnopqrst')
-  assert {r['answer'] for r in rows(out / 'samples.jsonl')} & set('qrst')
+  assert found <= {c * 2 for c in 'abcdefghijklmnopqrst'}
+  assert found & {'qq', 'rr', 'ss', 'tt'}  # held out
+
+
+FIVE = '\n'.join(f'{{"prompt": "{c}"}}' for c in 'abcde')
 
 
 @pytest.mark.parametrize(
@@ -317,9 +400,9 @@ def test_ones_own_jsonl_is_learnt(cache, tmp_path):
   [
     ('{"prompt": "a", "answer": "b"}\n{"prompt"', 'own.jsonl:2: not JSON'),
     ('{"prompt": "", "answer": "b"}', 'own.jsonl:1: the prompt is empty'),
-    ('{"prompt": "a"}', 'record 1 has no "answer"'),
+    (FIVE, "own.jsonl:1: no 'answer' that is text"),
     ('{"prompt": "a", "answer": "b"}', 'give 5 or more'),
-    (None, 'is no file'),
+    (None, 'no such file'),
   ],
 )
 def test_a_bad_jsonl_is_one_line(tmp_path, capsys, text, fact):
@@ -327,7 +410,7 @@ def test_a_bad_jsonl_is_one_line(tmp_path, capsys, text, fact):
   if text is not None:
     file.write_text(text)
   with pytest.raises(SystemExit) as stopped:
-    arithmetic.main(flags(out, data=file))
+    arithmetic.run(flags(out, data=file))
   assert stopped.value.code == 2
   said = capsys.readouterr().err.strip()
   assert fact in said
@@ -339,23 +422,23 @@ def test_a_bad_jsonl_is_one_line(tmp_path, capsys, text, fact):
 
 
 def test_stop_reasons():
-  config = parts.LoopConfig(max_steps=10, stop_at_reward=0.9, patience=3)
-  go = train.Progress(step=5, eval_reward=0.8, evals_since_best=2)
-  assert train.stop_reason(go, config) is None
+  config = LoopConfig(max_steps=10, stop_at_reward=0.9, patience=3)
+  go = Progress(step=5, eval_reward=0.8, evals_since_best=2)
+  assert stop_reason(go, config) is None
   for change, word in (
     ({'step': 10}, 'max_steps'),
     ({'eval_reward': 0.95}, 'reached'),
     ({'evals_since_best': 3}, 'no better'),
   ):
-    progress = train.Progress(**{**vars(go), **change})
-    assert word in train.stop_reason(progress, config)
+    progress = Progress(**{**vars(go), **change})
+    assert word in stop_reason(progress, config)
 
 
 def test_warnings_name_the_cure():
   fine = {'frac_reward_zero_std': 0.5, 'completions/clipped_ratio': 0.5}
-  assert train.warnings_of(fine) == {}
+  assert find_warnings(fine) == {}
   bad = {'frac_reward_zero_std': 1.0, 'completions/clipped_ratio': 1.0}
-  assert set(train.warnings_of(bad)) == {'variance', 'clipped'}
+  assert set(find_warnings(bad)) == {'variance', 'clipped'}
 
 
 def test_problems_are_right_and_kept_apart():
@@ -379,7 +462,7 @@ def _split(prompt):
 
 
 def test_drift_is_zero_for_the_policy_itself(tiny):
-  reference_kl = jax.jit(evaluation.make_reference_kl(tiny.policy))
+  reference_kl = jax.jit(make_reference_kl(tiny.policy, None))
   same = reference_kl((tiny.params, None), tiny.rollout, tiny.rule)
   assert float(same) == pytest.approx(0, abs=1e-6)
   other = jax.tree.map(lambda x: x * 1.2, tiny.params)
