@@ -8,32 +8,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import make_scored, random_reward
 
 from experiments.studies.gradient_lab import __main__ as lab
-from experiments.studies.gradient_lab import measures, methods, samples
-from jaxrl_tok.run import settings as flag_layer
+from experiments.studies.gradient_lab import (
+  measures,
+  methods,
+  samples,
+)
 from jaxrl_tok.run import warm_start
 from jaxrl_tok.step import device_rewards
-from jaxrl_tok.step.update import init_state, make_update
-from jaxrl_tok.types import Scored
+from jaxrl_tok.step.state import init_state
+from jaxrl_tok.step.update import make_update
 
 # hands out the gradient as the optimizer's state
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
   lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g),
 )
-METHODS = {
-  m[:3]: m
-  for m in methods.make_methods(flag_layer.AlgorithmFlags(), max_length=9)
-}
+METHODS = {m[:3]: m for m in methods.make_methods(max_length=9)}
 GREEDY = np.array([0.5, -1.0, 0.25, 0.0], np.float32)
 
 
-def scored(tiny, reward) -> dict:
-  batch = Scored(
-    tiny.rollout, jnp.asarray(reward), None, None, jnp.asarray(GREEDY), None
-  )
-  return {'exact': batch, 'digits': batch}
+@pytest.fixture(scope='module')
+def reward(tiny):
+  return random_reward(tiny.rollout)
+
+
+def drawn(tiny, reward) -> methods.Samples:
+  """Samples whose rewards are alike."""
+  B, T = tiny.rollout.mask.shape
+  by_name = {'exact': jnp.asarray(reward), 'digits': jnp.asarray(reward)}
+  greedy = dict.fromkeys(by_name, jnp.asarray(GREEDY))
+  return methods.Samples(tiny.rollout, by_name, greedy, jnp.zeros((B, T + 1)))
 
 
 @pytest.fixture(scope='module')
@@ -45,13 +52,13 @@ def estimate(tiny):
 
 
 def test_an_estimate_is_what_an_update_computes(tiny, reward, estimate):
-  """For token rewards, lengths that differ and a credit with a scale."""
+  """Token rewards, lengths that differ, and a credit with a scale."""
   names = 'exact', 'group_mean / std', 'seq_mean_token_mean'
   method = METHODS[names]
-  weights = methods.token_weights([method] * 2, scored(tiny, reward), {})
+  weights = methods.token_weights([method] * 2, drawn(tiny, reward), {})
   update = jax.jit(make_update(tiny.policy, method.algorithm, RECORD))
   state = init_state(method.algorithm, RECORD, tiny.params, jax.random.key(0))
-  state, *_ = update(state, tiny.rollout, jnp.asarray(reward), tiny.rule)
+  state, *_ = update(state, make_scored(tiny.rollout, reward), tiny.rule)
   gradient = methods.flat(state.opt_state[0])
   assert np.abs(gradient).max() > 0.1
   close = 1e-5 * np.abs(gradient).max()
@@ -59,7 +66,8 @@ def test_an_estimate_is_what_an_update_computes(tiny, reward, estimate):
 
 
 def test_two_ways_to_a_gradient(tiny, estimate):
-  """Token by token, and in one pass; a row's score is its tokens' sum."""
+  """Gradients token by token are those of one pass; a row's score is the sum
+  over its tokens."""
   mask = np.asarray(tiny.rollout.mask)
   weights = np.random.default_rng(0).normal(size=(2, *mask.shape)) * mask
   weights[1] = np.where(np.arange(12)[:, None] == 5, mask, 0)
@@ -72,13 +80,13 @@ def test_two_ways_to_a_gradient(tiny, estimate):
   np.testing.assert_allclose(score[5], np.sum(found[1] ** 2), rtol=1e-4)
 
 
-def test_greedy_rewards_and_what_a_baseline_remembers_are_given(tiny, reward):
-  """Each method's weights are its algorithm's, not another baseline's."""
+def test_greedy_rewards_and_carries_of_baselines_are_given(tiny, reward):
+  """Weights of a method are its algorithm's, not another baseline's."""
   names = 'none', 'greedy', 'ema', 'leave_one_out'
   compared = [METHODS['exact', name, methods.SUM] for name in names]
-  carry = {'ema': jnp.float32(0.5)}
-  batch = scored(tiny, reward)
-  none, greedy, ema, others = methods.token_weights(compared, batch, carry)
+  carries = {'ema_baseline': jnp.float32(0.5)}
+  batch = drawn(tiny, reward)
+  none, greedy, ema, others = methods.token_weights(compared, batch, carries)
   mask = tiny.rollout.mask / 12
   b = np.repeat(GREEDY, 3)[:, None]
   np.testing.assert_allclose(none - greedy, b * mask, atol=1e-6)
@@ -92,7 +100,7 @@ PAIR = measures.Rows(*map(np.array, ([0, 1], [0, 0], [0, 0], [1.0, 1.0])))
 
 
 def measured(estimates, reference, rows=PAIR, errors=False, blocks=None):
-  """measures.measure of estimates [N, M, W], in blocks of two by default."""
+  """Measures estimates [N, M, W], in blocks of two by default."""
   estimates = np.asarray(estimates, np.float32)
   N, M, W = estimates.shape
   by_block = estimates.reshape(blocks or N // 2, -1, M, W)
@@ -181,13 +189,18 @@ def test_the_value_head_is_the_regression():
     ('--blocks=1', 'must be at least 2'),
     ('--levels 0.4 2', 'one or more in [0, 1]'),
     ('--num_generations=1', 'pass --num_generations 2'),
-    ('--warm_start_stop_at=0.5', 'pass --levels'),
+    ('--warm_start_stop_at=0.5', 'has no effect here'),
     ('--max_completion_length=3', 'pass --max_completion_length 4'),
-    ('--baseline=none', 'unknown flag --baseline'),
-    ('--algorithm=ppo', '--algorithm'),
+    ('--baseline=none', '--baseline has no effect here'),
+    ('--algorithm=ppo', '--algorithm has no effect here'),
+    ('--reward=digits', '--reward has no effect here'),
+    ('--data=x.jsonl', '--data has no effect here'),
+    ('--max_steps=3', '--max_steps has no effect here'),
+    ('--digits=0', 'must be in 1..9'),
+    ('--level=1', 'did you mean --levels?'),
   ],
 )
-def test_refusals(flags, fact, capsys):
+def test_flags_that_cannot_be_are_one_line(flags, fact, capsys):
   with pytest.raises(SystemExit) as e:
     lab.main(flags.split())
   error = capsys.readouterr().err
@@ -209,7 +222,7 @@ def test_a_small_run_writes_its_results(tmp_path, monkeypatch):
   monkeypatch.setattr(
     warm_start,
     'warm_start',
-    lambda context, flags: jax.jit(context.policy.init)(jax.random.key(0)),
+    lambda setup: jax.jit(setup.policy.init)(jax.random.key(0)),
   )
   monkeypatch.setitem(methods.REWARDS, 'exact', early)
   monkeypatch.setitem(methods.REWARDS, 'digits', early)

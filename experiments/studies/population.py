@@ -42,7 +42,7 @@ from jaxrl_tok.run import flags as flag_layer
 from jaxrl_tok.run.api import Caller
 from jaxrl_tok.run.prepare import Setup, prepare, prompt_set, split_rewards
 from jaxrl_tok.run.record import claim_output_dir
-from jaxrl_tok.run.settings import Settings, flatten, with_values
+from jaxrl_tok.run.settings import RunSettings, Settings, flatten, with_values
 from jaxrl_tok.step.device_rewards import exact_tokens, make_device_scorer
 from jaxrl_tok.step.device_steps import Table, make_device_steps
 from jaxrl_tok.step.programs import make_sampling
@@ -81,12 +81,12 @@ DEFAULTS = with_values(
     'steps_per_call': 1,  # rewards are JAX functions
   },
 )
+RUN = {'output_dir', 'max_steps', 'eval_every', 'held_out'}  # and no others
 # flags, and groups of them, that would change nothing
 UNUSED = (
-  *('model', 'seed', 'stop_at_reward', 'patience', 'save_every', 'keep'),
-  *('resume', 'push_to_hub', 'steps_per_call', 'keep_special_tokens'),
-  *('report_to', 'print_config', 'replay_groups', 'replay_capacity', 'ahead'),
-  *('log_kl', 'learning_rate'),
+  *(flatten(RunSettings()).keys() - RUN),
+  *('model', 'replay_groups', 'replay_capacity', 'ahead', 'log_kl'),
+  'learning_rate',
 )
 
 

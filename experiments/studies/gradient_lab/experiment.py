@@ -1,107 +1,106 @@
-"""The experiment: policies, programs, and what is told of them."""
+"""The experiment: policies, programs, and the record of their numbers."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments import arithmetic
+from experiments.arithmetic import arithmetic
 from experiments.studies.gradient_lab import measures, pictures, samples
 from experiments.studies.gradient_lab.methods import REWARDS
-from jaxrl_tok import data
-from jaxrl_tok import rewards as host_rewards
-from jaxrl_tok.credit import algorithms
-from jaxrl_tok.run import build, launch, warm_start
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.report.files import atomic_write
+from jaxrl_tok.run import warm_start
+from jaxrl_tok.run.api import Caller
+from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.prepare import Setup, prepare
+from jaxrl_tok.run.record import claim_output_dir
+from jaxrl_tok.run.settings import flatten, with_values
+from jaxrl_tok.step.state import with_value_head
 
 
-def prepare(flags):
-  """The arithmetic experiment's Context, with answers that are not padded
-  with zeros, so that lengths differ."""
-  f = flags.lab
+def prepare_lab(parsed, command: str) -> Setup:
+  """Setup of arithmetic whose answers are not padded with zeros, so that
+  lengths differ. Raises ValueError or OSError."""
 
-  def records(found):
-    return [r | {'answer': str(int(r['answer']))} for r in found]
+  def unpadded(records):
+    return [r | {'answer': str(int(r['answer']))} for r in records]
 
-  train, held_out = arithmetic.problems(
-    f.digits, f.num_problems, flags.run.eval_prompts
+  task = arithmetic(**parsed.own)
+  task = dataclasses.replace(
+    task,
+    train=unpadded(task.train),
+    held_out=unpadded(task.held_out),
+    description=f'{task.description}, answers not padded',
   )
-  train, held_out = records(train), records(held_out)
-  answers = [record['answer'] for record in train + held_out]
-  try:
-    flags = flag_layer.fit_completion_length(flags, answers)
-  except ValueError as e:
-    flag_layer.fail(e)
-  experiment = launch.Experiment(
-    name='gradient_lab',
-    flags=flags,
-    tokenizer=data.byte_tokenizer,
-    train_records=train,
-    held_out_records=held_out,
-    reward_functions=[host_rewards.exact_match],
-    judge_functions=[host_rewards.exact_match],
-    data=f'{len(train):,} additions and subtractions, answers not padded',
-  )
-  return launch.prepare(experiment, algorithms.reinforce())
+  caller = Caller('gradient_lab', command)
+  return prepare(task, parsed.settings, Own(), caller, parsed.own)
 
 
-def policy_at(context, lab: samples.Lab, level: float) -> dict:
+def policy_at(setup: Setup, lab: samples.Lab, level: float) -> dict:
   """Parameters of the warm start that ends at a level, on one device."""
-  flags = dataclasses.replace(
-    context.experiment.flags.warm_start, warm_start_stop_at=level
-  )
-  with jax.set_mesh(context.mesh):
-    params = warm_start.warm_start(context, flags)
-  return build.with_value_head(lab.policy, jax.device_get(params))
+  settings = with_values(setup.settings, {'warm_start_stop_at': level})
+  with jax.set_mesh(setup.mesh):
+    params = warm_start.warm_start(setup._replace(settings=settings))
+  return with_value_head(lab.policy, jax.device_get(params))
 
 
 class Programs(NamedTuple):
-  """make_draw, make_far and make_near, compiled."""
+  """Compiled functions of samples.py."""
 
   draw: Callable
-  far: Callable
-  near: Callable
+  reference: Callable
+  estimates: Callable
 
 
-def compiled(lab: samples.Lab, params, logger) -> Programs:
-  draw, far, near = (
+def compile_programs(lab: samples.Lab, params, logger) -> Programs:
+  """Programs for parameters of these shapes."""
+  draw, reference, estimates = (
     jax.jit(make(lab))
-    for make in (samples.make_draw, samples.make_far, samples.make_near)
+    for make in (
+      samples.make_draw,
+      samples.make_reference,
+      samples.make_estimates,
+    )
   )
   given = params, *samples.block_at(lab, 0)
-  scored = jax.eval_shape(draw, *given)
+  drawn = jax.eval_shape(draw, *given)
   W = sum(x.size for x in jax.tree.leaves(params))
-  reference, reward = (
+  gradient, reward = (
     jax.ShapeDtypeStruct(shape, jnp.float32)
     for shape in ((len(REWARDS), W), ())
   )
   with logger.doing('compiling the sampler, the reference and the estimates'):
     lowered = (
       draw.lower(*given),
-      far.lower(params, scored),
-      near.lower(params, reference, reward, scored),
+      reference.lower(params, drawn),
+      estimates.lower(params, gradient, reward, drawn),
     )
     with ThreadPoolExecutor(2) as both:  # cores: one compiles one at a time
       return Programs(*both.map(lambda one: one.compile(), lowered))
 
 
-def described(
-  lab: samples.Lab, level: float, far: samples.Far, facts: dict, found: dict
-):
-  """All of one policy, for gradient_lab.json and the pictures of it."""
+def describe(
+  lab: samples.Lab,
+  level: float,
+  reference: samples.Reference,
+  facts: dict,
+  found: dict,
+) -> dict:
+  """Numbers of one policy, for gradient_lab.json and the pictures."""
   right = facts['reward_times_score'] / max(facts['reward'], 1e-9)
   wrong = facts['score'] - facts['reward_times_score']
   names, rows = list(REWARDS), []
-  for k, (method, _, reference, _) in enumerate(zip(*lab.rows)):
+  for k, (method, _, of, _) in enumerate(zip(*lab.rows)):
     m = lab.methods[method]
     row = {
       'reward': m.reward,
-      'of': names[reference],
+      'of': names[of],
       'baseline': m.baseline,
       'aggregation': m.aggregation,
     }
@@ -114,17 +113,17 @@ def described(
     'score_right': right,
     'score_wrong': wrong / max(1 - facts['reward'], 1e-9),
     'best_constant': facts['reward_times_score'] / facts['score'],
-    'value_explains': far.explained,
+    'value_explains': reference.explained,
     'reference': {
       name: {'norm': float(square**0.5), 'cosine_with_truth': float(agrees)}
-      for name, square, agrees in zip(names, far.square, far.agrees)
+      for name, square, agrees in zip(names, reference.square, reference.agrees)
     },
     'rows': rows,
   }
 
 
 def in_words(policy: dict) -> str:
-  """What a policy's samples are like."""
+  """Facts of a policy's samples."""
   lengths = ', '.join(
     f'{length} ({share:.1%})'
     for length, share in enumerate(policy['lengths'])
@@ -140,26 +139,39 @@ def in_words(policy: dict) -> str:
   )
 
 
-def run(flags) -> dict:
-  """Every policy's numbers, shown and written."""
-  context = prepare(flags)
-  run_dir = flag_layer.claim_output_dir(flags.run, 'gradient_lab')
-  lab, logger, f = samples.make_lab(context), context.logger, flags.lab
-  policies, programs = [], None
+def write(run_dir: Path, result: dict) -> None:
+  """Writes gradient_lab.json and gradient_lab.svg."""
+  text = json.dumps(result, indent=2) + '\n'
+  atomic_write(run_dir / 'gradient_lab.json', text)
+  picture = pictures.picture(result['policies']) + '\n'
+  atomic_write(run_dir / 'gradient_lab.svg', picture)
+
+
+def run(setup: Setup) -> dict:
+  """Numbers of every policy, shown and written. Raises ValueError."""
+  f, logger = setup.settings.lab, setup.logger
+  run_dir = claim_output_dir(
+    setup.settings.run, 'gradient_lab', resumable=False
+  )
+  lab, policies, programs = samples.make_lab(setup), [], None
   for level in f.levels:
-    params = policy_at(context, lab, level)
-    programs = programs or compiled(lab, params, logger)
-    far = samples.look_far(lab, programs, params, f.reference_blocks, logger)
-    params = samples.with_value(params, far.head)
+    params = policy_at(setup, lab, level)
+    programs = programs or compile_programs(lab, params, logger)
+    reference = samples.find_reference(
+      lab, programs, params, f.reference_blocks, logger
+    )
+    params = samples.with_value(params, reference.head)
     numbers = range(f.reference_blocks, f.reference_blocks + f.blocks)
-    sums, facts = samples.look_near(lab, programs, params, far, numbers, logger)
-    found = measures.with_errors(sums, lab.rows, far.square)
-    policies.append(described(lab, level, far, facts, found))
+    sums, facts = samples.find_estimates(
+      lab, programs, params, reference, numbers, logger
+    )
+    found = measures.with_errors(sums, lab.rows, reference.square)
+    policies.append(describe(lab, level, reference, facts, found))
     logger.console.print(pictures.table(policies[-1]))
-    logger.say(in_words(policies[-1]))
-  logger.say(pictures.LEGEND)
-  result = {'flags': flag_layer.flat(flags), 'policies': policies}
-  (run_dir / 'gradient_lab.json').write_text(json.dumps(result, indent=2))
-  (run_dir / 'gradient_lab.svg').write_text(pictures.picture(policies))
-  logger.say(f'results: {run_dir}{os.sep}')
+    logger.message(in_words(policies[-1]))
+  logger.message(pictures.LEGEND)
+  flags = setup.task_flags | flatten(setup.settings)
+  result = {'flags': flags, 'policies': policies}
+  write(run_dir, result)
+  logger.message(f'results: {run_dir}{os.sep}')
   return result

@@ -1,7 +1,7 @@
-"""How noisy and how biased gradient estimates are: numbers from their products.
+"""Noise and bias of gradient estimates, from their products.
 
-Only products of the estimates with each other and with a reference are kept, so
-that nothing of the parameters' size crosses from one block to the next.
+Only products of the estimates with each other and with a reference are kept:
+nothing of the parameters' size crosses from one block to the next.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from experiments.studies.gradient_lab.methods import (
 
 
 class Rows(NamedTuple):
-  """What is reported: K methods, each against a reference, and its anchor: a
-  method whose mean is known to be `share` of that reference."""
+  """K reported methods, each against a reference, and its anchor: a method
+  whose mean is known to be `share` of that reference."""
 
   method: np.ndarray  # [K]
   anchor: np.ndarray  # [K]
@@ -28,8 +28,8 @@ class Rows(NamedTuple):
 
 
 def make_rows(methods: list, C: int, G: int) -> Rows:
-  """The default first; every method, and the digits' gradient as one of the
-  exact reward, too."""
+  """Rows of every method, the default first; the digits' gradient is one of
+  the exact reward, too."""
   at = {m[:3]: i for i, m in enumerate(methods)}
   names = list(REWARDS)
   shares = {'group_mean': (G - 1) / G, 'batch_mean': (C * G - 1) / (C * G)}
@@ -49,9 +49,9 @@ def make_rows(methods: list, C: int, G: int) -> Rows:
 
 
 def products(found_MxW, reference_RxW, rows: Rows) -> dict:
-  """Of one batch's estimates and of each row's pair (method, anchor): their
-  products with each other [K, 2, 2] and with the reference [K, 2], and the
-  method's product with the reference by its own norm [K]."""
+  """Products of one batch's estimates, for each row's pair (method, anchor):
+  with each other [K, 2, 2] and with the reference [K, 2], and the method's
+  with the reference by its own norm [K]."""
   both = found_MxW @ found_MxW.T
   dots = found_MxW @ reference_RxW.T
   pair = np.stack([rows.method, rows.anchor], axis=1)
@@ -65,7 +65,7 @@ def products(found_MxW, reference_RxW, rows: Rows) -> dict:
 
 
 class Sums(NamedTuple):
-  """Of `products`, over the batches of each block."""
+  """Sums of `products` over the batches of each block."""
 
   count: np.ndarray  # [J]
   pair: np.ndarray  # [J, K, 2, 2]
@@ -95,7 +95,7 @@ def summed(found: list, totals_JxMxW: np.ndarray, rows: Rows) -> Sums:
 
 
 def measure(sums: Sums, rows: Rows, square_R, keep_J=None) -> dict:
-  """The numbers of every row, {name: [K]}, g being its reference.
+  """Numbers of every row, {name: [K]}, g being its reference.
 
   The estimates of a method are scaled by the s for which their mean lies as
   far along g as g: <s mean, g> = |g|^2. Then
@@ -103,8 +103,8 @@ def measure(sums: Sums, rows: Rows, square_R, keep_J=None) -> dict:
     variance  E |s (estimate - mean)|^2 / |g|^2
     needed    variance / the default's: completions for the same precision
     bias      |s mean - g|^2 / |g|^2
-    mean_cosine  of the mean with g: 1 / sqrt(1 + bias)
-    cosine    of one batch's estimate with g, the mean over batches
+    mean_cosine  cosine of the mean with g: 1 / sqrt(1 + bias)
+    cosine    that of one batch's estimate with g, the mean over batches
     ahead     cosine less the default's
     check     <mean of the anchor, g> / (share |g|^2): 1 but for chance
 

@@ -11,76 +11,101 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import arithmetic
-from jaxrl_tok.credit import advantages, algorithms
+from jaxrl_tok.credit import algorithms
+from jaxrl_tok.credit.names import AGGREGATIONS, BASELINES
 from jaxrl_tok.policy import evaluate
-from jaxrl_tok.run import build
-from jaxrl_tok.run import settings as flag_layer
-from jaxrl_tok.types import Algorithm, Policy, Rollout
+from jaxrl_tok.step.device_rewards import digit_tokens, exact_tokens
+from jaxrl_tok.types import (
+  AdvantageInputs,
+  Algorithm,
+  Policy,
+  Rollout,
+  Scored,
+)
 
-REWARDS = {
-  name: on_device
-  for name, (_, on_device) in arithmetic.reward_functions().items()
-}
+REWARDS = {'exact': exact_tokens, 'digits': digit_tokens}
 SUM = 'seq_mean_token_sum'  # the true gradient's aggregation
 DEFAULT = 'leave_one_out', SUM  # algorithms.reinforce's
 
 
 class Method(NamedTuple):
+  """A credit under an aggregation."""
+
   reward: str
   baseline: str
   aggregation: str
   algorithm: Algorithm
 
 
-def make_methods(f: flag_layer.AlgorithmFlags, max_length: int) -> list:
+class Samples(NamedTuple):
+  """Completions of one policy, with their rewards and values."""
+
+  rollout: Rollout
+  rewards: dict  # {reward: float32 [B, T]}
+  greedy_rewards: dict  # {reward: float32 [C]}
+  value: jax.Array  # float32 [B, T + 1]
+
+
+def make_methods(max_length: int) -> list[Method]:
   """Every baseline under every aggregation for the exact reward, and the
   default for the digits."""
-  credits = {n: {'baseline': make(f)} for n, make in build.BASELINES.items()}
+  credits = {name: {'baseline': name} for name in BASELINES}
   credits['value'] = {  # G_t - V_t: unbiased, as any V(s) is
-    'credit': advantages.gae,
+    'credit': 'gae',
     'gae_lambda': 1.0,
     'bootstrap_truncated': False,
   }
   credits['group_mean / std'] = {
-    'baseline': advantages.group_mean(),
-    'scale': advantages.group_std,
+    'baseline': 'group_mean',
+    'scale': 'group_std',
   }
 
   def one(reward, baseline, aggregation):
     algorithm = algorithms.reinforce(
-      aggregate=build.AGGREGATIONS[aggregation],
-      max_length=max_length,
-      **credits[baseline],
+      aggregate=aggregation, max_length=max_length, **credits[baseline]
     )
     return Method(reward, baseline, aggregation, algorithm)
 
-  pairs = itertools.product(credits, build.AGGREGATIONS)
+  pairs = itertools.product(credits, AGGREGATIONS)
   return [*(one('exact', *pair) for pair in pairs), one('digits', *DEFAULT)]
 
 
-def token_weights(methods, scored: dict, carry_of: dict) -> jax.Array:
+def inputs_of(samples: Samples, reward: str) -> AdvantageInputs:
+  """Inputs of an advantage where this is the only reward."""
+  everywhere = jnp.ones(samples.rollout.mask.shape[0], bool)
+  scored = Scored(
+    samples.rollout,
+    {reward: samples.rewards[reward]},
+    {reward: everywhere},
+    {reward: jnp.float32(1)},
+    samples.greedy_rewards[reward],
+  )
+  return AdvantageInputs(
+    scored, scored.reward, scored.valid, samples.value, log_change=None
+  )
+
+
+def token_weights(methods: list, samples: Samples, carries: dict) -> jax.Array:
   """w [M, B, T] of the estimates sum_bt w_bt grad l_bt: the algorithm's own
   advantage times its own aggregation.
 
   Args:
-    scored: {reward: Scored} of one batch.
-    carry_of: {baseline: what it remembers}, of those that do.
+    carries: {name: value} of the baselines that remember.
   """
+  inputs = {name: inputs_of(samples, name) for name in samples.rewards}
   advantage, found = {}, []
   for m in methods:
-    credit = m.reward, m.baseline  # the same under every aggregation
+    credit = m.reward, m.baseline  # one credit under every aggregation
+    given = inputs[m.reward]
     if credit not in advantage:
-      advantage[credit], _, _ = m.algorithm.advantage(
-        scored[m.reward], carry_of.get(m.baseline, ())
-      )
-    mask = scored[m.reward].rollout.mask
-    found.append(m.algorithm.aggregate(mask) * advantage[credit])
+      advantage[credit] = m.algorithm.advantage(given, carries).advantage
+    weight = m.algorithm.aggregate(given.mask, given.valid)
+    found.append(weight * advantage[credit])
   return jnp.stack(found)
 
 
 def flat(tree, front: int = 0) -> jax.Array:
-  """A tree of [front..., ...] as one array [front..., W]."""
+  """Leaves [front..., ...] as one array [front..., W]."""
   leaves = jax.tree.leaves(tree)
   return jnp.concatenate(
     [x.reshape(*x.shape[:front], -1) for x in leaves], axis=-1
@@ -88,7 +113,7 @@ def flat(tree, front: int = 0) -> jax.Array:
 
 
 def whole_gradient(policy: Policy, params, rollout, rule, weight_BxT):
-  """sum_bt w_bt grad l_bt [W], in one backward pass of the batch."""
+  """Estimate sum_bt w_bt grad l_bt [W], in one backward pass of the batch."""
 
   def total(params):
     stats = evaluate(policy, params, rollout, rule)
@@ -98,7 +123,7 @@ def whole_gradient(policy: Policy, params, rollout, rule, weight_BxT):
 
 
 def token_gradients(policy: Policy, params, rollout, rule) -> jax.Array:
-  """grad l_bt for every token: [B, T, W]."""
+  """Gradients grad l_bt of every token: [B, T, W]."""
   G = rollout.tokens.shape[0] // rollout.prompts.length.shape[0]
   prompts = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), rollout.prompts)
 
@@ -111,9 +136,9 @@ def token_gradients(policy: Policy, params, rollout, rule) -> jax.Array:
 
 
 def estimates(policy: Policy, params, rollout, rule, weight_MxBxT) -> tuple:
-  """sum_bt w_mbt grad l_bt for all weights at once [M, W], and each row's
-  squared score |sum_t grad l_bt|^2 [B]. The tokens' gradients are made once,
-  those of one prompt at a time."""
+  """Estimates sum_bt w_mbt grad l_bt of all weights at once [M, W], and each
+  row's squared score |sum_t grad l_bt|^2 [B]. The tokens' gradients are made
+  once, those of one prompt at a time."""
   M, B, T = weight_MxBxT.shape
   C = rollout.prompts.length.shape[0]
   zero = jnp.zeros((M, sum(x.size for x in jax.tree.leaves(params))))

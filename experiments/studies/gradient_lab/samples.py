@@ -1,10 +1,9 @@
-"""Samples of one policy, and what is looked at in them.
+"""Samples of one policy, and the numbers that are taken of them.
 
-`look_far` makes the reference and learns the value from many samples;
-`look_near` compares the methods' estimates on others.
+`find_reference` makes the reference and learns the value from many samples;
+`find_estimates` compares the methods' estimates on others.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,67 +20,56 @@ from experiments.studies.gradient_lab.measures import (
 from experiments.studies.gradient_lab.methods import (
   DEFAULT,
   REWARDS,
+  Samples,
   estimates,
   make_methods,
   token_weights,
   whole_gradient,
 )
-from jaxrl_tok import data
-from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.data import record_indices
 from jaxrl_tok.policy import completion_hidden, values
-from jaxrl_tok.run import settings as flag_layer
-from jaxrl_tok.run import warm_start
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.step import device_rewards
-from jaxrl_tok.step.update import is_cut, split_groups
-from jaxrl_tok.types import Policy, SamplingRule, Scored
+from jaxrl_tok.run.prepare import Setup
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.step.device_rewards import make_device_scorer
+from jaxrl_tok.step.device_steps import Table
+from jaxrl_tok.step.groups import split_groups
+from jaxrl_tok.types import Policy, Prompts, SamplingRule
 
-BATCHES = 8  # of a step's size in a block, which is sampled at once
-PENALTY = 1e-4  # of the ridge regression, in mean squares of a hidden state
+BATCHES = 8  # batches of a step's size in a block, which is sampled at once
+PENALTY = 1e-4  # ridge regression's, in mean squares of a hidden state
 
 
 class Lab(NamedTuple):
-  """What the programs below close over."""
+  """Values that the programs below read."""
 
   policy: Policy  # with a value head
   sample: Callable
-  most_likely: Callable  # one greedy completion a prompt
+  greedy: Callable  # one greedy completion a prompt
   rule: SamplingRule
   methods: list
   rows: Rows
-  prompts: data.PromptSet  # with the columns that rewards read
+  table: Table  # prompts, with the columns that rewards read
   C: int
   seed: int
 
 
-def make_lab(context) -> Lab:
-  flags, model = context.experiment.flags, context.model
-  s = flags.sampling
-  config = dataclasses.replace(model.config, value_head=True)
+def make_lab(setup: Setup) -> Lab:
+  """The lab of a prepared arithmetic."""
+  s = setup.settings.sampling
+  model, config = setup.model.with_value_head(), setup.config
   # jacrev maps over cotangents alone, which cuDNN's gradient does not take
-  policy = make_policy(config, context.policy.dtype, attention='xla')
-  sampler = SamplerConfig(
-    s.num_generations,
-    s.max_completion_length,
-    model.pad_token,
-    truncate=s.truncates,
-    compact_levels=s.compact_levels,
-  )
-  greedy = dataclasses.replace(
-    sampler, samples_per_prompt=1, truncate=False, greedy=True
-  )
-  methods = make_methods(flags.algorithm, s.max_completion_length)
-  columns = warm_start.answers(context, context.experiment.train_records)
+  policy = model.make_policy(jnp.dtype(setup.dtype), attention='xla')
+  methods = make_methods(config.max_completion_length)
   return Lab(
     policy,
-    make_sampler(policy, sampler),
-    make_sampler(policy, greedy),
-    jax.device_get(context.rule),
+    make_sampler(policy, config.sampler),
+    make_sampler(policy, config.greedy),
+    jax.device_get(setup.rule),
     methods,
     make_rows(methods, s.num_prompts, s.num_generations),
-    context.data._replace(columns=columns),
+    Table(*setup.data.table()),
     s.num_prompts,
-    flags.run.seed,
+    setup.settings.run.seed,
   )
 
 
@@ -89,8 +77,10 @@ def block_at(lab: Lab, number: int) -> tuple:
   """(key, Prompts, columns) of a block."""
   count = BATCHES * lab.C
   key = jax.random.fold_in(jax.random.key(lab.seed), number)
-  _, *rest = data.batch_at(lab.prompts, lab.seed, number * count, count)
-  return key, *rest
+  records = len(lab.table.length)
+  index = record_indices(records, lab.seed, number * count, count)
+  rows = jax.tree.map(lambda x: x[index], lab.table)
+  return key, Prompts(rows.tokens, rows.length), rows.columns
 
 
 def with_value(params: dict, head_D) -> dict:
@@ -103,30 +93,27 @@ def with_value(params: dict, head_D) -> dict:
 
 
 def make_draw(lab: Lab) -> Callable:
-  """Returns draw(params, key, prompts, columns) -> {reward: Scored}: new
-  completions of the prompts, the same for each reward."""
-  score = {
-    name: device_rewards.make_scorer([function])
-    for name, function in REWARDS.items()
-  }
+  """Returns draw(params, key, Prompts, columns) -> Samples: new completions,
+  with every reward."""
+  score = make_device_scorer(REWARDS)
 
   def draw(params, key, prompts, columns):
     rollout = lab.sample(params, key, prompts, lab.rule)
-    likely = lab.most_likely(params, key, prompts, lab.rule)
-    cut = is_cut(rollout, lab.rule)
-    value = values(lab.policy, params, rollout)
-    found = {}
-    for name, by in score.items():
-      reward, _ = by(params, rollout, columns)
-      greedy_reward = by(params, likely, columns)[0].sum(1)
-      found[name] = Scored(rollout, reward, cut, value, greedy_reward, None)
-    return found
+    likely = lab.greedy(params, key, prompts, lab.rule)
+    rewards, _ = score(None, rollout, columns)
+    greedy_rewards, _ = score(None, likely, columns)
+    return Samples(
+      rollout,
+      rewards,
+      {name: reward.sum(1) for name, reward in greedy_rewards.items()},
+      values(lab.policy, params, rollout),
+    )
 
   return draw
 
 
-class Far(NamedTuple):
-  """What is known from many samples, none of which is among those compared."""
+class Reference(NamedTuple):
+  """Numbers of many samples, none of which is among those compared."""
 
   gradient: jax.Array  # [R, W] of each reward, by the default method
   square: np.ndarray  # [R] squared norms of it, the noise's share taken out
@@ -136,16 +123,16 @@ class Far(NamedTuple):
   reward: float
 
 
-def make_far(lab: Lab) -> Callable:
-  """Returns far(params, {reward: Scored}) -> (gradient [R, W], sums of the
+def make_reference(lab: Lab) -> Callable:
+  """Returns reference(params, Samples) -> (gradient [R, W], sums of the
   regression of returns on hidden states)."""
   chosen = [m for m in lab.methods if (m.baseline, m.aggregation) == DEFAULT]
 
-  def far(params, scored):
-    rollout, reward = scored['exact'].rollout, scored['exact'].reward.sum(1)
+  def reference(params, samples: Samples):
+    rollout, reward = samples.rollout, samples.rewards['exact'].sum(1)
     gradient_RxW = jax.lax.map(
       lambda w: whole_gradient(lab.policy, params, rollout, lab.rule, w),
-      token_weights(chosen, scored, {}),
+      token_weights(chosen, samples, {}),
     )
     mask = rollout.mask
     x = completion_hidden(lab.policy, params, rollout)
@@ -161,7 +148,7 @@ def make_far(lab: Lab) -> Callable:
     }
     return gradient_RxW, sums
 
-  return far
+  return reference
 
 
 def ridge(xx, xy) -> np.ndarray:
@@ -170,13 +157,16 @@ def ridge(xx, xy) -> np.ndarray:
   return np.linalg.solve(xx + PENALTY * np.trace(xx) / D * np.eye(D), xy)
 
 
-def look_far(lab: Lab, programs, params, blocks: int, logger) -> Far:
-  """The first blocks."""
+def find_reference(
+  lab: Lab, programs, params, blocks: int, logger
+) -> Reference:
+  """Reference of the first blocks. Raises ValueError where no sample earned a
+  reward."""
   total, squares, sums = 0.0, 0.0, {}
   with logger.bar('reference', blocks) as show:
     for i in range(blocks):
-      scored = programs.draw(params, *block_at(lab, i))
-      gradient, more = jax.device_get(programs.far(params, scored))
+      drawn = programs.draw(params, *block_at(lab, i))
+      gradient, more = jax.device_get(programs.reference(params, drawn))
       gradient = gradient.astype(np.float64)
       total = total + gradient
       squares = squares + np.sum(gradient**2, axis=1)
@@ -188,11 +178,11 @@ def look_far(lab: Lab, programs, params, blocks: int, logger) -> Far:
   variance = (squares - blocks * square) / (blocks - 1)
   real = np.maximum(square - variance / blocks, 0.01 * square)
   if not real.min() > 0:
-    flag_layer.fail('no sample earned a reward; pass higher --levels')
+    raise ValueError('no sample earned a reward; pass higher --levels')
   head = ridge(sums['xx'], sums['xy'])
   error = sums['yy'] - 2 * head @ sums['xy'] + head @ sums['xx'] @ head
   spread = sums['yy'] - sums['y'] ** 2 / sums['tokens']
-  return Far(
+  return Reference(
     jnp.asarray(mean, jnp.float32),
     real,
     np.sqrt(real / square),
@@ -202,15 +192,15 @@ def look_far(lab: Lab, programs, params, blocks: int, logger) -> Far:
   )
 
 
-def make_near(lab: Lab) -> Callable:
-  """Returns near(params, reference [R, W], mean reward, {reward: Scored}) ->
-  (sum of the block's estimates [M, W], `products` and facts of its samples,
-  each [BATCHES, ...])."""
+def make_estimates(lab: Lab) -> Callable:
+  """Returns run(params, reference [R, W], mean reward, Samples) -> (sum of the
+  block's estimates [M, W], `products` and facts of its samples, each
+  [BATCHES, ...])."""
 
-  def of_batch(params, reference_RxW, mean_reward, scored):
-    batch = scored['exact']
-    rollout, reward = batch.rollout, batch.reward.sum(1)
-    weights = token_weights(lab.methods, scored, {'ema': mean_reward})
+  def of_batch(params, reference_RxW, mean_reward, samples: Samples):
+    rollout, reward = samples.rollout, samples.rewards['exact'].sum(1)
+    carries = {'ema_baseline': mean_reward}
+    weights = token_weights(lab.methods, samples, carries)
     found_MxW, score_B = estimates(
       lab.policy, params, rollout, lab.rule, weights
     )
@@ -220,33 +210,36 @@ def make_near(lab: Lab) -> Callable:
       'reward': jnp.mean(reward),
       'groups_without_variance': jnp.mean(groups.max(1) == groups.min(1)),
       'lengths': jnp.bincount(rollout.mask.sum(1), length=T + 1) / B,
-      'cut': jnp.mean(batch.cut),
+      'cut': 1 - jnp.mean(rollout.ended),
       'score': jnp.mean(score_B),
       'reward_times_score': jnp.mean(reward * score_B),
     }
     return found_MxW, products(found_MxW, reference_RxW, lab.rows), facts
 
-  def near(params, reference_RxW, mean_reward, scored):
+  def run(params, reference_RxW, mean_reward, samples: Samples):
     def add(total, part):
       found, *more = of_batch(params, reference_RxW, mean_reward, part)
       return total + found, more
 
     M, W = len(lab.methods), reference_RxW.shape[1]
-    parts = split_groups(scored, BATCHES, BATCHES * lab.C)
+    parts = split_groups(samples, BATCHES, BATCHES * lab.C)
     total, (found, facts) = jax.lax.scan(add, jnp.zeros((M, W)), parts)
     return total, found, facts
 
-  return near
+  return run
 
 
-def look_near(lab: Lab, programs, params, far: Far, numbers, logger) -> tuple:
+def find_estimates(
+  lab: Lab, programs, params, reference: Reference, numbers, logger
+) -> tuple:
   """(Sums over the blocks of these numbers, facts of their samples)."""
   totals, found, facts = [], [], []
   with logger.bar('estimates', len(numbers)) as show:
     for number in numbers:
-      scored = programs.draw(params, *block_at(lab, number))
-      given = params, far.gradient, jnp.float32(far.reward), scored
-      for kept, new in zip((totals, found, facts), programs.near(*given)):
+      drawn = programs.draw(params, *block_at(lab, number))
+      mean_reward = jnp.float32(reference.reward)
+      given = params, reference.gradient, mean_reward, drawn
+      for kept, new in zip((totals, found, facts), programs.estimates(*given)):
         kept.append(jax.device_get(new))
       reward = np.mean([x['reward'] for x in facts])
       show(len(facts), f'reward {reward:.3f}')
