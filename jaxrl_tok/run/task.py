@@ -47,7 +47,7 @@ class Task:
   """Records with a "prompt" (text or messages): path of a jsonl or parquet
   file, hub:OWNER/NAME@REVISION:SPLIT, a datasets.Dataset, a list of dicts, or
   for endless data a function (seed, index) -> dict."""
-  rewards: Any
+  rewards: Any = None
   """A reward function, several, or {function: weight}; those marked
   @on_device are JAX functions of a rollout."""
   held_out: Any = 512
@@ -69,9 +69,3 @@ class Task:
   """The data in words, for config.yaml and the model card."""
   reward_unit: str = ''
   """'%' where a reward is a share of right answers; for the report."""
-
-  def __post_init__(self):
-    if self.rewards is None:
-      raise ValueError(
-        'a Task needs a reward; give a function, several, or {function: weight}'
-      )
