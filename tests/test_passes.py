@@ -11,19 +11,21 @@ from conftest import (
   OTHER_END,
   PAD,
   changed,
+  make_scored,
   random_prompts,
   sharpened,
 )
 
-from experiments import arithmetic
 from jaxrl_tok import checkpoint, distribution, masked
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate, values
-from jaxrl_tok.run import build
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.step.update import init_state, make_update, value_metrics
+from jaxrl_tok.step.passes import param_labels
+from jaxrl_tok.step.state import init_state, with_value_head
+from jaxrl_tok.step.update import make_update, value_metrics
+from jaxrl_tok.types import Passes
 
 C, G, T = 8, 2, 5
 PLAIN = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
@@ -31,17 +33,14 @@ CRITIC = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], value_head=True))
 RULE = distribution.make_rule(11, [END, OTHER_END], top_p=0.8)
 
 
-def optimizer_of(algorithm, rate=0.01, critic_rate=0.1):
-  flags = changed(
-    arithmetic.DEFAULTS,
-    algorithm=changed(
-      arithmetic.DEFAULTS.algorithm, critic_learning_rate=critic_rate
-    ),
-    optimizer=changed(
-      arithmetic.DEFAULTS.optimizer, learning_rate=rate, lr_schedule='constant'
-    ),
-  )
-  return build.make_optimizer(flags, algorithm)[0]
+def adamw(rate: float):
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95))
+
+
+# the critic has its own rate, moments and norm
+OPTIMIZER = optax.multi_transform(
+  {'policy': adamw(0.01), 'critic': adamw(0.1)}, param_labels
+)
 
 
 @pytest.fixture(scope='module')
@@ -51,11 +50,11 @@ def params():
 
 @pytest.fixture(scope='module')
 def batch(params):
-  """(rollout, reward) of the plain policy."""
+  """Scored of the plain policy."""
   sample = make_sampler(PLAIN, SamplerConfig(G, T, PAD, truncate=True))
   rollout = jax.jit(sample)(params, jax.random.key(3), random_prompts(C), RULE)
   noise = np.random.default_rng(0).normal(size=(C * G, T))
-  return rollout, np.where(rollout.mask, noise, 0).astype(np.float32)
+  return make_scored(rollout, noise * rollout.mask)
 
 
 def changes(new, old) -> float:
@@ -81,57 +80,52 @@ def separate(params):
     kl_target=0.01,
     kl_horizon=100.0,
     ref_sync_steps=2,
+    reference_dtype='bfloat16',
     max_update_kl=0.02,
   )
-  optimizer = optimizer_of(algorithm)
-  own = build.with_value_head(CRITIC, params)
-  own = jax.tree.map(jnp.copy, own)
-  state = init_state(
-    algorithm,
-    optimizer,
-    params,
-    jax.random.key(0),
-    critic=own,
-    reference_dtype=jnp.bfloat16,
-  )
-  update = make_update(PLAIN, algorithm, optimizer, critic=CRITIC)
+  critic = jax.tree.map(jnp.copy, with_value_head(CRITIC, params))
+  key = jax.random.key(0)
+  state = init_state(algorithm, OPTIMIZER, params, key, critic=critic)
+  update = make_update(PLAIN, algorithm, OPTIMIZER, critic=CRITIC)
   # placed as a restored one is, so that both run one program
   return jax.device_put(state, jax.devices()[0]), jax.jit(update)
 
 
 def test_the_critic_warms_up_alone_and_then_both_learn(separate, batch):
   state, update = separate
-  one, metrics, _ = update(state, *batch, RULE)
+  one, metrics, _ = update(state, batch, RULE)
   assert changes(one.params, state.params) == 0
   assert changes(one.critic, state.critic) > 0.01
   assert float(metrics['passes']) == 16  # nothing moved: none was too far
-  two, metrics, _ = update(one, *batch, RULE)
+  two, metrics, _ = update(one, batch, RULE)
   assert changes(two.params, one.params) > 1e-3
   assert 0 <= float(metrics['passes']) < 16  # stopped when it had moved
-  _, metrics, _ = update(two, *batch, RULE)
+  _, metrics, _ = update(two, batch, RULE)
   assert float(metrics['explained_variance']) > 0.1  # it has seen this batch
 
 
 def test_the_reference_follows_in_its_own_dtype(separate, batch):
   state, update = separate
-  dtypes = {str(x.dtype) for x in jax.tree.leaves(state.reference)}
+  start = state.carries['reference']
+  dtypes = {str(x.dtype) for x in jax.tree.leaves(start)}
   assert dtypes == {'bfloat16'}
-  one, _, _ = update(state, *batch, RULE)
-  assert changes(one.reference, state.reference) == 0
-  two, _, _ = update(one, *batch, RULE)
+  one, _, _ = update(state, batch, RULE)
+  assert changes(one.carries['reference'], start) == 0
+  two, _, _ = update(one, batch, RULE)
   cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), two.params)
-  assert changes(two.reference, cast) == 0
+  assert changes(two.carries['reference'], cast) == 0
 
 
 def test_the_coefficient_follows_the_kl(separate, batch):
   """beta (1 + clip(KL / target - 1, -0.2, 0.2) rows / horizon)."""
   state, update = separate
   for _ in range(3):
-    new, metrics, _ = update(state, *batch, RULE)
+    new, metrics, _ = update(state, batch, RULE)
     error = np.clip(float(metrics['kl']) / 0.01 - 1, -0.2, 0.2)
-    want = float(state.beta) * (1 + error * C * G / 100)
-    assert float(new.beta) == pytest.approx(want, rel=1e-5)
-    assert float(metrics['kl_coef']) == float(state.beta)
+    beta = float(state.carries['kl_coef'])
+    want = beta * (1 + error * C * G / 100)
+    assert float(new.carries['kl_coef']) == pytest.approx(want, rel=1e-5)
+    assert float(metrics['kl_coef']) == beta
     state = new
 
 
@@ -140,14 +134,15 @@ def test_resumed_is_never_stopped(separate, batch, tmp_path):
   state, update = separate
   states = [state]
   for _ in range(4):
-    states.append(update(states[-1], *batch, RULE)[0])
+    states.append(update(states[-1], batch, RULE)[0])
   manager = checkpoint.open_checkpoints(tmp_path, 1)
-  checkpoint.save(manager, states[2], {}, {})
+  cursor = {'position': np.int64(0)}
+  checkpoint.save(manager, states[2], cursor, {}, {})
   manager.wait_until_finished()
-  again, _ = checkpoint.restore(manager, 2, states[0])
+  again, _, _ = checkpoint.restore(manager, 2, states[0])
   manager.close()
   for _ in range(2):
-    again = update(again, *batch, RULE)[0]
+    again = update(again, batch, RULE)[0]
   for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(states[4])):
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
       a, b = map(jax.random.key_data, (a, b))
@@ -156,15 +151,14 @@ def test_resumed_is_never_stopped(separate, batch, tmp_path):
 
 def test_a_shared_critic_warms_up_by_its_head_alone(params, batch):
   algorithm = algorithms.a2c(critic_warmup_steps=1)
-  optimizer = optimizer_of(algorithm)
-  begin = build.with_value_head(CRITIC, params)
-  state = init_state(algorithm, optimizer, begin, jax.random.key(0))
-  update = jax.jit(make_update(CRITIC, algorithm, optimizer))
-  one, _, _ = update(state, *batch, RULE)
+  begin = with_value_head(CRITIC, params)
+  state = init_state(algorithm, OPTIMIZER, begin, jax.random.key(0))
+  update = jax.jit(make_update(CRITIC, algorithm, OPTIMIZER))
+  one, _, _ = update(state, batch, RULE)
   assert changes(without_head(one.params), without_head(begin)) == 0
   head = one.params['value_head']['embedding']
   assert float(jnp.abs(head).max()) > 0.05  # its rate is ten times as large
-  two, _, _ = update(one, *batch, RULE)
+  two, _, _ = update(one, batch, RULE)
   moved = changes(without_head(two.params), without_head(begin))
   assert 1e-3 < moved < 0.05
 
@@ -172,8 +166,8 @@ def test_a_shared_critic_warms_up_by_its_head_alone(params, batch):
 def test_values_before_and_after_every_token(params, batch):
   """Column t is what evaluate says before token t; the last one is that of
   one token more."""
-  rollout, _ = batch
-  own = build.with_value_head(CRITIC, params)
+  rollout = batch.rollout
+  own = with_value_head(CRITIC, params)
   own['value_head'] = {'embedding': own['value_head']['embedding'] + 0.3}
 
   @jax.jit
@@ -198,10 +192,7 @@ def test_values_before_and_after_every_token(params, batch):
 def test_passes_go_through_every_prompt_once_an_epoch(params, batch):
   """With a zero learning rate, the passes' gradients of the token sum average
   to that of the whole rollout."""
-  rollout, reward = batch
-  own = {'mini_batches': 4, 'epochs': 3}
-  one = algorithms.reinforce(advantages.fixed(0.2))
-  many = algorithms.reinforce(advantages.fixed(0.2), **own)
+  algorithm = algorithms.reinforce(advantages.fixed(0.2))
   collect = optax.GradientTransformation(
     lambda p: jax.tree.map(jnp.zeros_like, p),
     lambda g, s, p=None: (
@@ -210,13 +201,12 @@ def test_passes_go_through_every_prompt_once_an_epoch(params, batch):
     ),
   )
   found = []
-  for algorithm in (one, many):
+  for passes in (Passes(), Passes(3, 4, old_logp='sampler')):
     state = init_state(algorithm, collect, params, jax.random.key(0))
-    update = jax.jit(make_update(PLAIN, algorithm, collect))
-    state, metrics, _ = update(state, rollout, reward, RULE)
-    found.append(
-      jax.tree.map(lambda g, n=algorithm.passes: g / n, state.opt_state)
-    )
+    update = jax.jit(make_update(PLAIN, algorithm, collect, passes=passes))
+    state, metrics, _ = update(state, batch, RULE)
+    n = passes.count
+    found.append(jax.tree.map(lambda g, n=n: g / n, state.opt_state))
     assert float(metrics['sampler_logp_gap']) < 1e-4
   assert changes(*found) < 1e-5 * max(1, changes(found[0], found[0]) + 1)
 
