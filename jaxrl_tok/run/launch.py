@@ -24,14 +24,17 @@ from jaxrl_tok.credit import losses
 from jaxrl_tok.evaluation import Due, credit_rows, evaluate_held_out
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import fingerprint, read_params
+from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import Logger, duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.run import compat, record
+from jaxrl_tok.run.models import OwnModel
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.run.result import Result, show_samples
 from jaxrl_tok.run.settings import flatten
 from jaxrl_tok.run.warm_start import warm_start
+from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step import device_rewards, off_policy
 from jaxrl_tok.step.collectors import (
   Collector,
@@ -312,6 +315,27 @@ def evaluate_all(
 # --- the run -----------------------------------------------------------------
 
 
+def check_shapes(setup: Setup) -> None:
+  """Traces functions of the user's own, a policy's and rewards of JAX: a wrong
+  shape is refused before the run begins. Must run under jax.set_mesh."""
+  policy, functions = setup.policy, setup.rewards.device
+  if not functions and not isinstance(setup.model, OwnModel):
+    return
+  state = new_state(setup, *setup.trainable.structs())
+  examples = [setup.data.records[0]] * setup.config.num_prompts
+  prompts, columns = setup.data.batch(examples, setup.data.buckets[-1])
+
+  def trace(policy_params, key, prompts, columns):
+    params = policy.merge_params(*policy_params)
+    sample = make_sampler(policy, setup.config.sampler)
+    rollout = sample(params, key, prompts, setup.rule)
+    evaluate_rollout(policy, params, rollout, setup.rule)
+    score = device_rewards.make_device_scorer(functions)
+    return score(None, rollout, columns)
+
+  jax.eval_shape(trace, state.policy_params, state.key, prompts, columns)
+
+
 class Finished(NamedTuple):
   """A run that has stopped."""
 
@@ -385,8 +409,9 @@ def run(setup: Setup) -> Result | None:
     state = new_state(setup, *setup.trainable.structs())
     record.print_config(setup, state)
     return None
-  run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
   with jax.set_mesh(setup.mesh):
+    check_shapes(setup)
+    run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
     done = learn(setup, run_dir)
   return finish(done, run_dir, time.monotonic() - began)
 
