@@ -1,22 +1,21 @@
 """--compat: each table of defaults builds, arrives, and gives way to what the
 user types; each trap is said once."""
 
-import dataclasses
-
 import pytest
 
 from experiments import arithmetic
 from jaxrl_tok.credit import algorithms
-from jaxrl_tok.run import build, compat
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok.credit.names import ALGORITHMS
+from jaxrl_tok.run import build, compat, flags
+from jaxrl_tok.run.settings import Settings, flatten
 
 ENTRIES = [(s, a) for s, table in compat.DEFAULTS.items() for a in table]
-# a flag whose setting has another name
-SETTINGS = {'aggregation': 'aggregate'}
+# a flag whose choice has another name
+CHOICES = {'aggregation': 'aggregate'}
 
 
 def parse(*argv):
-  return flag_layer.parse(arithmetic.DEFAULTS, 'x', list(argv))
+  return flags.parse(Settings(), None, 'x', list(argv)).settings
 
 
 def given(system, algorithm, *argv):
@@ -24,7 +23,11 @@ def given(system, algorithm, *argv):
 
 
 def warnings(*argv):
-  return compat.warnings(flag_layer.flat(given(*argv)))
+  return compat.warnings(flatten(given(*argv)))
+
+
+def made(settings: Settings):
+  return build.make_algorithm(settings, build.Own(), 20)
 
 
 def refusal(capsys, *argv) -> str:
@@ -42,32 +45,29 @@ def refusal(capsys, *argv) -> str:
 
 @pytest.mark.parametrize(('system', 'algorithm'), ENTRIES)
 def test_every_default_arrives(system, algorithm):
-  flags = given(system, algorithm)
-  flags = dataclasses.replace(
-    flags,
-    sampling=dataclasses.replace(flags.sampling, max_completion_length=20),
-  )
-  made = build.make_algorithm(flags)
-  build.make_optimizer(flags, made)
-  found, typed = algorithms.described(made), flag_layer.flat(flags)
+  settings = given(system, algorithm)
+  algorithm_made = made(settings)
+  build.make_optimizer(settings, build.Own(), algorithm_made)
+  found, typed = algorithms.described(algorithm_made), flatten(settings)
+  choices = build.choices_of(settings)
   for name, value in compat.DEFAULTS[system][algorithm].items():
     assert typed[name] == value
-    name = SETTINGS.get(name, name)
+    name = CHOICES.get(name, name)
     if name in found:
       assert found[name] == (
         None if name == 'scale' and value == 'none' else value
       )
-    else:  # of another group, or of the experiment
-      assert name not in build.NUMBERS + build.LIMITS + tuple(build.WORDS)
-  assert flags.model == arithmetic.DEFAULTS.model
-  assert flags.run == arithmetic.DEFAULTS.run
+    else:  # of another group
+      assert name not in choices
+  assert settings.model == Settings().model
+  assert settings.run == Settings().run
 
 
 def test_the_tables_are_of_known_systems_algorithms_and_flags():
-  names = flag_layer.flat(arithmetic.DEFAULTS)
+  names = flatten(Settings())
   assert set(compat.DEFAULTS) == set(compat.SYSTEMS)
   for system, algorithm in ENTRIES:
-    assert algorithm in flag_layer.ALGORITHMS
+    assert algorithm in ALGORITHMS
     assert compat.DEFAULTS[system][algorithm].keys() <= names.keys()
   for table in (compat.TRAPS, compat.DIFFERS):
     for key, lines in table.items():
@@ -79,7 +79,7 @@ def test_the_tables_are_of_known_systems_algorithms_and_flags():
 
 def test_numbers_as_published():
   found = {
-    key: build.make_algorithm(given(*key, '--max_completion_length', '20'))
+    key: made(given(*key))
     for key in (('trl', 'ppo'), ('trl', 'rloo'), ('verl', 'ppo'))
   }
   trl, rloo, verl = (x.settings for x in found.values())
@@ -93,42 +93,41 @@ def test_numbers_as_published():
   assert found['trl', 'rloo'].kl.form == 'reward'
   assert (verl['gae_lambda'], verl['dual_clip'], verl['beta']) == (1.0, 3.0, 0)
   assert found['verl', 'ppo'].kl is None
-  assert found['verl', 'ppo'].passes == 4
+  assert found['verl', 'ppo'].passes.count == 4
 
 
 # --- what the user types
 
 
 def test_without_compat_nothing_changes():
-  plain = flag_layer.flat(arithmetic.DEFAULTS)
-  assert flag_layer.flat(parse()) == plain
+  plain = flatten(Settings())
+  assert flatten(parse()) == plain
   assert compat.defaults(plain) == {}
   assert compat.warnings(plain) == []
 
 
 def test_typed_flags_win():
   argv = '--learning_rate 0.001 --clip_high 0.28 --num_generations 4 --beta 0'
-  flags = flag_layer.flat(given('openrlhf', 'grpo', *argv.split(), '--kl=none'))
-  assert flags['learning_rate'] == 0.001
-  assert flags['clip_high'] == 0.28
-  assert flags['num_generations'] == 4
-  assert (flags['kl'], flags['beta']) == ('none', 0)
-  assert flags['clip_low'] == 0.2
-  assert flags['lr_schedule'] == 'cosine'
+  found = flatten(given('openrlhf', 'grpo', *argv.split(), '--kl=none'))
+  assert found['learning_rate'] == 0.001
+  assert found['clip_high'] == 0.28
+  assert found['num_generations'] == 4
+  assert (found['kl'], found['beta']) == ('none', 0)
+  assert found['clip_low'] == 0.2
+  assert found['lr_schedule'] == 'cosine'
   early = parse('--seed=1', '--beta=0.1', '--compat=trl', '--algorithm=rloo')
   assert (early.algorithm.kl, early.algorithm.beta) == ('reward', 0.1)
 
 
 def test_a_part_that_is_replaced_brings_its_own_numbers():
-  T = '--max_completion_length=20'
-  gspo = given('verl', 'grpo', '--loss=gspo', T)
-  assert build.make_algorithm(gspo).settings['clip_low'] == 3e-4
-  vtrace = given('verl', 'ppo', '--credit=vtrace', T)
-  assert build.make_algorithm(vtrace).settings['value_coef'] == 0.5
-  kept = given('verl', 'ppo', '--credit=gae', '--loss=clip', T)
-  assert build.make_algorithm(kept).settings['gae_lambda'] == 1.0
-  no_kl = given('openrlhf', 'grpo', '--kl=none', T)
-  assert build.make_algorithm(no_kl).kl is None
+  gspo = given('verl', 'grpo', '--loss=gspo')
+  assert made(gspo).settings['clip_low'] == 3e-4
+  vtrace = given('verl', 'ppo', '--credit=vtrace')
+  assert made(vtrace).settings['value_coef'] == 0.5
+  kept = given('verl', 'ppo', '--credit=gae', '--loss=clip')
+  assert made(kept).settings['gae_lambda'] == 1.0
+  no_kl = given('openrlhf', 'grpo', '--kl=none')
+  assert made(no_kl).kl is None
 
 
 @pytest.mark.parametrize(
@@ -157,16 +156,16 @@ def test_a_trap_is_silent_where_the_user_left_it():
 
 @pytest.mark.parametrize('system', compat.SYSTEMS)
 def test_whole_vocabularies_are_named_where_sampling_cuts(system):
-  flags = flag_layer.flat(given(system, 'grpo'))
-  assert not any('whole vocabulary' in x for x in compat.warnings(flags))
+  found = flatten(given(system, 'grpo'))
+  assert not any('whole vocabulary' in x for x in compat.warnings(found))
   for cut in ({'top_p': 0.9}, {'top_k': 5}, {'min_p': 0.1}):
-    said = [x for x in compat.warnings(flags | cut) if 'whole vocabulary' in x]
+    said = [x for x in compat.warnings(found | cut) if 'whole vocabulary' in x]
     assert len(said) == 1
 
 
 def test_print_config_says_each_trap_once(capsys):
   argv = ['--compat=tunix', '--algorithm=ppo', '--top_p=0.9', '--print_config']
-  arithmetic.main([*argv, '--num_problems=50', '--eval_prompts=8'])
+  arithmetic.run([*argv, '--num_problems=50', '--held_out=8'])
   said = capsys.readouterr().out
   lines = warnings('tunix', 'ppo', '--top_p=0.9')
   assert len(lines) == 5

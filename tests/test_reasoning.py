@@ -1,6 +1,5 @@
 """The reasoning-gym experiment: its data, its reward, its refusals, a run."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,15 +7,14 @@ import pytest
 from conftest import GOLDEN
 
 from experiments import reasoning
-from jaxrl_tok import data
-from jaxrl_tok.hub import directory as hf
-from jaxrl_tok.run import settings as flag_layer
+from jaxrl_tok import data, rewards
+from jaxrl_tok.hub.directory import open_model
 
 pytest.importorskip('reasoning_gym', reason='an extra; [test] installs it')
 
 
 def task(**fields):
-  return dataclasses.replace(reasoning.TaskFlags(), num_problems=50, **fields)
+  return reasoning.reasoning(**{'num_problems': 50, 'held_out': 8} | fields)
 
 
 def test_config_words():
@@ -35,16 +33,20 @@ def test_config_words():
 
 @pytest.mark.parametrize('name', ['chain_sum', 'gcd', 'spell_backward'])
 def test_records_hold_what_the_scorer_needs(name):
-  train_set, held_out_set = reasoning.make_datasets(task(task=name), 20)
-  held_out = reasoning.to_records(held_out_set)
-  train = reasoning.to_records(train_set, {r['prompt'] for r in held_out})
+  found = task(task=name, held_out=20)
+  train, held_out = found.train, found.held_out
+  assert len(held_out) <= 20
   assert not {r['prompt'] for r in train} & {r['prompt'] for r in held_out}
   prompts = [r['prompt'] for r in train]
   assert len(set(prompts)) == len(prompts)
-  reward = reasoning.make_reward(train_set)
+  assert found.answers == 'answer'
   columns = {k: [r[k] for r in train] for k in ('answer', 'entry')}
-  right = reward(prompts, columns['answer'], **columns)
-  wrong = reward(prompts, ['nonsense'] * len(prompts), **columns)
+  reward = found.rewards
+  rewards.check_functions({'reward': reward}, train[0])
+  assert rewards.get_name(reward) == 'score_answer'
+  right = reward(prompts=prompts, completions=columns['answer'], **columns)
+  wrong = ['nonsense'] * len(prompts)
+  wrong = reward(prompts=prompts, completions=wrong, **columns)
   assert right == [1.0] * len(prompts)
   assert max(wrong) < 1
 
@@ -61,25 +63,36 @@ def test_records_hold_what_the_scorer_needs(name):
 )
 def test_bad_tasks_are_refused(fields, fact):
   with pytest.raises(ValueError, match=fact):
-    reasoning.make_datasets(task(**fields), 5)
+    task(**fields)
 
 
 def test_flags_that_leave_nothing_are_refused():
-  run = dataclasses.replace(reasoning.DEFAULTS.run, eval_prompts=3000)
   tiny = 'min_terms=2,max_terms=2,min_digits=1,max_digits=1'
-  flags = dataclasses.replace(
-    reasoning.DEFAULTS, task=task(task_config=tiny), run=run
-  )
   with pytest.raises(ValueError, match='every problem of chain_sum'):
-    reasoning.prepare(flags)
-  same = dataclasses.replace(reasoning.DEFAULTS, task=task(held_out_seed=0))
+    task(task_config=tiny, held_out=3000)
   with pytest.raises(ValueError, match='need another seed'):
-    reasoning.prepare(same)
+    task(held_out_seed=0)
+
+
+def test_answers_that_are_no_text_need_a_model(monkeypatch):
+  problems = ScoredList({'question': f'q{i}', 'answer': None} for i in range(9))
+  sets = problems, ScoredList(problems[:2])
+  monkeypatch.setattr(reasoning, 'make_datasets', lambda *args: sets)
+  with pytest.raises(ValueError, match='pass --model a saved policy'):
+    task()
+  found = task(model='some/model')
+  assert found.answers is None
+  assert len(found.train) == 7
+
+
+class ScoredList(list):
+  def score_answer(self, answer, entry):
+    return 0.0
 
 
 def test_a_bad_task_is_one_line(capsys):
   with pytest.raises(SystemExit) as stopped:
-    reasoning.main(['--task', 'nope', '--num_problems', '10'])
+    reasoning.run(['--task', 'nope', '--num_problems', '10'])
   assert stopped.value.code == 2
   said = capsys.readouterr().err.strip()
   assert 'no task' in said
@@ -92,11 +105,11 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   words = (
     '--num_problems=200 --d_model=16 --num_layers=1 --num_heads=2 '
     '--num_kv_heads=1 --d_ff=16 --num_prompts=8 --num_generations=4 '
-    '--eval_prompts=16 --max_steps=2 --warm_start_max_steps=20 '
+    '--held_out=16 --max_steps=2 --warm_start_max_steps=20 '
     '--report_to=none'
   )
-  summary = reasoning.main([*words.split(), f'--output_dir={out}'])
-  assert summary['steps'] == '2'
+  result = reasoning.run([*words.split(), f'--output_dir={out}'])
+  assert result.summary['steps'] == '2'
   rows = [json.loads(x) for x in (out / 'metrics.jsonl').open()]
   assert any('rewards/score_answer/mean' in row for row in rows)
   assert 'chain_sum' in (out / 'export/README.md').read_text()
@@ -105,9 +118,9 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
 
 def test_messages_go_through_the_models_chat_template(tmp_path, capsys):
   model = shutil.copytree(GOLDEN / 'qwen3', tmp_path / 'chatty')
-  words = f'--chat --num_problems=50 --eval_prompts=8 --model={model}'
+  words = f'--chat --num_problems=50 --held_out=8 --model={model}'
   with pytest.raises(SystemExit):
-    reasoning.main([*words.split(), '--print_config'])
+    reasoning.run([*words.split(), '--print_config'])
   said = capsys.readouterr().err
   assert 'no chat template' in said
   assert said.count('\n') == 1
@@ -115,17 +128,16 @@ def test_messages_go_through_the_models_chat_template(tmp_path, capsys):
   template = "{{ raise_exception('no users here') }}"
   (model / 'chat_template.jinja').write_text(template)
   with pytest.raises(SystemExit):
-    reasoning.main([*words.split(), '--print_config'])
+    reasoning.run([*words.split(), '--print_config'])
   said = capsys.readouterr().err
-  assert 'training prompt 0: the chat template refuses the messages' in said
+  assert 'record 0 of the data: the chat template refuses the messages' in said
   assert 'no users here' in said
   assert said.count('\n') == 1
 
   template = '<|{{ messages[0].role }}|>{{ messages[0].content }}<|end|>'
   (model / 'chat_template.jinja').write_text(template)
-  flags = flag_layer.parse(reasoning.DEFAULTS, 'x', words.split())
-  _, _, train, _ = reasoning.prepare(flags)
-  tokenizer = hf.open_model(model).tokenizer
+  train = task(chat=True, model=str(model)).train
+  tokenizer = open_model(model).tokenizer
   ids = data.prompt_ids(tokenizer, train[0]['prompt'])
   text = tokenizer.decode(ids)
   assert text.startswith('<|user|>State the final answer')
@@ -133,9 +145,9 @@ def test_messages_go_through_the_models_chat_template(tmp_path, capsys):
 
 
 def test_a_context_that_is_too_short_is_refused(capsys):
-  words = f'--num_problems=50 --eval_prompts=8 --model={GOLDEN / "gpt2"}'
+  words = f'--num_problems=50 --held_out=8 --model={GOLDEN / "gpt2"}'
   with pytest.raises(SystemExit):
-    reasoning.main([*words.split(), '--max_completion_length=64'])
+    reasoning.run([*words.split(), '--max_completion_length=64'])
   said = capsys.readouterr().err
   assert 'more than the context of 128' in said
   assert said.count('\n') == 1
@@ -143,6 +155,6 @@ def test_a_context_that_is_too_short_is_refused(capsys):
 
 def test_help_names_the_task_flags(capsys):
   with pytest.raises(SystemExit) as stopped:
-    flag_layer.parse(reasoning.DEFAULTS, 'x', ['--help'], 'about')
+    reasoning.run(['--help'])
   assert stopped.value.code == 0
   assert '--task_config' in capsys.readouterr().out
