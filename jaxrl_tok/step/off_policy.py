@@ -22,9 +22,9 @@ from jaxrl_tok.types import Scored, TrainState
 
 
 def to_leaves(tree) -> dict:
-  """{'00': array, ...}: the leaves of a record in order, as a cursor keeps
+  """{'000': array, ...}: the leaves of a record in order, as a cursor keeps
   them."""
-  return {f'{i:02d}': x for i, x in enumerate(jax.tree.leaves(tree))}
+  return {f'{i:03d}': x for i, x in enumerate(jax.tree.leaves(tree))}
 
 
 def from_leaves(leaves: dict, like):
@@ -165,12 +165,12 @@ def ahead(collector: Collector) -> Collector:
       'inner': following.cursor,
       'pending': to_leaves(bare(following)),
     }
-    return ready._replace(started=(state, key), cursor=after)
+    # the step that it is learnt in, not the one that it was sampled in
+    return ready._replace(
+      started=(state, key), version=state.step, cursor=after
+    )
 
-  def finish(pending: Pending):
-    return collector.finish(pending)
-
-  return Collector(lambda: {'inner': collector.init()}, start, finish)
+  return Collector(lambda: {'inner': collector.init()}, start, collector.finish)
 
 
 def place_pending(pending: Pending) -> Pending:
@@ -178,8 +178,8 @@ def place_pending(pending: Pending) -> Pending:
   mesh = jax.sharding.get_mesh()
 
   def one(x):
-    here = isinstance(x, jax.Array) or not np.ndim(x)
-    return x if here else put_rows(mesh, x)
+    return x if isinstance(x, jax.Array) else put_rows(mesh, x)
 
-  placed = jax.tree.map(one, pending)
-  return placed._replace(positions=np.asarray(pending.positions))
+  names = 'rollout', 'device', 'greedy', 'greedy_device'
+  placed = {n: jax.tree.map(one, getattr(pending, n)) for n in names}
+  return pending._replace(**placed)

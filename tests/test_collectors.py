@@ -1,0 +1,415 @@
+"""Collectors, with rollouts and rewards that a test makes.
+
+Prompt i is the token i, once or four times; its completion g is [i, g, a random
+number]. Half of the prompts have samples whose rewards differ.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_rollout
+
+from jaxrl_tok import checkpoint, data, rewards, sharding
+from jaxrl_tok.step.collectors import Scorer, dynamic, single_turn
+from jaxrl_tok.step.off_policy import ahead, replayed
+from jaxrl_tok.types import TrainState
+
+C, G, T, N = 4, 3, 3, 40
+
+
+class Numbers:
+  """Tokenizer of prompts that are numbers."""
+
+  def __call__(self, text: str) -> dict:
+    return {'input_ids': [int(number) for number in text.split()]}
+
+
+def prompts_of(varies) -> data.PromptSet:
+  """Prompts of P 1 and 4; `varies`: of each, whether its rewards differ."""
+  records = [
+    {'prompt': ' '.join([str(i)] * (1 + 3 * (i % 5 == 0))), 'varies': bool(v)}
+    for i, v in enumerate(varies)
+  ]
+
+  def columns(records):
+    return {'target': np.array([r['varies'] for r in records], np.float32)}
+
+  found = data.prompt_set(records, Numbers(), 1000, columns=columns)
+  return dataclasses.replace(found, buckets=(1, 4))
+
+
+@jax.jit
+def sample(state: TrainState, key, prompts):
+  number = jnp.repeat(prompts.tokens[:, 0], G)
+  noise = jax.random.randint(key, (C * G,), 0, 10**6)
+  tokens = jnp.stack([number, jnp.arange(C * G) % G, noise], axis=1)
+  version = jnp.broadcast_to(state.step, C * G)
+  mask = jnp.ones((C * G, T), bool)
+  return make_rollout(prompts, tokens, mask, -1.0 * tokens, version=version)
+
+
+@jax.jit
+def greedy(state: TrainState, key, prompts):
+  """One completion a prompt: [i, 1, 0]."""
+  tokens = jnp.stack([prompts.tokens[:, 0], jnp.ones(C), jnp.zeros(C)], axis=1)
+  return make_rollout(prompts, tokens, jnp.ones((C, T), bool))
+
+
+def host(tokens, mask, examples, trainer_state) -> rewards.HostScores:
+  """g where the samples of the prompt vary, else 1; none for prompt 7."""
+  each = len(tokens) // len(examples)
+  vary = np.repeat([e['varies'] for e in examples], each)
+  reward = np.zeros(tokens.shape, np.float32)
+  reward[:, -1] = np.where(vary, tokens[:, 1], 1.0)
+  texts = ['-'.join(map(str, row)) for row in tokens.tolist()]
+  metrics = {'seen_step': trainer_state.global_step}
+  extra = {'number': tokens[:, 0].tolist()}
+  applies = {'host': tokens[:, 0] != 7}
+  return rewards.HostScores({'host': reward}, applies, texts, metrics, extra)
+
+
+@jax.jit
+def device(rollout, columns):
+  """The prompt's target on the first token."""
+  each = rollout.mask.shape[0] // C
+  target = jnp.repeat(columns['target'], each)[:, None]
+  on = jnp.ones(rollout.mask.shape[0], bool)
+  return {'device': jnp.eye(1, T) * target}, {'device': on}
+
+
+SCORER = Scorer(host, None, {'host': 2.0}, rewards.TrainerState)
+BOTH = Scorer(host, device, {'host': 2.0, 'device': 0.5}, rewards.TrainerState)
+HALF = [i % 2 == 0 for i in range(N)]
+THIRD = [i % 3 == 0 for i in range(N)]
+
+
+def collector_of(varies=HALF, scorer=SCORER, **more):
+  return single_turn(sample, scorer, prompts_of(varies), 0, C, **more)
+
+
+class Step(NamedTuple):
+  """A step's batch, on the host, and the cursor after it."""
+
+  batch: object
+  cursor: dict
+
+
+def collect(collector, steps=1, first=0, cursor=None) -> list[Step]:
+  """Batches of `steps` steps; no update but that the step counts on."""
+  mesh = sharding.make_mesh('data=2', jax.devices()[:2])
+  found = []
+  with jax.set_mesh(mesh):
+    cursor = collector.init() if cursor is None else cursor
+    for k in range(first, first + steps):
+      key = jax.random.key(5)
+      state = TrainState(jnp.int32(k), {}, (), key, {})
+      key = jax.random.fold_in(key, k)
+      pending = collector.start(state, key, cursor)
+      batch, cursor = collector.finish(pending)
+      scored = jax.device_get(batch.scored)
+      found.append(Step(batch._replace(scored=scored), cursor))
+  return found
+
+
+def numbers(batch) -> list[int]:
+  """The prompts of a batch."""
+  return batch.scored.rollout.prompts.tokens[:, 0].tolist()
+
+
+def order(position: int, count: int) -> list[int]:
+  return data.record_indices(N, 0, position, count).tolist()
+
+
+def check_groups(batch):
+  """Each group is one prompt's, with its own record, tokens and rewards."""
+  scored, rollout = batch.scored, batch.scored.rollout
+  assert numbers(batch) == [int(e['prompt'].split()[0]) for e in batch.examples]
+  assert numbers(batch) == [order(p, 1)[0] for p in batch.positions.tolist()]
+  for c, example in enumerate(batch.examples):
+    rows, number = slice(c * G, c * G + G), numbers(batch)[c]
+    assert rollout.prompts.length[c] == len(example['prompt'].split())
+    assert (rollout.tokens[rows, 0] == number).all()
+    assert rollout.tokens[rows, 1].tolist() == list(range(G))
+    np.testing.assert_array_equal(rollout.logp[rows], -rollout.tokens[rows])
+    if 'number' in batch.extra and c < len(batch.extra['number']) // G:
+      assert batch.extra['number'][rows] == [number] * G
+    if scored.valid[rows].all():
+      want = np.arange(G) if example['varies'] else np.ones(G)
+      found = scored.rewards['host'][rows].sum(1)
+      np.testing.assert_array_equal(found, want)
+
+
+def assert_same_batches(found, want):
+  """Bitwise, their records and metrics too; times are their own."""
+  for a, b in zip(found, want, strict=True):
+    for x, y in zip(
+      jax.tree.leaves(a.batch.scored),
+      jax.tree.leaves(b.batch.scored),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(x, y)
+    assert a.batch.examples == b.batch.examples
+    assert a.batch.positions.tolist() == b.batch.positions.tolist()
+    metrics = (dict(s.batch.metrics, **{'time/score': 0}) for s in (a, b))
+    assert next(metrics) == next(metrics)
+    assert a.batch.counts == b.batch.counts
+
+
+def saved_and_restored(cursor: dict, home) -> dict:
+  """The cursor of a checkpoint."""
+  state = TrainState(
+    jnp.int32(3), {'w': jnp.ones(2)}, (), jax.random.key(0), {}
+  )
+  with checkpoint.open_checkpoints(home, 1) as manager:
+    checkpoint.save(manager, state, cursor, {}, {})
+  with checkpoint.open_checkpoints(home) as manager:
+    return checkpoint.restore(manager, 3, state)[1]
+
+
+# --- single_turn -------------------------------------------------------------
+
+
+def test_batches_follow_the_order_of_the_data():
+  steps = collect(collector_of(), 3)
+  taken = [n for step in steps for n in numbers(step.batch)]
+  assert taken == order(0, 3 * C)
+  for k, (batch, cursor) in enumerate(steps):
+    check_groups(batch)
+    assert int(cursor['position']) == (k + 1) * C
+    assert batch.metrics['seen_step'] == k
+    length = batch.scored.rollout.prompts.length
+    assert batch.counts == (C, C * G * T, length.sum() * G)
+    assert (batch.scored.rollout.version == k).all()
+  noise = [step.batch.scored.rollout.tokens[:, 2].tolist() for step in steps]
+  assert len(set(map(tuple, noise))) == 3, 'a key was used twice'
+
+
+def test_host_and_device_rewards_stand_side_by_side():
+  ((batch, _),) = collect(collector_of(scorer=BOTH))
+  scored = batch.scored
+  vary = np.repeat([e['varies'] for e in batch.examples], G)
+  assert scored.rewards.keys() == {'host', 'device'}
+  assert scored.weights == {'host': 2.0, 'device': 0.5}
+  want = np.stack(
+    [0.5 * vary, 0 * vary, 2 * np.where(vary, np.arange(12) % G, 1)], 1
+  )
+  on = scored.applies['host'][:, None] | (np.arange(T) < 2)
+  np.testing.assert_allclose(scored.reward, np.where(on, want, 0))
+
+
+def test_a_reward_may_apply_to_some_rows():
+  (batch, _), *_ = collect(collector_of(), 10)[order(0, N).index(7) // C :]
+  assert 7 in numbers(batch)
+  want = np.repeat([n != 7 for n in numbers(batch)], G)
+  np.testing.assert_array_equal(batch.scored.valid, want)
+  assert (batch.scored.reward[~want] == 0).all()
+
+
+# --- dynamic -----------------------------------------------------------------
+
+
+def test_groups_without_variance_are_drawn_anew():
+  ((batch, cursor),) = collect(dynamic(collector_of(THIRD), 10))
+  want = [i for i in order(0, N) if THIRD[i]][:C]
+  assert numbers(batch) == want
+  check_groups(batch)
+  rounds = batch.metrics['dynamic_sampling/rounds']
+  assert rounds > 1
+  assert batch.metrics['dynamic_sampling/missing'] == 0
+  assert batch.counts.prompts == rounds * C
+  assert batch.counts.generated == rounds * C * G * T
+  assert int(cursor['position']) == rounds * C
+  alone = collect(collector_of(THIRD))[0].batch.scored.rollout.tokens
+  first = [n for n in numbers(batch) if n in alone[:, 0]]
+  for n in first:  # the first round is the step's own key
+    rows = batch.scored.rollout.tokens
+    np.testing.assert_array_equal(
+      rows[rows[:, 0] == n], alone[alone[:, 0] == n]
+    )
+  noise = batch.scored.rollout.tokens[:, 2]
+  assert len(set(noise.tolist())) == C * G, 'a key was used twice'
+
+
+def test_after_the_last_round_the_rest_is_filled():
+  varies = [i == 7 for i in range(N)]  # to whose rows no reward applies
+  ((batch, _),) = collect(dynamic(collector_of(varies), 3))
+  assert batch.metrics['dynamic_sampling/rounds'] == 3
+  assert batch.metrics['dynamic_sampling/missing'] == C
+  assert batch.metrics['dynamic_sampling/varied'] == 0
+  assert batch.counts.prompts == 3 * C
+  assert numbers(batch) == order(0, C)
+  check_groups(batch)
+
+
+def test_a_full_first_round_is_not_touched():
+  plain = collector_of([i != 7 for i in range(N)])
+  found = collect(dynamic(plain, 10))
+  want = collect(plain)
+  assert found[0].batch.metrics['dynamic_sampling/varied'] == 1
+  bare = {k: v for k, v in found[0].batch.metrics.items() if 'dyn' not in k}
+  assert_same_batches(
+    [Step(found[0].batch._replace(metrics=bare), found[0].cursor)], want
+  )
+
+
+def test_greedy_rewards_go_with_their_prompts():
+  ((batch, _),) = collect(
+    dynamic(collector_of(THIRD, greedy=greedy, scorer=BOTH), 10)
+  )
+  assert batch.metrics['dynamic_sampling/rounds'] > 1
+  assert all(e['varies'] for e in batch.examples)
+  # 2 * (g = 1) of the host, 0.5 * target of the device
+  np.testing.assert_array_equal(batch.scored.greedy_reward, [2.5] * C)
+
+
+def test_greedy_rewards_are_of_each_prompt():
+  ((batch, _),) = collect(collector_of(greedy=greedy, scorer=BOTH))
+  target = np.array([e['varies'] for e in batch.examples])
+  counts = np.array([n != 7 for n in numbers(batch)])
+  want = 2.0 * counts + 0.5 * target
+  np.testing.assert_array_equal(batch.scored.greedy_reward, want)
+
+
+# --- replayed ----------------------------------------------------------------
+
+CAPACITY, OLD = 10, 4
+
+
+def with_replay(collector):
+  records = prompts_of(HALF).records
+
+  def examples(positions):
+    return records.read(data_numbers(positions))
+
+  return replayed(collector, CAPACITY, OLD, examples, prompt_length=4)
+
+
+def data_numbers(positions):
+  return [order(int(p), 1)[0] for p in positions]
+
+
+def test_the_first_step_has_nothing_to_replay():
+  """Its added rows are of the shape of others, and no reward applies."""
+  ((batch, _),) = collect(with_replay(collector_of()))
+  scored = batch.scored
+  assert len(scored.rollout.tokens) == (C + OLD) * G
+  new = np.repeat([n != 7 for n in numbers(batch)[:C]], G)
+  assert scored.valid.tolist() == [*new.tolist(), *[False] * (OLD * G)]
+  assert (scored.reward[C * G :] == 0).all()
+  assert numbers(batch)[:C] == order(0, C)
+  check_groups(batch)
+
+
+def test_replayed_groups_are_those_of_earlier_steps():
+  plain = collect(collector_of(), 12)
+  steps = collect(with_replay(collector_of()), 12)
+  made = {}  # what the collector inside made, by prompt
+  drawn, age = [], []
+  for k, ((batch, _), (new, _)) in enumerate(zip(steps, plain)):
+    scored, inner = batch.scored, new.scored
+    check_groups(batch)
+    assert scored.rollout.prompts.tokens.shape == (C + OLD, 4)
+    assert numbers(batch)[:C] == numbers(new)
+    np.testing.assert_array_equal(
+      scored.rollout.tokens[: C * G], inner.rollout.tokens
+    )
+    assert (scored.rollout.version[: C * G] == k).all()
+    if k:
+      versions = scored.rollout.version[C * G :]
+      mean = batch.metrics['replay/age']
+      assert mean == pytest.approx(np.mean(k - versions))
+      recent = list(made)[-CAPACITY:]
+      for c in range(C, C + OLD):
+        rows = slice(c * G, c * G + G)
+        position = int(batch.positions[c])
+        assert position in recent, 'older than the buffer'
+        drawn.append(position)
+        age.append(k - int(scored.rollout.version[c * G]))
+        old = jax.tree.map(lambda x, rows=rows: x[rows], row_parts(scored))
+        assert_same(old, made[position])
+    for c, position in enumerate(new.positions.tolist()):
+      rows = slice(c * G, c * G + G)
+      made[position] = jax.tree.map(
+        lambda x, rows=rows: x[rows], row_parts(inner)
+      )
+  assert min(age) >= 1
+  assert max(age) > 1
+  assert len(set(drawn)) > len(drawn) / 2, 'the same groups again and again'
+
+
+def row_parts(scored):
+  """Leaves [B, ...] of a record."""
+  rollout = scored.rollout
+  rows = rollout.tokens, rollout.mask, rollout.logp, rollout.version
+  return *rows, rollout.ended, scored.rewards, scored.applies
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_counts_are_of_the_new_groups():
+  plain, more = (
+    collect(collector_of(), 2),
+    collect(with_replay(collector_of()), 2),
+  )
+  assert [s.batch.counts for s in more] == [s.batch.counts for s in plain]
+
+
+# --- ahead -------------------------------------------------------------------
+
+
+def test_ahead_a_batch_was_sampled_before_the_update():
+  steps = collect(ahead(collector_of()), 4)
+  taken = [n for step in steps for n in numbers(step.batch)]
+  assert taken == order(0, 4 * C)
+  versions = [s.batch.scored.rollout.version.tolist() for s in steps]
+  assert versions == [[k] * C * G for k in (0, 0, 1, 2)]
+  assert [s.batch.metrics['seen_step'] for s in steps] == [0, 1, 2, 3]
+  noise = [s.batch.scored.rollout.tokens[:, 2].tolist() for s in steps]
+  assert len(set(map(tuple, noise))) == 4, 'a key was used twice'
+  for step in steps:
+    check_groups(step.batch)
+
+
+def test_ahead_samples_by_the_step_that_it_is_dispatched_in():
+  """Batch k + 1 is what the collector inside samples in step k."""
+  plain, early = collect(collector_of(), 3), collect(ahead(collector_of()), 4)
+  for k in range(3):
+    inner = plain[k].batch.scored.rollout.tokens[:, 2]
+    outer = early[k + 1].batch.scored.rollout.tokens[:, 2]
+    np.testing.assert_array_equal(inner, outer)
+
+
+# --- a resume ----------------------------------------------------------------
+
+KINDS = {
+  'single_turn': lambda: collector_of(scorer=BOTH, greedy=greedy),
+  'dynamic': lambda: dynamic(collector_of(), 3),
+  'replayed': lambda: with_replay(collector_of(scorer=BOTH, greedy=greedy)),
+  'ahead': lambda: ahead(collector_of(scorer=BOTH, greedy=greedy)),
+  'replayed dynamic': lambda: with_replay(dynamic(collector_of(), 3)),
+  'replayed ahead': lambda: with_replay(ahead(collector_of())),
+}
+
+
+@pytest.mark.parametrize('stop', [1, 3])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_resumed_collector_was_never_stopped(tmp_path, kind, stop):
+  whole = collect(KINDS[kind](), 5)
+  cursor = saved_and_restored(whole[stop - 1].cursor, tmp_path)
+  rest = collect(KINDS[kind](), 5 - stop, stop, cursor)
+  assert_same_batches(rest, whole[stop:])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_cursor_is_numbers_and_arrays(kind):
+  """On the host it says all: nothing is left on the device or in Python."""
+  whole = collect(KINDS[kind](), 4)
+  cursor = jax.tree.map(np.asarray, jax.device_get(whole[1].cursor))
+  assert_same_batches(collect(KINDS[kind](), 2, 2, cursor), whole[2:])
