@@ -3,71 +3,90 @@
 import jax
 import numpy as np
 import pytest
-from test_train import flags
+from test_train import flags as tiny
 
 from experiments import arithmetic
-from jaxrl_tok.run import build, cache, launch
-from jaxrl_tok.run import warm_start as module
+from jaxrl_tok.run import cache, flags, warm_start
+from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.prepare import prepare
+from jaxrl_tok.run.settings import Settings
+from jaxrl_tok.run.task import Caller
 
 
 @pytest.fixture
-def context_of(tmp_path, monkeypatch):
-  """context_of(flag=value ...) of arithmetic, with a cache of its own."""
+def setup_of(tmp_path, monkeypatch):
+  """setup_of(flag=value ...) of arithmetic, with a cache of its own."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
 
-  def prepare(**given):
-    seen = []
-    monkeypatch.setattr(launch, 'run', seen.append)
-    arithmetic.main(flags(tmp_path / 'run', num_problems=50, **given))
-    return launch.prepare(seen[0], build.make_algorithm(seen[0].flags))
+  def make(**given):
+    argv = tiny(tmp_path / 'run', num_problems=50, **given)
+    found = flags.parse(Settings(), arithmetic.arithmetic, 'x', argv)
+    task = arithmetic.arithmetic(**found.own)
+    return prepare(
+      task, found.settings, Own(), Caller('arithmetic', 'x'), found.own
+    )
 
-  return prepare
+  return make
 
 
-def test_where_a_critic_is_to_come_the_policy_is_kept(context_of, monkeypatch):
+def test_where_a_critic_is_to_come_the_policy_is_kept(setup_of, capsys):
   """And read again as it was."""
-  context = context_of(
+  setup = setup_of(
     algorithm='a2c', warm_start_max_steps=1, warm_start_check_every=1
   )
-  assert context.policy.value is not None
-  begin = context.experiment.flags.warm_start
-  with jax.set_mesh(context.mesh):
-    made = module.warm_start(context, begin)
-    monkeypatch.setattr(module, 'learn', None)  # nothing is learnt again
-    read = module.warm_start(context, begin)
+  assert setup.policy.value is not None
+  with jax.set_mesh(setup.mesh):
+    made = warm_start.warm_start(setup)
+    assert 'supervised start: 1 steps' in capsys.readouterr().out
+    read = warm_start.warm_start(setup)
+  said = capsys.readouterr().out
+  assert said.startswith('supervised start from ')
+  assert 'steps' not in said  # nothing is learnt again
   assert 'value_head' not in made
   jax.tree.map(np.testing.assert_array_equal, read, made)
 
 
-def test_a_cached_one_is_of_the_same_distribution(context_of):
+def test_a_damaged_one_is_made_anew(setup_of, capsys):
+  setup = setup_of(warm_start_max_steps=1, warm_start_check_every=1)
+  with jax.set_mesh(setup.mesh):
+    made = warm_start.warm_start(setup)
+    (weights,) = warm_start.cache_dir(setup).glob('*.safetensors')
+    weights.write_bytes(weights.read_bytes()[:100])
+    again = warm_start.warm_start(setup)
+  assert 'the supervised start is made anew' in capsys.readouterr().out
+  jax.tree.map(np.testing.assert_array_equal, again, made)
+
+
+def test_a_cached_one_is_of_the_same_distribution(setup_of):
   """Temperature is part of the policy that learned it; what only sampling and
   the updates read is not."""
 
   def where(**given):
-    context = context_of(**given)
-    return module.cache_dir(context, context.experiment.flags.warm_start)
+    return warm_start.cache_dir(setup_of(**given))
 
   plain = where()
+  assert where() == plain
   assert where(temperature=1.3) != plain
+  assert where(seed=1) != plain
+  assert where(warm_start_learning_rate=0.5) != plain
   assert where(algorithm='nlpo', learning_rate=0.1) == plain
 
 
-def test_what_cannot_be_kept_is_a_warning(context_of, tmp_path, capsys):
-  context = context_of()
+def test_what_cannot_be_kept_is_a_warning(setup_of, tmp_path, capsys):
   where = tmp_path / 'file' / 'warm'
   where.parent.write_text('no directory')
-  module.keep(context, {}, where)
-  assert 'the warm start cannot be kept' in capsys.readouterr().out
+  warm_start.save_start(setup_of(), {}, where)
+  assert 'the supervised start cannot be kept' in capsys.readouterr().out
 
 
-def test_another_run_may_be_first(context_of, tmp_path):
+def test_another_run_may_be_first(setup_of, tmp_path):
   """Its warm start stays, and nothing is left over."""
-  context = context_of()
-  params = jax.jit(context.policy.init)(jax.random.key(0))
+  setup = setup_of()
+  params = jax.jit(setup.policy.init)(jax.random.key(0))
   where = tmp_path / 'kept' / 'warm'
   where.mkdir(parents=True)
   (where / 'first').touch()
-  module.keep(context, params, where)
+  warm_start.save_start(setup, params, where)
   assert [p.name for p in where.parent.iterdir()] == ['warm']
   assert (where / 'first').exists()
 
