@@ -101,8 +101,9 @@ def restore(
   ).meta
   if meta['format'] != FORMAT:
     raise ValueError(
-      f'checkpoint {step} has format {meta["format"]}; this version reads '
-      f'{FORMAT}'
+      f'checkpoint {step} has format {meta["format"]} and this version reads '
+      f'{FORMAT}; resume with the version that wrote it, or pass another '
+      'output_dir'
     )
   like = like.replace(frozen=None)
   want, have = _leaves(like), meta['leaves']

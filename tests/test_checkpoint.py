@@ -10,9 +10,15 @@ from conftest import CONFIG, changed
 from jaxrl_tok import checkpoint, sharding
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.step.update import init_state
+from jaxrl_tok.step.state import init_state
 
 ALGORITHM = algorithms.reinforce(advantages.ema(), kl='reverse', beta=0.1)
+CURSOR = {
+  'position': np.int64(77),
+  'inner': {'count': np.int64(3), 'held': np.arange(6, dtype=np.float32)},
+  'places': np.arange(2**40, 2**40 + 3),
+  'valid': np.array([True, False]),
+}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 POLICY = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
 
@@ -40,15 +46,21 @@ def plain(state):
 
 @pytest.mark.parametrize('spec', ['data=2,fsdp=2,tensor=2', 'data=8'])
 def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
-  progress = {'step': 4, 'position': 77, 'eval_reward': 0.1, 'best': None}
+  progress = {'step': 4, 'num_tokens': 77, 'eval_reward': 0.1, 'best': None}
   with checkpoint.open_checkpoints(tmp_path, 2) as manager:
-    checkpoint.save(manager, state, progress, {'seed': 3})
+    checkpoint.save(manager, state, CURSOR, progress, {'seed': 3})
     manager.wait_until_finished()
     like = jax.tree.map(lambda x: x, born(spec))
-    found, meta = checkpoint.restore(manager, 4, like)
+    found, cursor, meta = checkpoint.restore(manager, 4, like)
   assert meta['progress'] == progress
-  assert meta['flags'] == {'seed': 3}
-  for a, b in zip(plain(found), plain(state)):
+  assert meta['settings'] == {'seed': 3}
+  assert meta['format'] == checkpoint.FORMAT == 3
+  assert jax.tree.structure(cursor) == jax.tree.structure(CURSOR)
+  for a, b in zip(jax.tree.leaves(cursor), jax.tree.leaves(CURSOR)):
+    np.testing.assert_array_equal(a, b)
+    assert np.asarray(a).dtype == b.dtype
+  assert found.carries.keys() == {'ema_baseline', 'kl_coef', 'reference'}
+  for a, b in zip(plain(found), plain(state), strict=True):
     np.testing.assert_array_equal(a, b)
     assert a.dtype == b.dtype
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
@@ -64,7 +76,9 @@ def test_keeps_the_newest_and_finds_them(tmp_path, state):
     with pytest.raises(ValueError, match=r'no checkpoint of step 3 .*none'):
       checkpoint.choose_step(manager, '3')
     for step in (1, 2, 3):
-      checkpoint.save(manager, state.replace(step=jnp.int32(step)), {}, {})
+      checkpoint.save(
+        manager, state.replace(step=jnp.int32(step)), CURSOR, {}, {}
+      )
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 3]
     assert checkpoint.choose_step(manager, 'auto') == 3
@@ -72,15 +86,37 @@ def test_keeps_the_newest_and_finds_them(tmp_path, state):
     with pytest.raises(ValueError, match='there are: 2, 3'):
       checkpoint.choose_step(manager, '1')
     with pytest.raises(RuntimeError, match='was not saved'):
-      checkpoint.save(manager, state.replace(step=jnp.int32(2)), {}, {})
+      checkpoint.save(manager, state.replace(step=jnp.int32(2)), CURSOR, {}, {})
 
 
 def test_another_optimizer_or_model_is_refused(tmp_path, state):
   wider = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], d_ff=24))
   with checkpoint.open_checkpoints(tmp_path, 1) as manager:
-    checkpoint.save(manager, state, {}, {})
+    checkpoint.save(manager, state, CURSOR, {}, {})
     manager.wait_until_finished()
     with pytest.raises(ValueError, match=r'opt_state.*resume with the flags'):
       checkpoint.restore(manager, 4, born('data=8', optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r'mlp/down float32\[20, 16\]'):
       checkpoint.restore(manager, 4, born('data=8', policy=wider))
+
+
+def test_another_format_is_refused(tmp_path, state, monkeypatch):
+  with checkpoint.open_checkpoints(tmp_path, 1) as manager:
+    monkeypatch.setattr(checkpoint, 'FORMAT', 2)
+    checkpoint.save(manager, state, CURSOR, {}, {})
+    monkeypatch.undo()
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match=r'has format 2 and .* reads 3'):
+      checkpoint.restore(manager, 4, state)
+
+
+def test_frozen_parameters_are_not_written(tmp_path, state):
+  """They are where they were read from."""
+  frozen = {'base': jnp.ones(3)}
+  with checkpoint.open_checkpoints(tmp_path, 1) as manager:
+    checkpoint.save(manager, state.replace(frozen=frozen), CURSOR, {}, {})
+    manager.wait_until_finished()
+    like = state.replace(frozen=frozen)
+    found, _, meta = checkpoint.restore(manager, 4, like)
+  assert found.frozen is None
+  assert not any('frozen' in name for name in meta['leaves'])

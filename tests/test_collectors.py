@@ -225,6 +225,7 @@ def test_groups_without_variance_are_drawn_anew():
   assert int(cursor['position']) == rounds * C
   alone = collect(collector_of(THIRD))[0].batch.scored.rollout.tokens
   first = [n for n in numbers(batch) if n in alone[:, 0]]
+  assert first, 'want a group of the first round'
   for n in first:  # the first round is the step's own key
     rows = batch.scored.rollout.tokens
     np.testing.assert_array_equal(
