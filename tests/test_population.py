@@ -105,3 +105,12 @@ def test_flags_that_cannot_be_are_one_line(tmp_path, capsys, given, fact):
   assert fact in error
   assert '\n' not in error
   assert not (tmp_path / 'run').exists()
+
+
+def test_help_names_the_flags_that_have_an_effect(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    population.main(['--help'])
+  assert stopped.value.code == 0
+  words = capsys.readouterr().out.split()
+  assert {'--learning_rates', '--seeds', '--digits', '--top_p'} <= set(words)
+  assert not {'--learning_rate', '--model', '--resume'} & set(words)

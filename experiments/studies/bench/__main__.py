@@ -1,4 +1,4 @@
-"""How fast it is, beside other trainers on the same work.
+"""Speed of sampling, steps and starts, beside other trainers on the same work.
 
   python -m experiments.studies.bench decode step --size nano small
   python -m experiments.studies.bench step --peer trl --peer_python PYTHON
