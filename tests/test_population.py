@@ -113,4 +113,4 @@ def test_help_names_the_flags_that_have_an_effect(capsys):
   assert stopped.value.code == 0
   words = capsys.readouterr().out.split()
   assert {'--learning_rates', '--seeds', '--digits', '--top_p'} <= set(words)
-  assert not {'--learning_rate', '--model', '--resume'} & set(words)
+  assert not {'--learning_rate', '--mesh', '--resume'} & set(words)
