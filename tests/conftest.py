@@ -35,7 +35,7 @@ import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-from jaxrl_tok import distribution
+from jaxrl_tok import Task, distribution, main
 from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
@@ -156,29 +156,36 @@ def changed(record, **fields):
   return record._replace(**fields)
 
 
+def late_letters(completions, completion_ids, **columns) -> list[float]:
+  """A reward that random text earns: the mean id of its tokens."""
+  return [float(np.mean(ids)) / 256 for ids in completion_ids]
+
+
 @pytest.fixture
 def train_fixture(tmp_path, monkeypatch):
-  """train(fixture's name, mesh, *flags) -> (run directory, its train rows)."""
-  reasoning = pytest.importorskip('experiments.reasoning')
-  short = [
-    '--num_problems=60',
-    '--num_prompts=8',
-    '--num_generations=2',
-    '--eval_prompts=8',
-    '--max_steps=3',
-    '--eval_every=0',
-    '--report_to=none',
-    '--baseline=none',
-    '--max_completion_length=3',
-    '--no_log_kl',
-  ]
+  """train(fixture's name, mesh, *flags) -> (run directory, its train rows):
+  a small run on made-up records, by late_letters."""
+  records = [{'prompt': f'{i} and {i * i}:'} for i in range(20)]
+  short = {
+    'num_prompts': 8,
+    'num_generations': 2,
+    'held_out': 4,
+    'max_steps': 2,
+    'eval_every': 0,
+    'report_to': 'none',
+    'baseline': 'none',
+    'max_completion_length': 3,
+    'length_buckets': 1,
+    'log_kl': False,
+  }
 
   def train(name, mesh, *flags, out='run'):
     devices = jax.local_devices()[: 1 if mesh == ONE else 4]
     monkeypatch.setattr(jax, 'devices', lambda *args: devices)
     run = tmp_path / out
     given = f'--model={GOLDEN / name} --output_dir={run} --mesh={mesh}'
-    reasoning.main([*short, *given.split(), *flags])
+    task = Task(records, late_letters)
+    main(task, [*given.split(), *flags], **short)
     lines = (run / 'metrics.jsonl').read_text().splitlines()
     rows = map(json.loads, lines)
     return run, [row for row in rows if row['phase'] == 'train']

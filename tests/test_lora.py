@@ -374,7 +374,7 @@ LORA = (
 
 
 def test_a_run_resumes_and_exports(train_fixture, tmp_path, capsys):
-  flags = [*LORA.split(), '--save_every=2']
+  flags = [*LORA.split(), '--save_every=2', '--max_steps=3']
   run, rows = train_fixture('qwen2', FOUR, *flags)
   assert len(rows) == 3
   resume = '--resume=auto'
@@ -410,7 +410,7 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path, capsys):
   (halted / 'config.yaml').write_text(yaml.safe_dump(config))
   with pytest.raises(SystemExit):
     train_fixture('qwen2', FOUR, *flags, resume, out='cut')
-  assert 'is not what the run began with' in capsys.readouterr().err
+  assert 'is not the model that the run began with' in capsys.readouterr().err
 
 
 def test_print_config_says_what_is_trained(train_fixture, capsys):
