@@ -169,6 +169,13 @@ def check_algorithm(settings: Settings, own: Own, algorithm: Algorithm) -> None:
       'pass --top_p 0.9',
     ),
     (
+      algorithm.dynamic_sampling_rounds > 1
+      and bool(sampling.ahead or settings.run.steps_per_call),
+      f'{algorithm.name} draws groups anew, which needs the host between '
+      'rollouts; pass --dynamic_sampling_rounds 0, or leave --steps_per_call '
+      'and --ahead out',
+    ),
+    (
       sampling.ahead and algorithm.greedy,
       f'{algorithm.name} compares with greedy completions of the policy that '
       'is trained, and --ahead samples from an older one; leave it out',
