@@ -6,21 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIG, changed
+from conftest import CONFIG, changed, make_rollout, make_scored
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sharding import make_mesh
 from jaxrl_tok.step import memory
-from jaxrl_tok.step.programs import lengths_of
-from jaxrl_tok.train import update_for
+from jaxrl_tok.step.programs import (
+  Networks,
+  bound_update,
+  completion_lengths,
+)
 from jaxrl_tok.types import Prompts, Rollout
 
 GIB = 2**30
 
 
-def kept(G=4, T=16, remat='none', **changes) -> int:
+def bytes_kept(G=4, T=16, remat='none', **changes) -> int:
   """Bytes a prompt, of shapes alone."""
   C, P, shape = 3, 8, jax.ShapeDtypeStruct
   policy = make_policy(changed(CONFIG, **changes), remat=remat)
@@ -30,6 +33,8 @@ def kept(G=4, T=16, remat='none', **changes) -> int:
     shape((C * G, T), bool),
     shape((C * G, T), jnp.float32),
     None,
+    shape((C * G,), bool),
+    shape((C * G,), jnp.int32),
   )
   params = jax.eval_shape(policy.init, jax.random.key(0))
   rule = distribution.make_rule(11, [])
@@ -37,20 +42,22 @@ def kept(G=4, T=16, remat='none', **changes) -> int:
 
 
 def test_bytes_grow_with_the_completions_and_the_layers():
-  one = kept()
-  assert 1.5 * one < kept(G=8) < 2 * one
-  assert 1.5 * one < kept(layers=CONFIG.layers * 2) < 2 * one
+  one = bytes_kept()
+  assert 1.5 * one < bytes_kept(G=8) < 2 * one
+  assert 1.5 * one < bytes_kept(layers=CONFIG.layers * 2) < 2 * one
   assert one > 4 * 16 * CONFIG.d_ff * 4 * CONFIG.num_layers  # one array a block
 
 
 def test_remat_keeps_less():
-  none, dots, full = (kept(remat=remat) for remat in ('none', 'dots', 'full'))
+  none, dots, full = (
+    bytes_kept(remat=remat) for remat in ('none', 'dots', 'full')
+  )
   assert full < 0.7 * dots
   assert dots < 0.7 * none
 
 
 @pytest.mark.parametrize(
-  ('prompts', 'most', 'ways', 'parts'),
+  ('prompts', 'most', 'num_shards', 'parts'),
   [
     (8, None, 1, [1, 2, 4, 8]),  # a device that does not say
     (8, 80, 1, [1, 2, 4, 8]),
@@ -102,11 +109,10 @@ def test_what_fits_an_accelerator():
 
 def test_the_first_program_that_fits_is_taken():
   """One that the compiler refuses for its size is passed over."""
-  gpu, compiled = device('gpu', bytes_limit=10), []
+  gpu = device('gpu', bytes_limit=10)
 
   def function(need, fault=None):
     def compile():
-      compiled.append(need)
       if fault:
         raise jax.errors.JaxRuntimeError(fault)
       names = 'argument', 'output', 'alias', 'temp'
@@ -120,18 +126,46 @@ def test_the_first_program_that_fits_is_taken():
     )
 
   full = function(40, 'RESOURCE_EXHAUSTED: out of memory')
-  some = [full, function(20), function(8), function(4)]
+  wrong = function(1, 'another fault')
+  some = [full, function(20), function(8), wrong]  # which is not compiled
   assert memory.first_that_fits(some, (), gpu).need == 8
-  assert compiled == [40, 20, 8]
   assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
   with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
-    memory.first_that_fits([function(1, 'another fault'), *some], (), gpu)
+    memory.first_that_fits([wrong, *some], (), gpu)
 
 
-@pytest.mark.parametrize(('longest', 'T'), [(1, 4), (4, 4), (5, 8), (16, 16)])
-def test_an_update_holds_the_longest_completion(longest, T):
-  mask = np.arange(16) < np.array([[1], [longest], [1]])
-  assert update_for({8: 8, 4: 4, 16: 16}, mask) == T
+def masks(*rows):
+  """Masks [B, 16] of the chosen columns of each row."""
+  return np.array([np.isin(np.arange(16), row) for row in rows])
+
+
+@pytest.mark.parametrize(
+  ('mask', 'T'),
+  [
+    (masks([]), 4),
+    (masks([0]), 4),
+    (masks([0, 1, 2, 3], [0]), 4),
+    (masks([0], [0, 1, 2, 3, 4]), 8),
+    (masks(range(16)), 16),
+    (masks([0, 1, 12]), 16),  # two turns, and what was observed between them
+    (masks([0, 7], [0, 1]), 8),
+  ],
+)
+@pytest.mark.parametrize('P', [2, 3])
+def test_an_update_pays_for_the_last_turn(mask, T, P):
+  """The program of the batch's prompt length and the fewest columns."""
+
+  def program(P, T):
+    return lambda state, scored, rule: (state, {'of': (P, T)}, scored.reward)
+
+  updates = {(p, t): program(p, t) for p in (3, 2) for t in (8, 4, 16)}
+  prompts = Prompts(np.ones((len(mask), P), np.int32), np.ones(len(mask)))
+  scored = make_scored(make_rollout(prompts, mask, mask), 1.0 * mask)
+  networks = Networks(None, None, None, None)
+  _, metrics, last = bound_update(networks, updates)(None, scored)
+  assert metrics['of'] == (P, T)
+  np.testing.assert_array_equal(last.advantage, mask)
+  assert last.scored is scored
 
 
 @pytest.mark.parametrize(
@@ -146,5 +180,5 @@ def test_an_update_holds_the_longest_completion(longest, T):
     (512, 2, [256, 512]),
   ],
 )
-def test_lengths_of_an_update(T, count, lengths):
-  assert lengths_of(T, count) == lengths
+def test_completion_lengths_an_update(T, count, lengths):
+  assert completion_lengths(T, count) == lengths

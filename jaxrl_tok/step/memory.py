@@ -96,9 +96,9 @@ def budget(device, state=(), num_shards: int = 1) -> int | None:
 def divisions(
   num_prompts: int, each: int, most: int | None, num_shards: int = 1
 ) -> list[int]:
-  """Into how many parts the prompts may divide, the fewest first: parts that
-  `ways` devices can share, and whose bytes (`each` a prompt) are at most `most`
-  on a device; where no part is, the smallest alone."""
+  """Numbers of parts that the prompts may divide into, the fewest first: parts
+  that `num_shards` devices can share, and whose bytes (`each` a prompt) are at
+  most `most` on a device; where no part is, the smallest alone."""
   found = [
     n
     for n in range(1, num_prompts + 1)

@@ -240,22 +240,28 @@ def update_function(run: _Run, micro_batches: int, length: int | None = None):
   return update if whole else shortened(update, length)
 
 
+def rollout_kind(rollout: Rollout) -> tuple:
+  """(P, B, whether num_kept was recorded): a program of rollouts takes one."""
+  P, B = rollout.prompts.tokens.shape[1], rollout.tokens.shape[0]
+  return P, B, rollout.num_kept is not None
+
+
 def sampling_jobs(run: _Run, P: int) -> dict:
   """{name: Job} of rollouts whose prompts are of length P, and their rewards
   on the device."""
-  n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
-  C = config.num_prompts
-  jobs['sample', P], rollout = run.sampled(C, P, config.sampler)
-  rollouts = {'device_score': rollout}
+  n, config, jobs, rollouts = run.networks, run.config, {}, {}
+  kinds = {'sample': config.sampler}
   if n.algorithm.greedy:
-    job, best = run.sampled(C, P, config.greedy)
-    jobs['greedy', P] = job
-    rollouts['greedy_score'] = best
+    kinds['greedy'] = config.greedy
+  for name, sampler in kinds.items():
+    jobs[name, P], rollout = run.sampled(config.num_prompts, P, sampler)
+    rollouts[rollout_kind(rollout)] = rollout
   if n.device_score is not None:
     score, params = n.device_score
-    for name, given in rollouts.items():
-      job = jax.jit(score, out_shardings=shapes.rows)
-      jobs[name, P] = Job([job], (params, given, run.columns))
+    job = jax.jit(score, out_shardings=run.shapes.rows)
+    for kind, rollout in rollouts.items():
+      args = params, rollout, run.columns
+      jobs['device_score', *kind] = Job([job], args)
   return jobs
 
 
@@ -382,14 +388,10 @@ def bind(
       state.policy_params, key, prompts, n.rule, state.step
     )
 
-  scores = {'device_score': by_name('device_score')}
-  scores['greedy_score'] = by_name('greedy_score')
+  scores = by_name('device_score')
 
   def device_score(rollout: Rollout, columns: dict):
-    alone = rollout.mask.shape[0] == rollout.prompts.length.shape[0]
-    greedy = alone and scores['greedy_score']
-    found = scores['greedy_score' if greedy else 'device_score']
-    compiled = found[(rollout.prompts.tokens.shape[1],)]
+    compiled = scores[rollout_kind(rollout)]
     return compiled(n.device_score[1], rollout, columns)
 
   measures = by_name('reference_kl')
@@ -412,7 +414,7 @@ def bind(
   return Programs(
     sampling(by_name('sample')),
     sampling(by_name('greedy')),
-    device_score if scores['device_score'] else None,
+    device_score if scores else None,
     update,
     evaluations,
     evaluation_scores,

@@ -75,15 +75,14 @@ def make_state(
   frozen=None,
   critic: Policy | None = None,
 ) -> TrainState:
-  """TrainState born where it will live.
+  """TrainState born where it will live; ShapeDtypeStructs make a state of
+  them.
 
   Args:
     params: parameters to take over; None: random ones.
     frozen: what no update changes.
     critic: network of a critic of its own, which begins as the policy with a
       value head of zeros.
-
-  Of ShapeDtypeStructs it makes a state of them.
   """
   rules, key = policy.partition_rules, jax.random.key(seed)
 
