@@ -1,10 +1,8 @@
-"""Laws of whole steps in one program: the same numbers, and no host inside."""
+"""Laws of whole steps in one program: the numbers of steps on the host, and no
+host inside."""
 
 import dataclasses
-import functools
-import inspect
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +18,21 @@ from conftest import (
   random_prompts,
   sharpened,
 )
-from test_train import flags, rows
+from test_train import rows
 
-from experiments import arithmetic
-from jaxrl_tok import checkpoint, data, distribution, rewards, sharding, train
+from jaxrl_tok import checkpoint, data, distribution, rewards, sharding
 from jaxrl_tok.credit import algorithms
+from jaxrl_tok.evaluation import Due, credit_rows, evaluate_held_out
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.run import build, launch, models, warm_start
 from jaxrl_tok.sampler import SamplerConfig
-from jaxrl_tok.step import device_rewards
-from jaxrl_tok.step import programs as parts
-from jaxrl_tok.types import Prompts, Rollout
-
-# --- in one call and one after another ---------------------------------------
+from jaxrl_tok.step import programs
+from jaxrl_tok.step.collectors import Scorer, single_turn
+from jaxrl_tok.step.device_rewards import make_device_scorer, on_device
+from jaxrl_tok.step.device_steps import Table, make_device_steps, table_rows
+from jaxrl_tok.step.state import make_state
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.train import LoopConfig, Progress, train
 
 # all that an update leaves to the next, and two rollouts a step
 ALGORITHM = algorithms.remax(
@@ -45,19 +44,28 @@ ALGORITHM = algorithms.remax(
   epochs=2,
   mini_batches=2,
 )
+C, G, T, P, EVERY = 4, 3, 5, 6, 2
+WEIGHTS = {'small': 0.5, 'ended': 2.0}
+PLAIN = changed(CONFIG, layers=CONFIG.layers[:1], qkv_bias=False, qk_norm=None)
+POLICY = make_policy(PLAIN)
+RULE = distribution.make_rule(11, [END, OTHER_END])
+OPTIMIZER = optax.adam(0.005)
 
 
-@device_rewards.on_device
+@on_device
 def small(rollout, target, **columns):
   """For every token: 1 where it is below the prompt's target, else 0."""
   return (rollout.tokens < target[:, None]).astype(jnp.float32)
 
 
-@device_rewards.on_device
+@on_device
 def ended(rollout, **columns):
   """An outcome: whether the completion ended by itself."""
   ends = (rollout.tokens == END) | (rollout.tokens == OTHER_END)
   return jnp.any(ends & rollout.mask, axis=1)
+
+
+SCORE = make_device_scorer({'small': small, 'ended': ended})
 
 
 def length(prompts, completions, completion_ids, **columns):
@@ -68,101 +76,139 @@ def decode(ids: list[list[int]]) -> list[str]:
   return [' '.join(map(str, row)) for row in ids]
 
 
+def scorer(functions: dict, weights: dict, device=None) -> Scorer:
+  host = rewards.make_scorer(functions, decode, (END, OTHER_END))
+  return Scorer(host, device, weights, rewards.TrainerState)
+
+
+class Numbers:
+  """Tokenizer of prompts that are numbers."""
+
+  def __call__(self, text: str) -> dict:
+    return {'input_ids': [int(number) for number in text.split()]}
+
+
 def prompt_set(count: int, seed: int) -> data.PromptSet:
-  prompts = random_prompts(C=count, seed=seed)
-  targets = np.arange(count, dtype=np.int32) % 9 + 1
-  examples = [{'prompt': str(i), 'answer': '-'} for i in range(count)]
-  return data.PromptSet(examples, *prompts, {'target': targets})
+  tokens, lengths, _ = random_prompts(C=count, P=P, seed=seed)
+  records = [
+    {
+      'prompt': ' '.join(map(str, row[:n])),
+      'answer': '-',
+      'target': i % 9 + 1,
+    }
+    for i, (row, n) in enumerate(zip(tokens, lengths))
+  ]
+
+  def columns(records):
+    return {'target': np.array([r['target'] for r in records], np.int32)}
+
+  return data.prompt_set(records, Numbers(), 11, columns=columns)
 
 
-@pytest.fixture(scope='module')
-def loop(tmp_path_factory):
-  """loop.run(name, steps a call): six steps on two devices; the run's
-  directory and last state. loop.steps is the program of two steps."""
-  plain = changed(
-    CONFIG, layers=CONFIG.layers[:1], qkv_bias=False, qk_norm=None
+def networks(rule=RULE) -> programs.Networks:
+  return programs.Networks(
+    POLICY,
+    ALGORITHM,
+    OPTIMIZER,
+    rule,
+    device_score=(SCORE, None),
+    weights=WEIGHTS,
   )
-  policy = make_policy(plain)
-  params = sharpened(jax.jit(policy.init)(jax.random.key(1)), 2.0)
-  mesh = sharding.make_mesh('data=2', jax.devices()[:2])
-  rule = sharding.put_replicated(
-    mesh, distribution.make_rule(11, [END, OTHER_END])
-  )
-  optimizer, records, held_out = (
-    optax.adam(0.005),
-    prompt_set(7, 0),
-    prompt_set(4, 1),
-  )
-  score = device_rewards.make_scorer([small, ended], [0.5, 2.0])
-  ends = (END, OTHER_END)
-  config = parts.LoopConfig(
-    num_prompts=4, max_steps=6, eval_every=2, eval_batch=4, save_every=2
-  )
-  home = tmp_path_factory.mktemp('runs')
 
-  def begin():
-    given = jax.tree.map(jnp.array, params)
-    return build.make_state(policy, ALGORITHM, optimizer, mesh, 0, given)
 
-  def compiled(n):
-    with jax.set_mesh(mesh):
-      return parts.compile_parts(
-        policy,
-        ALGORITHM,
-        optimizer,
-        SamplerConfig(3, 5, PAD),
-        dataclasses.replace(config, steps_per_call=n),
-        begin(),
-        rule,
-        records,
-        held_out.tokens.shape[1],
-        device_score=(score, None),
+class Runs:
+  """Six steps on two devices, `n` of them in a call; 0: step by step."""
+
+  def __init__(self, home):
+    self.home, self.mesh = home, sharding.make_mesh('data=2', jax.devices()[:2])
+    self.params = sharpened(jax.jit(POLICY.init)(jax.random.key(1)), 2.0)
+    self.records, self.held_out = prompt_set(7, 0), prompt_set(4, 1)
+    self.programs = {}
+
+  def start(self):
+    given = jax.tree.map(jnp.array, self.params)
+    return make_state(POLICY, ALGORITHM, OPTIMIZER, self.mesh, 0, given)
+
+  def compiled(self, n: int) -> programs.Programs:
+    if n not in self.programs:
+      config = programs.ProgramConfig(C, G, T, PAD, steps_per_call=n)
+      shape = programs.EvaluationShape(4, P, config.greedy)
+      rule = sharding.put_replicated(self.mesh, RULE)
+      self.programs[n] = programs.compile_programs(
+        networks(rule), config, self.start(), self.records, {'held_out': shape}
       )
+    return self.programs[n]
 
-  programs = {n: compiled(n) for n in (0, 2)}
-  # what is compiled there takes no greedy rollout
-  programs[0]['device_score'] = functools.partial(jax.jit(score), None)
+  def collector(self, n: int, found: programs.Programs):
+    if n:
+      _, lengths, _ = self.records.table()
+      return table_rows(self.records, lengths, 0, C, n, G)
+    by = scorer({}, WEIGHTS, found.device_score)
+    return single_turn(found.sample, by, self.records, 0, C, found.greedy)
 
-  def run(name, n, stop=6, resume=False):
-    out, state, progress = home / name, begin(), train.Progress()
+  def evaluations(self, found: programs.Programs) -> list[Due]:
+    judge = scorer({'length': length}, {'length': 1.0})
+
+    def at(step, rows):
+      return [{'step': step, **row} for row in rows]
+
+    def own_batch(state, step, batch, last):
+      return {}, at(step, credit_rows(last, batch, decode))
+
+    def held_out(state, step, batch, last):
+      def sample(number, prompts):
+        return found.evaluations['held_out'](state, jax.random.key(0), prompts)
+
+      metrics, rows = evaluate_held_out(
+        sample, judge, self.held_out, 4, P, step
+      )
+      return metrics, at(step, rows)
+
+    return [Due('train', EVERY, own_batch), Due('held_out', EVERY, held_out)]
+
+  def run(self, name: str, n: int, stop: int = 6, resume: bool = False):
+    """(the run's directory, its last state)."""
+    with jax.set_mesh(self.mesh):
+      return self.run_on_mesh(self.home / name, n, stop, resume)
+
+  def run_on_mesh(self, out, n, stop, resume):
+    found = self.compiled(n)
+    collector, state = self.collector(n, found), self.start()
+    cursor, progress = collector.init(), Progress()
     checkpoints = checkpoint.open_checkpoints(out, 3)
     if resume:
       last = checkpoint.choose_step(checkpoints, 'auto')
-      state, meta = checkpoint.restore(checkpoints, last, state)
-      progress = train.Progress(**meta['progress'])
+      state, cursor, meta = checkpoint.restore(checkpoints, last, state)
+      progress = Progress(**meta['progress'])
     logger = Logger(out, resume_step=progress.step if resume else None)
 
-    def save(state, progress):
-      checkpoint.save(checkpoints, state, dataclasses.asdict(progress), {})
+    def save(state, cursor, progress):
+      kept = dataclasses.asdict(progress)
+      checkpoint.save(checkpoints, state, cursor, kept, {})
 
-    with jax.set_mesh(mesh):
-      state, *_ = train.train(
-        state,
-        progress,
-        parts.Parts(
-          **programs[n],
-          score=rewards.make_scorer([], decode, ends),
-          judge=rewards.make_scorer([length], decode, ends),
-          decode=decode,
-        ),
-        dataclasses.replace(config, steps_per_call=n, max_steps=stop),
-        records,
-        held_out,
-        rule,
-        logger,
-        save,
-        lambda step: 0.005,
-      )
+    state, *_ = train(
+      state,
+      cursor,
+      progress,
+      collector,
+      found.update,
+      self.evaluations(found),
+      LoopConfig(stop, save_every=2),
+      logger,
+      save,
+      lambda step: 0.005,
+    )
     checkpoints.close()
     logger.close()
     return out, state
 
-  return types.SimpleNamespace(
-    run=run,
-    whole=run('whole', 2),
-    start=begin(),
-    steps=inspect.getclosurevars(programs[2]['steps']).nonlocals['many'],
-  )
+
+@pytest.fixture(scope='module')
+def loop(tmp_path_factory):
+  """loop.whole: a run of two steps a call; loop.run makes others."""
+  runs = Runs(tmp_path_factory.mktemp('runs'))
+  runs.whole = runs.run('whole', 2)
+  return runs
 
 
 def leaves(state) -> list:
@@ -182,7 +228,7 @@ def test_steps_in_one_call_are_the_steps(loop):
         assert a[key] == close, key
   for x, y in zip(leaves(state), leaves(want), strict=True):
     np.testing.assert_allclose(x, y, 1e-5, 1e-5)
-  for x, y in zip(leaves(loop.start), leaves(want)):
+  for x, y in zip(leaves(loop.start()), leaves(want)):
     assert x.ndim < 2 or np.abs(x - y).max() > 1e-3, 'nothing was learnt'
 
 
@@ -216,7 +262,15 @@ def host_parts(text: str) -> set[str]:
 
 
 def test_the_host_takes_no_part(loop):
-  assert host_parts(loop.steps.as_text()) == set()
+  config = SamplerConfig(G, T, PAD)
+  sample = programs.make_sampling(POLICY, config)
+  greedy = dataclasses.replace(config, samples_per_prompt=1, greedy=True)
+  best = programs.make_sampling(POLICY, greedy)
+  update = make_update(POLICY, ALGORITHM, OPTIMIZER)
+  steps = make_device_steps(sample, SCORE, update, WEIGHTS, best)
+  table, index = Table(*loop.records.table()), np.zeros((2, C), np.int32)
+  program = jax.jit(steps).lower(loop.start(), table, index, RULE).compile()
+  assert host_parts(program.as_text()) == set()
 
 
 def test_the_host_would_be_seen():
@@ -226,157 +280,34 @@ def test_the_host_would_be_seen():
 
   program = jax.jit(asks).lower(jnp.float32(1)).compile()
   assert host_parts(program.as_text())
-  with (  # train.device_steps makes each call under this guard
+  with (  # bound_steps makes each call under this guard
     pytest.raises(Exception, match='Disallowed host-to-device'),
     jax.transfer_guard('disallow'),
   ):
     jax.jit(jnp.sin)(np.float32(1))
 
 
-def test_without_device_rewards_it_is_refused(tmp_path, capsys):
-  pytest.importorskip('reasoning_gym')
-  from experiments import reasoning
-
-  given = '--steps_per_call=5 --num_problems=20 --eval_prompts=5'
-  with pytest.raises(SystemExit) as stopped:
-    reasoning.main([*given.split(), f'--output_dir={tmp_path / "run"}'])
-  assert stopped.value.code == 2
-  said = capsys.readouterr().err.strip()
-  assert 'no reward that is a JAX function; pass --steps_per_call 0' in said
-  assert '\n' not in said
-  assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.parametrize('reward', ['exact', 'digits'])
-def test_an_experiment_brings_its_columns(tmp_path, monkeypatch, reward):
-  """The answers themselves, taken for completions, are all right."""
-  seen = []
-  monkeypatch.setattr(launch, 'run', seen.append)
-  given = {'steps_per_call': 2, 'reward': reward, 'num_problems': 50}
-  arithmetic.main(flags(tmp_path / 'run', **given))
-  algorithm = build.make_algorithm(seen[0].flags)
-  context = launch.prepare(seen[0], algorithm)
-  (host, _), (device, _) = models.split_rewards(context)
-  assert (len(host), len(device)) == (0, 1)
-  score, params = models.device_score(context)
-  _, tokens, lengths, columns = context.data
-  answer, mask = columns['answer'], columns['answer_mask']
-  prompts = Prompts(tokens, lengths)
-  rollout = Rollout(prompts, answer, mask, np.zeros(mask.shape), None)
-  found, _ = score(params, rollout, columns)
-  np.testing.assert_allclose(found.sum(1), np.ones(50), 1e-6)
-  assert (np.asarray(found) > 0).sum() == {'exact': 50, 'digits': 150}[reward]
-
-
-# --- rewards on the device ---------------------------------------------------
-
-T = 6
-TOKENIZER = data.byte_tokenizer()
-END_TOKEN, PAD_TOKEN = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
-HOST = rewards.exact_match, rewards.digits
-DEVICE = device_rewards.exact_tokens, device_rewards.digit_tokens
-
-
-def as_rollout(texts: list[str], prompts: int) -> Rollout:
-  """Completions as a sampler returns them; one of T characters is cut."""
-  tokens = np.full((len(texts), T), PAD_TOKEN, np.int32)
-  mask = np.zeros((len(texts), T), bool)
-  for b, text in enumerate(texts):
-    row = [*TOKENIZER(text)['input_ids'], END_TOKEN][:T]
-    tokens[b, : len(row)] = row
-    mask[b, : len(row)] = True
-  C = Prompts(np.ones((prompts, 1), np.int32), np.ones(prompts, np.int32))
-  return Rollout(C, tokens, mask, np.zeros(mask.shape, np.float32), None)
-
-
-def columns_of(answers: list[str]) -> dict:
-  """What warm_start.answers makes of them."""
-  model = types.SimpleNamespace(
-    tokenizer=TOKENIZER, end_tokens=(END_TOKEN,), pad_token=PAD_TOKEN
-  )
-  sampling = types.SimpleNamespace(max_completion_length=T)
-  run = types.SimpleNamespace(flags=types.SimpleNamespace(sampling=sampling))
-  context = types.SimpleNamespace(experiment=run, model=model)
-  return warm_start.answers(context, [{'answer': a} for a in answers])
-
-
-def completions(rng, answer: str) -> list[str]:
-  """A right one, an empty one, near, short, long and cut ones."""
-
-  def digits(n):
-    return ''.join(rng.choice(list('0123456789'), n))
-
-  place = rng.integers(len(answer))
-  return [
-    answer,
-    '',
-    answer[:place] + digits(1) + answer[place + 1 :],
-    answer[:place],
-    digits(rng.integers(1, T)),
-    answer + digits(1),
-    (answer + digits(T))[:T],
-    digits(T),
-  ]
-
-
-def test_rewards_are_those_of_the_host():
-  rng = np.random.default_rng(0)
-  answers = [str(n) for n in rng.integers(0, 100_000, 40)]
-  texts = [text for a in answers for text in completions(rng, a)]
-  rollout = as_rollout(texts, len(answers))
-  records = [{'prompt': '?', 'answer': a} for a in answers]
-  columns = columns_of(answers)
-  seen = set()
-  for share, (host, device) in enumerate(zip(HOST, DEVICE), 1):
-    on_host = rewards.make_scorer(
-      [host], lambda ids: data.decode_all(TOKENIZER, ids), [END_TOKEN], [share]
+def test_one_sample_a_prompt_is_scored_beside_the_greedy_one(loop):
+  """Rollouts of one shape, of which the greedy one has num_kept."""
+  config = programs.ProgramConfig(C, 1, T, PAD)
+  with jax.set_mesh(loop.mesh):
+    rule = sharding.put_replicated(loop.mesh, RULE)
+    found = programs.compile_programs(
+      networks(rule), config, loop.start(), loop.records, {}
     )
-    want = on_host(rollout.tokens, rollout.mask, records)
-    assert want.completions == texts
-    found, means = device_rewards.make_scorer([device], [share])(
-      None, rollout, columns
-    )
-    np.testing.assert_allclose(found, want.reward, 1e-6)
-    (mean,), (wanted,) = means.values(), want.metrics.values()
-    assert float(mean) == pytest.approx(wanted)
-    seen |= {round(float(x), 2) for x in want.reward.sum(1) / share}
-  assert len(seen) > 5, 'want all shares of an answer'
-
-
-def test_the_host_forgives_a_space():
-  rollout = as_rollout(['42', ' 42', '42 '], 1)
-  found = device_rewards.exact_tokens(
-    rollout, **{k: np.repeat(v, 3, 0) for k, v in columns_of(['42']).items()}
+    collector = loop.collector(0, found)
+    state = loop.start()
+    pending = collector.start(state, state.key, collector.init())
+    batch, _ = collector.finish(pending)
+    scored = jax.device_get(batch.scored)
+    columns = {'target': np.array([e['target'] for e in batch.examples])}
+    want, _ = SCORE(None, scored.rollout, columns)
+    np.testing.assert_array_equal(scored.rewards['small'], want['small'])
+    step, metrics, _ = found.update(state, batch.scored)
+    best, _ = SCORE(None, jax.device_get(pending.greedy), columns)
+  sums = {name: np.asarray(reward).sum(1) for name, reward in best.items()}
+  np.testing.assert_allclose(
+    scored.greedy_reward, 0.5 * sums['small'] + 2 * sums['ended'], rtol=1e-6
   )
-  assert found.tolist() == [1, 0, 0]
-  said = rewards.exact_match([''] * 3, ['42', ' 42', '42 '], ['42'] * 3)
-  assert said == [1, 1, 1]
-
-
-def test_a_scorer_sums_what_its_functions_say():
-  """Two prompts of two rows each; an outcome, token rewards and a model."""
-  mask = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
-  C = Prompts(np.ones((2, 1), np.int32), np.ones(2, np.int32))
-  rollout = Rollout(C, mask.astype(np.int32), mask, np.zeros((4, 3)), None)
-
-  def outcome(rollout, scale, **columns):
-    return scale * jnp.arange(4)
-
-  def each(rollout, scale, **columns):
-    return jnp.ones((4, 3))  # also where nothing was chosen
-
-  def model(params, rollout):
-    return params * jnp.eye(4, 3)
-
-  score = device_rewards.make_scorer([outcome, each], [1, 0.5], model, 10)
-  total, means = score(3.0, rollout, {'scale': np.array([1, 2])})
-  np.testing.assert_array_equal(
-    total, [[30.5, 0.5, 0.5], [0.5, 31.5, 0], [4.5, 0, 0], [0.5, 0.5, 6.5]]
-  )
-  assert {k: float(v) for k, v in means.items()} == {
-    'rewards/outcome/mean': (0 + 1 + 4 + 6) / 4,
-    'rewards/each/mean': (3 + 2 + 1 + 3) / 4,
-    'rewards/reward_model/mean': 3.0 * 2 / 4,
-  }
-  alone, _ = device_rewards.make_scorer([each])(None, rollout, {'scale': mask})
-  np.testing.assert_array_equal(alone, mask)
+  assert int(step.step) == 1
+  assert np.isfinite(float(metrics['reward']))
