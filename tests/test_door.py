@@ -211,6 +211,25 @@ def test_a_device_reward_with_a_column_is_learnt(tmp_path, steps_per_call):
   assert all('rewards/letters/mean' in row for row in steps)
 
 
+def test_replayed_groups_are_of_any_prompt_length(tmp_path):
+  """A buffer of one length, batches of two."""
+  mixed = records(0, 60)
+  mixed[::12] = [r | {'prompt': r['prompt'] * 20} for r in mixed[::12]]
+  result = jaxrl_tok.train(
+    Task(mixed, short, held_out=8),
+    output_dir=tmp_path / 'run',
+    replay_groups=8,
+    importance_cap=2.0,
+    **TINY | {'max_steps': 5},
+  )
+  config = yaml.safe_load((result.run_dir / 'config.yaml').read_text())
+  assert config['prompt_lengths'] == [3, 60]
+  steps = phases(result, 'train')
+  assert [row['step'] for row in steps] == [1, 2, 3, 4, 5]
+  assert steps[0]['frac_not_valid'] == 0.5  # the buffer is empty
+  assert steps[1]['frac_not_valid'] == 0
+
+
 # --- parts of one's own
 
 
