@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +120,8 @@ def restore(setup: Setup, run_dir: Path, checkpoints):
   return state, cursor, Progress(**meta['progress']), meta['settings']
 
 
-def begin(setup: Setup, run_dir: Path, checkpoints, collector: Collector):
-  """(setup with the run's logger, state, cursor, progress)."""
+def begin(setup: Setup, run_dir: Path, checkpoints):
+  """(setup with the run's logger, state, cursor or None, progress)."""
   restored = restore(setup, run_dir, checkpoints)
   logger = Logger(
     run_dir,
@@ -135,7 +134,7 @@ def begin(setup: Setup, run_dir: Path, checkpoints, collector: Collector):
   if restored is None:
     record.write_run_files(setup, run_dir)
     state = new_state(setup, *first_params(setup))
-    return setup, state, collector.init(), Progress()
+    return setup, state, None, Progress()
   state, cursor, progress, old = restored
   logger.message(f'resumed from step {progress.step}')
   new = saved_settings(setup)
@@ -201,17 +200,7 @@ def compile_run(setup: Setup, score: tuple | None) -> Programs:
     return compile_programs(networks, config, like, setup.data, shapes)
 
 
-class Lazy:
-  """A collector's functions of programs that are still being compiled."""
-
-  def __init__(self):
-    self.programs = None
-
-  def call(self, name: str) -> Callable:
-    return lambda *args: getattr(self.programs, name)(*args)
-
-
-def make_collector(setup: Setup, lazy: Lazy) -> Collector:
+def make_collector(setup: Setup, programs: Programs) -> Collector:
   """The collector that the settings ask for."""
   run, sampling = setup.settings.run, setup.settings.sampling
   if run.steps_per_call:
@@ -224,17 +213,14 @@ def make_collector(setup: Setup, lazy: Lazy) -> Collector:
       run.steps_per_call,
       sampling.num_generations,
     )
-  on_device = setup.rewards.device or setup.reward_model is not None
-  scorer = setup.scorer(
-    setup.rewards, lazy.call('device_score') if on_device else None
-  )
+  scorer = setup.scorer(setup.rewards, programs.device_score)
   collector = single_turn(
-    lazy.call('sample'),
+    programs.sample,
     scorer,
     setup.data,
     run.seed,
     sampling.num_prompts,
-    lazy.call('greedy') if setup.algorithm.greedy else None,
+    programs.greedy,
   )
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
@@ -357,15 +343,14 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     found = dataclasses.asdict(progress)
     checkpoint.save(checkpoints, state, cursor, found, settings)
 
-  score, lazy = device_score(setup), Lazy()
-  collector = make_collector(setup, lazy)
+  score = device_score(setup)
   with concurrent.futures.ThreadPoolExecutor(1) as aside:
     compiling = aside.submit(compile_run, setup, score)
-    setup, state, cursor, progress = begin(
-      setup, run_dir, checkpoints, collector
-    )
+    setup, state, cursor, progress = begin(setup, run_dir, checkpoints)
     with setup.logger.doing('compiling the sampler, update and evaluation'):
-      programs = lazy.programs = compiling.result()
+      programs = compiling.result()
+  collector = make_collector(setup, programs)
+  cursor = collector.init() if cursor is None else cursor
   if progress.step == 0:
     metrics, _ = evaluate_all(setup, programs, state, 0, 'before')
     first = metrics['eval/reward']
