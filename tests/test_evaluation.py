@@ -1,0 +1,136 @@
+"""Evaluations: every held-out prompt once, and credit token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_rollout, make_scored, random_prompts
+from test_collectors import BOTH, SCORER, C, G, T, device, prompts_of, sample
+
+from jaxrl_tok import sharding
+from jaxrl_tok.evaluation import (
+  Due,
+  corpus_metrics,
+  credit_rows,
+  due,
+  evaluate_held_out,
+)
+from jaxrl_tok.step.collectors import Batch, TokenCounts
+from jaxrl_tok.step.device_steps import StepBatch
+from jaxrl_tok.types import TrainState
+
+N = 10  # prompts: two batches of four, and half of one
+
+
+def evaluated(scorer, cut=(), **more):
+  """(metrics, rows), where the last samples of some prompts are cut."""
+  data, keys = prompts_of([i % 2 == 0 for i in range(N)]), jax.random.key(1)
+  state = TrainState(jnp.int32(3), {}, (), keys, {})
+
+  def completions(number, prompts):
+    rollout = sample(state, jax.random.fold_in(keys, number), prompts)
+    short = (rollout.tokens[:, 1] == 0)[:, None] & (np.arange(T)[None] == T - 1)
+    over = jnp.isin(rollout.tokens[:, 0], jnp.array(cut), invert=True)
+    return rollout._replace(mask=rollout.mask & ~short, ended=over)
+
+  with jax.set_mesh(sharding.make_mesh('data=2', jax.devices()[:2])):
+    return evaluate_held_out(completions, scorer, data, C, 4, 7, **more)
+
+
+def test_every_prompt_is_judged_once():
+  metrics, rows = evaluated(SCORER, cut=[2, 5])
+  numbers = [int(row['prompt'].split()[0]) for row in rows]
+  assert numbers == np.repeat(np.arange(N), G).tolist()
+  for i, row in enumerate(rows):
+    number, g, *_ = map(int, row['completion'].split('-'))
+    assert (number, g) == (i // G, i % G)
+    # g where the prompt's rewards vary, else 1; no reward applies to prompt 7,
+    # nor to the token that was not chosen
+    want = 2.0 * (g if number % 2 == 0 else 1) * (number != 7) * (g > 0)
+    assert row['reward'] == want
+  assert metrics['eval/reward'] == pytest.approx(
+    np.mean([row['reward'] for row in rows])
+  )
+  assert metrics['eval/mean_length'] == pytest.approx(T - 1 / G)
+  assert metrics['eval/clipped_ratio'] == pytest.approx(2 / N)
+
+
+def test_rewards_on_the_device_read_their_columns():
+  scorer = BOTH._replace(device=device)
+  _, rows = evaluated(scorer)
+  _, alone = evaluated(SCORER)
+  for number, (both, host) in enumerate(zip(rows, alone)):
+    target = (number // G) % 2 == 0
+    assert both['reward'] == host['reward'] + 0.5 * target
+
+
+def test_corpus_metrics_see_all_completions():
+  def spread(prompts, completions, varies, **columns):
+    assert len(prompts) == len(completions) == len(varies) == N * G
+    return {'distinct': len(set(completions)), 'varying': np.mean(varies)}
+
+  def count(completions, **columns):
+    return len(completions)
+
+  metrics, _ = evaluated(SCORER, metrics=(spread, count), name='other')
+  assert metrics['eval/other/distinct'] == N * G
+  assert metrics['eval/other/varying'] == pytest.approx(0.5)
+  assert metrics['eval/other/count'] == N * G
+  assert 'eval/reward' not in metrics
+  assert corpus_metrics((), [{'prompt': 'a'}], ['b']) == {}
+
+
+def test_credit_of_the_largest_advantages():
+  mask = np.array([[1, 1, 0]] * 4 + [[1, 0, 1]] * 4, bool)
+  rollout = make_rollout(
+    random_prompts(C=4), np.arange(24).reshape(8, 3), mask, -1.0 * mask
+  )
+  applies = np.array([1, 0, 1, 1, 1, 1, 1, 1], bool)
+  scored = make_scored(rollout, np.full((8, 3), 0.5), None, applies, 3.0)
+  advantage = (
+    np.where(mask, 1.0, 0) * np.array([1, 1, 0, 2, 9, 0, 3, 3])[:, None]
+  )
+  batch = Batch(
+    None,
+    [{'prompt': f'p{c}', 'answer': c} for c in range(4)],
+    np.arange(4),
+    {},
+    TokenCounts(4, 16, 4),
+    {'note': list('abcdef')},  # of new rows; replayed ones have none
+  )
+
+  def decode(ids):
+    return [' '.join(map(str, row)) for row in ids]
+
+  rows = credit_rows(StepBatch(scored, advantage), batch, decode, prompts=3)
+  assert [row['prompt'] for row in rows] == ['p2', 'p2', 'p3', 'p3', 'p1', 'p1']
+  assert rows[0] == {
+    'prompt': 'p2',
+    'answer': '2',
+    'completion': '12 14',
+    'reward': 3.0,
+    'components': {'reward': 1.0},
+    'tokens': ['12', '14'],
+    'logp': [-1.0, -1.0],
+    'rewards': [1.5, 1.5],
+    'advantage': [9.0, 9.0],
+    'extra': {'note': 'e'},
+  }
+  assert 'extra' not in rows[2]
+  last = credit_rows(StepBatch(scored, advantage), batch, decode)[-1]
+  assert (last['prompt'], last['components'], last['reward']) == ('p0', {}, 0)
+
+
+def test_evaluations_are_due_by_step_and_at_the_end():
+  every = [Due('a', 2, None), Due('b', 5, None), Due('c', 0, None)]
+
+  def names(step):
+    return [e.name for e in due(every, step, 12)]
+
+  assert [names(k) for k in (1, 2, 5, 10, 12)] == [
+    [],
+    ['a'],
+    ['b'],
+    ['a', 'b'],
+    ['a', 'b', 'c'],
+  ]
