@@ -397,6 +397,7 @@ def execute(command: list[str], monkeypatch) -> None:
   assert command[0] == 'python'
   if command[1] == '-m':
     monkeypatch.setattr(sys, 'argv', command[2:])
+    monkeypatch.delitem(sys.modules, command[2], raising=False)
     runpy.run_module(command[2], run_name='__main__', alter_sys=True)
   else:
     monkeypatch.setattr(sys, 'argv', command[1:])
