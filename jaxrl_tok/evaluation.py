@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts, and samples that show credit by token."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,23 +15,6 @@ from jaxrl_tok.step.collectors import (
   total_reward,
 )
 from jaxrl_tok.step.device_steps import StepBatch
-
-
-class Evaluation(NamedTuple):
-  """A data set that the policy is judged on while it trains, and how.
-
-  `name` is part of the metrics' names, eval/NAME/reward. `metrics` are
-  functions of the whole data set's completions, never optimised:
-  metric(prompts, completions, **columns) -> float | {name: float}.
-  """
-
-  name: str
-  data: Any  # records, as Task.train takes them
-  rewards: Any = None  # as Task.rewards; None: the task's
-  every: int | None = None  # steps; None: --eval_every
-  samples: int = 1  # completions of each prompt
-  greedy: bool = True  # most likely tokens; False: sampled as in training
-  metrics: Sequence[Callable] = ()
 
 
 class Due(NamedTuple):

@@ -334,9 +334,15 @@ def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
   )
 
 
-def message_counts(logger: Logger, split, train, held_out) -> None:
-  """Says once how the data was cut, cleaned and held out."""
+def message_counts(logger: Logger, asked, split, train, held_out) -> None:
+  """Says once how the data was cut, cleaned and held out; `asked` is the
+  number of held-out prompts that was asked for, where it is one."""
   counts = split.counts
+  if isinstance(asked, int) and counts['held_out'] < asked:
+    logger.message(
+      f'data: {counts["held_out"]:,} prompts are held out, not {asked:,}: a '
+      'fifth of the different ones'
+    )
   if counts['removed'] or counts['repeated']:
     logger.message(
       f'data: {counts["removed"]:,} training records have a held-out prompt '
@@ -389,7 +395,8 @@ def prepare(
     models.check_context(reward_model, P, T)
   optimizer, learning_rate = build.make_optimizer(settings, own, algorithm)
   logger = Logger(is_main=jax.process_index() == 0)
-  message_counts(logger, split, train, evaluations[0].data)
+  asked = settings.run.held_out
+  message_counts(logger, asked, split, train, evaluations[0].data)
   return Setup(
     caller,
     settings,
