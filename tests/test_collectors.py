@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_rollout
+from conftest import make_rollout, make_scored
 
 from jaxrl_tok import checkpoint, data, rewards, sharding
-from jaxrl_tok.step.collectors import Scorer, dynamic, single_turn
+from jaxrl_tok.step.collectors import (
+  Scorer,
+  dynamic,
+  has_reward_variance,
+  single_turn,
+)
 from jaxrl_tok.step.off_policy import ahead, replayed
-from jaxrl_tok.types import TrainState
+from jaxrl_tok.types import Prompts, TrainState
 
 C, G, T, N = 4, 3, 3, 40
 
@@ -235,6 +240,28 @@ def test_groups_without_variance_are_drawn_anew():
     )
   noise = batch.scored.rollout.tokens[:, 2]
   assert len(set(noise.tolist())) == C * G, 'a key was used twice'
+
+
+def test_variance_is_of_the_rows_that_are_valid():
+  """Weighted sums over components, in groups of three."""
+  prompts = Prompts(jnp.ones((4, 1), jnp.int32), jnp.ones(4, jnp.int32))
+  rollout = make_rollout(prompts, np.ones((12, 1)), np.ones((12, 1)))
+  a = np.array([1, 1, 1, 0, 1, 5, 2, 2, 7, 0, 9, 1.0])
+  b = np.array([0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0.0])
+  valid = np.array([1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1], bool)
+  one = make_scored(rollout, a[:, None], applies=valid)
+  assert has_reward_variance(one).tolist() == [False, True, False, True]
+  two = one._replace(
+    rewards=one.rewards | {'b': b[:, None]},
+    applies=one.applies | {'b': valid},
+    weights=one.weights | {'b': np.float32(1)},
+  )
+  # the second group's components make up for each other
+  assert has_reward_variance(two).tolist() == [False, False, False, True]
+  half = two._replace(weights={'reward': np.float32(0), 'b': np.float32(1)})
+  assert has_reward_variance(half).tolist() == [False, True, False, False]
+  none = make_scored(rollout, a[:, None], applies=np.zeros(12, bool))
+  assert not has_reward_variance(none).any()
 
 
 def test_after_the_last_round_the_rest_is_filled():

@@ -24,7 +24,12 @@ from jaxrl_tok.policy import evaluate, values
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.passes import param_labels
 from jaxrl_tok.step.state import init_state, with_value_head
-from jaxrl_tok.step.update import make_update, value_metrics
+from jaxrl_tok.step.update import (
+  columns_needed,
+  make_update,
+  shortened,
+  value_metrics,
+)
 from jaxrl_tok.types import Passes
 
 C, G, T = 8, 2, 5
@@ -187,6 +192,29 @@ def test_values_before_and_after_every_token(params, batch):
   np.testing.assert_allclose(
     np.where(mask, found, 0), np.where(mask, before, 0), atol=1e-5
   )
+
+
+def test_a_shorter_update_has_the_values_of_the_long_one(params, batch):
+  """Rows with two turns, some of them cut after observed tokens: GAE reads the
+  value after the last turn."""
+  mask = np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0]] * C, bool)
+  ended = np.arange(C * G) % 3 > 0
+  rollout = batch.rollout._replace(mask=mask, ended=ended)
+  scored = make_scored(rollout, np.where(mask, batch.rewards['reward'], 0))
+  algorithm = algorithms.a2c(bootstrap_truncated=True)
+  begin = with_value_head(CRITIC, params)
+  begin['value_head'] = {'embedding': begin['value_head']['embedding'] + 0.3}
+  sgd, found = optax.sgd(0.1), []
+  update = make_update(CRITIC, algorithm, sgd)
+  for function in (update, shortened(update, columns_needed(mask))):
+    state = init_state(algorithm, sgd, begin, jax.random.key(0))
+    found.append(jax.jit(function)(state, scored, RULE))
+  (long, metrics, advantage), (short, others, same) = found
+  assert changes(long.params, begin) > 1e-3
+  assert changes(short.params, long.params) < 1e-5
+  np.testing.assert_allclose(same, advantage, atol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(others[name], value, 1e-5, 1e-5, err_msg=name)
 
 
 def test_passes_go_through_every_prompt_once_an_epoch(params, batch):
