@@ -7,8 +7,8 @@ transformations do.
   off_policy.ahead(...)        sampled while the step before is scored
 
 `start` dispatches and never waits; `finish` waits for the device, scores on the
-host (the one crossing) and says where the data goes on. A cursor is a dict of
-numbers and arrays, saved with TrainState, so that a resume repeats nothing.
+host (the one crossing) and returns the next cursor. A cursor is a dict of
+numbers and arrays, saved with TrainState: a resumed run repeats no prompt.
 """
 
 import time
@@ -27,10 +27,10 @@ ROUNDS = 2**30
 
 
 class TokenCounts(NamedTuple):
-  """Cost of a batch; arrays [n] where it is of n steps."""
+  """Tokens and prompts of a batch; arrays [n] for a batch of n steps."""
 
   prompts: Any  # taken from the data
-  generated: Any  # completion tokens; None: as the update's metrics say
+  generated: Any  # completion tokens; None: the update's metrics have them
   read: Any  # prompt tokens, a group's counted G times
 
 
@@ -53,14 +53,14 @@ class Pending(NamedTuple):
   greedy: Rollout | None
   greedy_device: tuple
   positions: np.ndarray  # int64 [C] of the records, in the data's order
-  examples: list | None  # the records; None: look them up
+  examples: list | None  # C records; None: read again by position
   version: jax.Array  # int32 []  updates before this step
-  started: tuple  # (state, key), for collectors that start again
+  started: tuple  # (state, key), for a collector that samples again
   cursor: dict
 
 
 class Collector(NamedTuple):
-  """A source of batches. Must run under jax.set_mesh."""
+  """Source of batches. Must run under jax.set_mesh."""
 
   init: Callable  # () -> cursor
   start: Callable  # (state, key, cursor) -> Pending
@@ -80,7 +80,7 @@ class Scorer(NamedTuple):
 
 
 def token_rewards(scored: Scored) -> np.ndarray:
-  """float32 [B, T]: Scored.reward, on the host."""
+  """Rewards of tokens float32 [B, T]: Scored.reward, on the host."""
   rewards, applies, weights, mask = jax.device_get(
     (scored.rewards, scored.applies, scored.weights, scored.rollout.mask)
   )
@@ -91,12 +91,12 @@ def token_rewards(scored: Scored) -> np.ndarray:
 
 
 def total_reward(scored: Scored) -> np.ndarray:
-  """float32 [B]: each row's sum of token_rewards."""
+  """Rewards of rows float32 [B]: sums of token_rewards."""
   return token_rewards(scored).sum(1)
 
 
 class Score(NamedTuple):
-  """A scored rollout, and what its reward functions left beside it."""
+  """Scored rollout, with the texts, metrics and columns of its rewards."""
 
   scored: Scored
   texts: list  # B completions
@@ -127,7 +127,7 @@ def single_turn(
   num_prompts: int,
   greedy: Callable | None = None,
 ) -> Collector:
-  """Completions of the next `num_prompts` prompts.
+  """Collector of completions of the next `num_prompts` prompts.
 
   Args:
     sample: (state, key, Prompts) -> Rollout, compiled.
@@ -195,7 +195,7 @@ def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
 
 
 def has_reward_variance(scored: Scored) -> np.ndarray:
-  """bool [C]: the rewards of the group's valid rows are not all equal."""
+  """Groups bool [C] whose valid rows do not all have one reward."""
   C = len(scored.rollout.prompts.length)
   rows = total_reward(scored).reshape(C, -1)
   applies = jax.device_get(scored.applies)
@@ -206,7 +206,7 @@ def has_reward_variance(scored: Scored) -> np.ndarray:
 
 
 def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
-  """Records brought to the host, their prompts padded to one length, at least
+  """Copies records to the host and pads their prompts to one length, at least
   `length`."""
   scored = jax.device_get(scored)
   P = max(length, *(s.rollout.prompts.tokens.shape[1] for s in scored))
@@ -223,8 +223,8 @@ def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
 def take_scored(
   scored: list[Scored], groups: list[tuple[int, int]], num_prompts: int
 ) -> Scored:
-  """Groups (which record, which of its prompts) as one record, on the host;
-  all records have `num_prompts` prompts and the same weights."""
+  """Gathers groups (index of a record, of its prompt) in one record, on the
+  host; all records have `num_prompts` prompts and equal weights."""
 
   def one(*leaves):
     if not np.ndim(leaves[0]):
@@ -237,7 +237,7 @@ def take_scored(
 
 
 def place(scored: Scored) -> Scored:
-  """A record of the host, split over the mesh's devices by row."""
+  """Places a record of the host on the mesh's devices, split by row."""
   mesh, weights = jax.sharding.get_mesh(), scored.weights
   placed = put_rows(mesh, scored._replace(weights={}))
   return placed._replace(weights=put_replicated(mesh, weights))
@@ -247,9 +247,9 @@ def place(scored: Scored) -> Scored:
 
 
 def dynamic(collector: Collector, rounds: int) -> Collector:
-  """Dynamic sampling: groups of equal rewards teach nothing and are drawn anew
-  from the prompts that follow, `rounds` rollouts at most; then the batch is
-  filled with them. DAPO, arXiv:2503.14476."""
+  """Dynamic sampling: replaces groups of equal rewards, which have no
+  advantage, by groups of the next prompts. After `rounds` rollouts they fill
+  what is missing. DAPO, arXiv:2503.14476."""
 
   def finish(pending: Pending):
     (state, key), batches, good, rest = pending.started, [], [], []
@@ -277,7 +277,7 @@ def dynamic(collector: Collector, rounds: int) -> Collector:
 
 
 def select_groups(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
-  """The batch of the groups (which batch, which of its prompts)."""
+  """Gathers groups (index of a batch, of its prompt) in one batch."""
   if len(batches) == 1:
     return batches[0]
   C = len(batches[0].examples)

@@ -1,4 +1,4 @@
-"""Compiling side by side; it knows nothing of the functions it compiles."""
+"""Compilation of many programs in parallel, whatever they compute."""
 
 import concurrent.futures
 import os
@@ -11,20 +11,20 @@ from jaxrl_tok.step import memory
 
 
 class Job(NamedTuple):
-  """A program to compile: the first function that fits the device is taken."""
+  """Program to compile: the first function that fits the device is taken."""
 
   functions: list[Callable]  # jitted
   args: tuple  # arrays or ShapeDtypeStructs
 
 
 def compile_all(jobs: dict) -> dict:
-  """{name: Job} -> {name: compiled}, as many at a time as there are pairs of
-  cores: one compilation uses about two. Must run under jax.set_mesh."""
+  """Compiles {name: Job} to {name: compiled}, a job for each two cores at a
+  time: a compilation uses about two. Must run under jax.set_mesh."""
   mesh = jax.sharding.get_mesh()
   device = mesh.devices.flat[0]
 
   def build(job: Job):
-    with jax.set_mesh(mesh):  # it is of the thread
+    with jax.set_mesh(mesh):  # each thread has its own
       return memory.first_that_fits(job.functions, job.args, device)
 
   threads = max(1, (os.cpu_count() or 2) // 2)

@@ -1,13 +1,13 @@
-"""Rewards that are JAX functions of a Rollout: no text, no host.
+"""Device rewards: JAX functions of a Rollout, without text or host.
 
   @on_device
   def short(rollout, limit, **columns):
     return rollout.mask.sum(1) <= limit  # [B], an outcome
 
 A value [B, T] is a reward for every token; a pair (value, applies bool [B])
-says where the function applies. Columns arrive for each row, [B, ...]: numbers
-of the data by their name, and the answers as tokens (see make_columns). Where
-all rewards are on the device, rollout, reward and update are one program.
+marks the rows that it applies to. Columns arrive for each row, [B, ...]:
+numbers of the data by their name, and the answers as tokens (make_columns).
+With --steps_per_call rollout, reward and update are one program.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ def on_device(function: Callable) -> Callable:
 
 
 def is_on_device(function: Callable) -> bool:
-  """Whether a function, or the one inside a partial, is marked."""
+  """Tells whether a function, or the one inside a partial, is marked."""
   marked = getattr(function, 'on_device', False)
   return marked or getattr(unwrap(function), 'on_device', False)
 
 
 @on_device
 def exact_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
-  """1 where the completion is the answer's tokens, its end included, else 0.
+  """Exact match: 1 for the answer's tokens and their end, else 0.
 
   answer int32 [B, T]; rewards.exact_match on the host also forgives spaces
   around it.
@@ -50,8 +50,9 @@ def exact_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
 
 @on_device
 def digit_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
-  """rewards.digits without text: each token of the answer in its place, its
-  end included, earns one share; a right completion sums to 1."""
+  """Digits of the answer: each of its tokens in its place, the end included,
+  earns one share; a right completion sums to 1. rewards.digits is its form on
+  the host."""
   right = (rollout.tokens == answer) & answer_mask & rollout.mask
   return right / masked.count(answer_mask, axis=1)[:, None]
 
@@ -102,7 +103,7 @@ def make_device_scorer(
 
 
 def _lift(found, mask: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-  """(float32 [B, T], bool [B]) of a function's value, or of a pair."""
+  """Returns (float32 [B, T], bool [B]) of a function's value, or of a pair."""
   B, T = mask.shape
   applies = jnp.ones(B, bool)
   if isinstance(found, tuple) and len(found) == 2:
@@ -116,9 +117,9 @@ def _lift(found, mask: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
       )
   if not hasattr(found, 'dtype') or found.shape not in ((B,), (B, T)):
     shape = getattr(found, 'shape', None)
-    said = type(found).__name__ if shape is None else f'shape {list(shape)}'
+    kind = type(found).__name__ if shape is None else f'shape {list(shape)}'
     raise ValueError(
-      f'@on_device reward {name} returned {said} for {B} completions of {T} '
+      f'@on_device reward {name} returned {kind} for {B} completions of {T} '
       f'tokens; it must return an array [{B}] or [{B}, {T}]'
     )
   value = found.astype(jnp.float32)
@@ -215,7 +216,7 @@ def _names_read(
 
 
 def _kind(value):
-  """int32, float32 or bool for numbers and nested lists of them, or None."""
+  """Dtype of numbers and nested lists of them: int32, float32, bool or None."""
   try:
     array = np.asarray(value)
   except ValueError:  # ragged lists
@@ -251,7 +252,7 @@ def _stack(values: list, name: str, dtype) -> np.ndarray:
 def _encode_all(
   records: list[dict], answers: str, encode: Callable, T: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens int32 [C, T], mask bool [C, T]) of the records' answers."""
+  """Encodes the records' answers: (tokens int32 [C, T], mask bool [C, T])."""
   ids = np.zeros((len(records), T), np.int32)
   mask = np.zeros((len(records), T), bool)
   for c, record in enumerate(records):

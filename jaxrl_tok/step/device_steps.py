@@ -1,4 +1,4 @@
-"""Whole steps in one program, where every reward is a JAX function.
+"""Steps on the device: many in one program, their rewards JAX functions.
 
 A step is sample -> score -> update, by the functions of a step on the host;
 `n` of them are one `scan` over the rows of a table that lies on the device.
@@ -24,7 +24,7 @@ from jaxrl_tok.types import Prompts, Scored, TrainState
 
 
 class Table(NamedTuple):
-  """All prompts and columns of the data, on the device."""
+  """Prompts and columns of all the data, on the device."""
 
   tokens: jax.Array  # int32 [n, P]
   length: jax.Array  # int32 [n]
@@ -32,7 +32,7 @@ class Table(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-  """A step's batch after its update, for samples that show its credit."""
+  """Batch of a step with its advantages, for samples that show credit."""
 
   scored: Scored
   advantage: jax.Array  # float32 [B, T]
@@ -94,8 +94,8 @@ def table_rows(
   steps: int,
   samples_per_prompt: int,
 ) -> Collector:
-  """A collector of indices: `finish` gives the rows of a Table for `steps`
-  steps, which the update of make_device_steps samples, scores and learns from.
+  """Collector of indices: `finish` gives the rows of a Table for `steps` steps,
+  which the update of make_device_steps samples, scores and learns from.
 
   lengths: int [n] of the table's prompts.
   """

@@ -1,7 +1,7 @@
-"""Whole prompts, and the rows of their samples: split, merged, taken.
+"""Groups, a prompt and its G samples: split, merged, taken together.
 
 A batch's leaves are [C, ...] or [B, ...], the G rows of a prompt consecutive;
-any part that is taken of it holds whole groups.
+every part of it holds complete groups.
 """
 
 import jax
@@ -11,7 +11,8 @@ from jaxrl_tok.sharding import constrain_rows
 
 
 def split_rows(tree, parts: int):
-  """[R, ...] -> [parts, R / parts, ...], part m taking rows m, m + parts, ...
+  """Splits [R, ...] into [parts, R / parts, ...]; part m has rows m, m + parts,
+  and so on.
 
   Strided, so that a batch split over devices stays on its devices.
   """
@@ -28,7 +29,7 @@ def merge_rows(tree):
 
 
 def split_groups(tree, parts: int, num_prompts: int):
-  """Splits a tree of [C, ...] and [B, ...] leaves by whole prompts."""
+  """Splits a tree of [C, ...] and [B, ...] leaves into parts of groups."""
 
   def one(x):  # a group's G rows move together
     return x.reshape(num_prompts, -1, *x.shape[1:])

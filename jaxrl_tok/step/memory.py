@@ -1,7 +1,7 @@
-"""Completions in one pass of the gradient, chosen by the device's memory.
+"""Micro-batches of the gradient, chosen by the device's memory.
 
-On a CPU, a pass whose arrays stay in the last cache is faster; on an
-accelerator, fewer passes are, as long as they fit.
+CPUs are faster with micro-batches whose arrays stay in the last cache;
+accelerators are faster with few micro-batches, as long as they fit.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.types import Policy, Rollout, SamplingRule
 
-USUAL_CACHE = 16 * 2**20  # bytes, where the system does not say
+USUAL_CACHE = 16 * 2**20  # bytes, where the system reports none
 KEPT_FREE = 0.1  # of an accelerator's memory, for what XLA does not count
 
 
@@ -27,17 +27,17 @@ def bytes_a_prompt(
   rule: SamplingRule,
   num_shards: int = 1,
 ) -> int:
-  """Bytes that one prompt's completions leave for the backward pass. Nothing
-  is computed: arrays may be ShapeDtypeStructs.
+  """Bytes that one prompt's completions hold for the backward pass, by shapes
+  alone: arrays may be ShapeDtypeStructs.
 
   Args:
     weights: (trained, frozen), as Policy.merge_params takes them.
-    num_shards: devices that share a batch, whose prompts are then a multiple.
+    num_shards: devices that share a batch; its prompts are a multiple of it.
   """
   params, fixed = weights
   G = rollout.tokens.shape[0] // rollout.prompts.length.shape[0]
 
-  def kept(num_prompts):
+  def bytes_of(num_prompts):
     def rows(x, count):
       return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
 
@@ -56,7 +56,7 @@ def bytes_a_prompt(
     return num_bytes(jax.eval_shape(backward, params, fixed, part, rule))
 
   # the difference is without what does not depend on the rows
-  return (kept(2 * num_shards) - kept(num_shards)) // num_shards
+  return (bytes_of(2 * num_shards) - bytes_of(num_shards)) // num_shards
 
 
 def last_cache() -> int:
@@ -78,15 +78,15 @@ def bytes_on_a_device(tree) -> int:
 
 
 def limit(device) -> int | None:
-  """Bytes that arrays may take of an accelerator; None: it does not say."""
+  """Bytes of an accelerator's memory for arrays; None: not reported."""
   stats = device.memory_stats() or {}
   known = 'bytes_limit' in stats and device.platform != 'cpu'
   return int((1 - KEPT_FREE) * stats['bytes_limit']) if known else None
 
 
 def budget(device, state=(), num_shards: int = 1) -> int | None:
-  """Bytes for a pass's arrays beside the state, on one device; None: it does
-  not say. The devices of a CPU share its cache."""
+  """Bytes for a pass's arrays beside the state, on one device; None: not
+  reported. The devices of a CPU share its cache."""
   if device.platform == 'cpu':
     return last_cache() // num_shards
   most = limit(device)
@@ -96,9 +96,10 @@ def budget(device, state=(), num_shards: int = 1) -> int | None:
 def divisions(
   num_prompts: int, each: int, most: int | None, num_shards: int = 1
 ) -> list[int]:
-  """Numbers of parts that the prompts may divide into, the fewest first: parts
-  that `num_shards` devices can share, and whose bytes (`each` a prompt) are at
-  most `most` on a device; where no part is, the smallest alone."""
+  """Numbers of parts that the prompts may divide into, the fewest first.
+
+  `num_shards` devices can share each part, and its bytes (`each` a prompt) are
+  at most `most` on a device. If no part fits, the smallest is returned."""
   found = [
     n
     for n in range(1, num_prompts + 1)
@@ -113,7 +114,7 @@ def divisions(
 
 
 def fits(compiled, device) -> bool:
-  """Whether a compiled program's arrays fit into an accelerator's memory."""
+  """Checks that a compiled program's arrays fit an accelerator's memory."""
   most = limit(device)
   if most is None:
     return True
@@ -128,8 +129,8 @@ def fits(compiled, device) -> bool:
 
 
 def first_that_fits(functions: list, args: tuple, device):
-  """The first of jitted functions whose program fits, compiled; the last one
-  where none does. Some compilers refuse what does not fit."""
+  """Compiles the first jitted function whose program fits, else the last one.
+  Some compilers refuse a program that does not fit."""
   *larger, last = functions
   for function in larger:
     try:

@@ -1,4 +1,4 @@
-"""Batches that an older policy sampled: replayed groups, and sampling ahead.
+"""Off-policy batches: groups replayed from earlier steps, sampling ahead.
 
 The algorithm must know how far the policy has moved since: V-trace, truncated
 importance weights (importance_cap), or a ratio to the sampler's log-probs
@@ -22,24 +22,24 @@ from jaxrl_tok.types import Scored, TrainState
 
 
 def to_leaves(tree) -> dict:
-  """{'000': array, ...}: the leaves of a record in order, as a cursor keeps
-  them."""
+  """Flattens a record to {'000': array, ...}, its leaves in order, for a
+  cursor."""
   return {f'{i:03d}': x for i, x in enumerate(jax.tree.leaves(tree))}
 
 
 def from_leaves(leaves: dict, like):
-  """The record of the structure of `like` that `to_leaves` took apart."""
+  """Rebuilds a record from `to_leaves`, with the structure of `like`."""
   found = [leaves[name] for name in sorted(leaves)]
   return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
 def is_by_group(x) -> bool:
-  """Whether a leaf of Scored has an axis of prompts or rows; weights do not."""
+  """Tells leaves of Scored with an axis of prompts or rows from weights."""
   return np.ndim(x) > 0
 
 
 def write_buffer(buffer: dict | None, new: Scored, into, capacity: int) -> dict:
-  """The buffer with the groups of `new` written at places `into`, int [C]."""
+  """Writes the groups of `new` at places `into`, int [C], of the buffer."""
   C, written = len(new.rollout.prompts.length), {}
   for name, x in to_leaves(new).items():
     if not is_by_group(x):
@@ -55,7 +55,7 @@ def write_buffer(buffer: dict | None, new: Scored, into, capacity: int) -> dict:
 
 
 def read_buffer(buffer: dict, places: np.ndarray, like: Scored) -> Scored:
-  """Groups at places int [n] of the buffer, as a record like `like`."""
+  """Reads groups at places int [n] of the buffer, as a record like `like`."""
 
   def rows(name, x):
     if not is_by_group(x):
@@ -75,7 +75,7 @@ def replayed(
   prompt_length: int,
   seed: int = 0,
 ) -> Collector:
-  """Every batch with `groups` groups of earlier steps after its new ones.
+  """Experience replay: each batch ends with `groups` groups of earlier steps.
 
   The buffer holds the last `capacity` groups and lives in the cursor. While it
   is empty, the added rows are not valid, so they change nothing.
@@ -83,7 +83,7 @@ def replayed(
   Args:
     examples: positions int64 [n] -> their records.
     prompt_length: P of all batches, the largest bucket of the data.
-    seed: of the groups that are drawn.
+    seed: seed of the draws from the buffer.
   """
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
@@ -103,7 +103,7 @@ def replayed(
     if count:
       old = read_buffer(outer['buffer'], drawn, new)
       positions = outer['positions'][drawn]
-    else:  # rows that apply to nothing
+    else:  # rows that are not valid
       some = write_buffer(None, new, into, capacity)
       old = read_buffer(some, into[np.arange(groups) % C], new)
       none = {k: np.zeros_like(v) for k, v in old.applies.items()}
@@ -138,9 +138,8 @@ def replayed(
 
 
 def ahead(collector: Collector) -> Collector:
-  """Rollouts of one step before: while a batch is scored on the host and
-  learnt from, the device already samples the next one, by the policy before
-  the update.
+  """Sampling one step ahead: while a batch is scored on the host and learnt
+  from, the device samples the next one by the policy before the update.
 
   collector: single_turn, whose pending batch holds arrays alone.
   """
@@ -174,7 +173,7 @@ def ahead(collector: Collector) -> Collector:
 
 
 def place_pending(pending: Pending) -> Pending:
-  """A pending batch on the devices: a resumed run has it on the host."""
+  """Places a pending batch on the devices; a resumed run has it on the host."""
   mesh = jax.sharding.get_mesh()
 
   def one(x):

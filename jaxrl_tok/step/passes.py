@@ -1,12 +1,12 @@
 """Passes of one update over a rollout: gradients and optimizer steps.
 
 1. `make_gradient`: evaluate, the loss of one sequence under vmap, the weighted
-   sum, its gradient, in micro-batches. Weights are those of the whole
-   mini-batch, so the number of micro-batches changes nothing; where the loss
-   is flat without an advantage, groups that have none need no gradient.
-2. `make_passes`: epochs x mini-batches of optimizer steps. One pass takes the
-   prompts as they come; several take whole prompts in an order that each epoch
-   draws anew, and may end early when the policy has moved.
+   sum, its gradient, in micro-batches. Weights are those of the mini-batch,
+   so the number of micro-batches changes nothing; where the loss is flat
+   without an advantage, groups that have none need no gradient.
+2. `make_passes`: epochs x mini-batches of optimizer steps. A single pass takes
+   the prompts in order; several take groups in an order that is drawn for each
+   epoch, and may stop early when the policy has moved.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def total_loss(
   value_weight: jax.Array,
   kl_coef: jax.Array,
 ):
-  """sum(weight (L + kl_coef KL)) + sum(value_weight L_value), and token
+  """Loss sum(weight (L + kl_coef KL)) + sum(value_weight L_value), and token
   metrics {name: [B, T]}; losses of one sequence are vmapped over the rows."""
   mask = trajectory.rollout.mask
   rows = trajectory._replace(rollout=trajectory.rollout._replace(prompts=None))
@@ -76,8 +76,8 @@ def total_loss(
 
 
 def sort_by_advantage(advantage: jax.Array, parts: int, num_prompts: int):
-  """(order int [C] of the prompts, number of parts with a gradient): prompts
-  with an advantage fill the first parts that `split_groups` makes."""
+  """Sorts prompts with an advantage into the first parts of `split_groups`:
+  (order int [C] of the prompts, number of parts with a gradient)."""
   has_one = jnp.any(advantage.reshape(num_prompts, -1) != 0, axis=1)
   order = jnp.argsort(~has_one, stable=True).reshape(parts, -1)
   count = jnp.sum(jnp.any(has_one[order], axis=1))
@@ -99,11 +99,11 @@ class _Loss(NamedTuple):
 
 
 def _in_micro_batches(loss: _Loss, batch: tuple, parts: int, flat: bool):
-  """(gradient summed over micro-batches, (sums, gap)) of a mini-batch.
+  """Returns (gradient summed over micro-batches, (sums, gap)) of a mini-batch.
 
   Args:
     batch: (Trajectory, weights), leaves [C, ...] or [B, ...].
-    flat: leave groups without an advantage out of the gradient.
+    flat: takes no gradient of groups without an advantage.
   """
   trajectory, _ = batch
   C, count = trajectory.rollout.prompts.length.shape[0], parts
@@ -148,7 +148,7 @@ def make_gradient(
   Args:
     micro_batches: parts that the gradient is computed in.
     logits_chunk: see policy.evaluate.
-    critic: network of the critic, where it is no head on the policy.
+    critic: network of a separate critic; None: a head on the policy, or none.
   """
 
   def micro_loss(trained, fixed: Fixed, trajectory: Trajectory, weights):
@@ -200,8 +200,8 @@ def make_gradient(
 
 
 def param_labels(trained) -> tuple:
-  """'critic' or 'policy' for every leaf of TrainState.trained: a critic of its
-  own, and the value head on a shared trunk, are the critic."""
+  """Labels leaves of TrainState.trained 'critic' or 'policy'; a separate critic
+  and the value head on a shared trunk are the critic."""
 
   def label(path, _):
     own = path_name(path[:1]) == '1' or 'value_head' in path_name(path)
@@ -213,7 +213,7 @@ def param_labels(trained) -> tuple:
 def make_optimizer_step(
   optimizer: optax.GradientTransformation, critic_warmup_steps: int
 ) -> Callable:
-  """Returns apply((trained, opt_state), gradient, step) -> the same after one
+  """Returns apply((trained, opt_state), gradient, step) -> both after one
   optimizer step; the policy waits while the critic warms up."""
 
   def apply(moving: tuple, grads, step) -> tuple:
@@ -239,7 +239,7 @@ def make_optimizer_step(
 
 
 def pass_order(key: jax.Array, passes: Passes, num_prompts: int) -> jax.Array:
-  """int [passes, C / mini_batches]: the prompts of every optimizer step; every
+  """Order int [passes, C / mini_batches] of the prompts by optimizer step; an
   epoch has each prompt once."""
   epochs = jnp.arange(passes.epochs)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, epochs)
@@ -248,8 +248,8 @@ def pass_order(key: jax.Array, passes: Passes, num_prompts: int) -> jax.Array:
 
 
 def early_stop(one: Callable, limit: float) -> Callable:
-  """A scan's body that makes a pass unless one before it moved the policy
-  beyond `limit` nats a token; that pass's change is taken back."""
+  """Early stopping, as a scan's body: a pass that finds the policy further than
+  `limit` nats a token changes nothing, and no pass follows it."""
 
   def body(carry, prompts):
     moving, going = carry
@@ -257,8 +257,8 @@ def early_stop(one: Callable, limit: float) -> Callable:
     def work():
       moved, metrics = one(moving, prompts)
       near = metrics['update_kl'] <= limit
-      kept = jax.tree.map(lambda n, o: jnp.where(near, n, o), moved, moving)
-      return (kept, near), metrics | {'passes': near.astype(jnp.float32)}
+      found = jax.tree.map(lambda n, o: jnp.where(near, n, o), moved, moving)
+      return (found, near), metrics | {'passes': near.astype(jnp.float32)}
 
     def skip():
       shapes = jax.eval_shape(work)[1]
@@ -274,8 +274,7 @@ def make_passes(
   gradient: Callable, optimizer: optax.GradientTransformation, passes: Passes
 ) -> Callable:
   """Returns run(state, Fixed, Trajectory, valid [B]) -> ((trained, opt_state),
-  metrics) after all passes, or after those before the policy had moved by
-  max_update_kl. Pure; gradient: see make_gradient."""
+  metrics), pure; early_stop may end the passes. gradient: see make_gradient."""
   apply = make_optimizer_step(optimizer, passes.critic_warmup_steps)
 
   def once(state: TrainState, fixed: Fixed, trajectory: Trajectory, valid):
@@ -296,15 +295,15 @@ def make_passes(
     moving, limit = (state.trained, state.opt_state), passes.max_update_kl
     if limit is None:
       moving, stacked = jax.lax.scan(one, moving, order)
-      looked = jnp.ones(passes.count)
+      ran = jnp.ones(passes.count)
     else:
       start = moving, jnp.bool_(True)
       (moving, _), stacked = jax.lax.scan(early_stop(one, limit), start, order)
       made = stacked.pop('passes')
-      # the pass that found the policy too far looked, but did not step
-      looked = jnp.concatenate([jnp.ones(1), made[:-1]])
+      # the pass that found the policy too far has metrics, but no step
+      ran = jnp.concatenate([jnp.ones(1), made[:-1]])
     metrics = {
-      k: v[0] if k in AT_FIRST else jnp.sum(v * looked) / jnp.sum(looked)
+      k: v[0] if k in AT_FIRST else jnp.sum(v * ran) / jnp.sum(ran)
       for k, v in stacked.items()
     }
     if limit is not None:

@@ -1,8 +1,8 @@
 """Programs of a run: a step's functions, compiled before the first step.
 
 Every shape that a run can meet is known beforehand: the prompt lengths of the
-data's buckets, and the lengths that an update may pay for. So nothing is
-compiled once training has begun.
+data's buckets, and the completion lengths of updates. So nothing is compiled
+once training has begun.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ SHORTEST = 32  # tokens; less is computed faster than compiled
 
 @dataclasses.dataclass(frozen=True)
 class ProgramConfig:
-  """Choices that programs are compiled for."""
+  """Sizes and choices that programs are compiled for."""
 
   num_prompts: int = 32  # C
   samples_per_prompt: int = 16  # G
@@ -50,7 +50,7 @@ class ProgramConfig:
   micro_batches: int | None = 1  # passes of a gradient; None: see memory.py
   length_buckets: int = 1  # see completion_lengths
   logits_chunk: int | None = None
-  steps_per_call: int = 0  # whole steps of one program; 0: step by step
+  steps_per_call: int = 0  # steps of one program; 0: step by step
   replay_groups: int = 0  # groups of earlier steps in a batch
   reference_kl: bool = False  # measured for the log
 
@@ -72,7 +72,7 @@ class ProgramConfig:
 
 
 class Networks(NamedTuple):
-  """The functions that programs are made of."""
+  """Functions that programs are made of."""
 
   policy: Policy
   algorithm: Algorithm
@@ -91,7 +91,7 @@ class EvaluationShape(NamedTuple):
   num_prompts: int  # at a time
   prompt_length: int
   sampler: SamplerConfig
-  # (function of make_device_scorer, its params); None: the host judges alone
+  # (function of make_device_scorer, its params); None: host rewards alone
   device_score: tuple | None = None
   columns: dict = {}  # noqa: RUF012  arrays [n, ...] that those rewards read
 
@@ -100,7 +100,7 @@ class Programs(NamedTuple):
   """Compiled functions; arrays in, arrays out."""
 
   sample: Callable | None  # (state, key, Prompts) -> Rollout
-  greedy: Callable | None  # the same, one greedy completion of each prompt
+  greedy: Callable | None  # alike, one greedy completion of each prompt
   device_score: Callable | None  # (Rollout, columns) -> (rewards, applies)
   update: Callable  # (state, batch.scored) -> (state, metrics, StepBatch)
   evaluations: dict  # {name: (state, key, Prompts) -> Rollout}
@@ -118,7 +118,7 @@ def completion_lengths(T: int, count: int) -> list[int]:
 
 
 class Shapes(NamedTuple):
-  """ShapeDtypeStructs of a run's arrays, and where they lie."""
+  """ShapeDtypeStructs of a run's arrays, with their shardings."""
 
   rows: NamedSharding
   whole: NamedSharding
@@ -127,7 +127,7 @@ class Shapes(NamedTuple):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.rows)
 
   def like(self, x, count: int, sharding=None):
-    """`count` rows of x."""
+    """Struct of `count` rows of x."""
     return self.array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
 
   def prompts(self, count: int, length: int, inputs=()) -> Prompts:
@@ -166,8 +166,8 @@ def make_sampling(policy: Policy, config: SamplerConfig) -> Callable:
 
 
 def make_reference_kl(policy: Policy, logits_chunk: int | None) -> Callable:
-  """Returns reference_kl(reference_params, Rollout, rule) -> mean k3 in nats a
-  token: how far the policy that sampled last is from the reference."""
+  """Returns reference_kl(reference_params, Rollout, rule) -> KL of the newest
+  rows' policy to the reference, the mean k3 in nats a token."""
 
   def reference_kl(reference_params, rollout: Rollout, rule: SamplingRule):
     reference = policy.merge_params(*reference_params)
@@ -190,7 +190,7 @@ class _Run(NamedTuple):
   columns: dict  # structs of what device rewards read, [C, ...]
 
   def sampled(self, count: int, length: int, config: SamplerConfig):
-    """(job of a sampler, structs of its Rollout)."""
+    """Returns (job of a sampler, structs of its Rollout)."""
     sample = make_sampling(self.networks.policy, config)
     prompts = self.shapes.prompts(count, length)
     version = self.state.step
@@ -225,8 +225,8 @@ def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
 
 
 def update_function(run: _Run, micro_batches: int, length: int | None = None):
-  """update(state, Scored, rule) of one number of micro-batches, of rollouts
-  that are over by column `length`."""
+  """Returns update(state, Scored, rule) with a number of micro-batches, for
+  rollouts that end by column `length`."""
   n = run.networks
   update = make_update(
     n.policy,
@@ -241,13 +241,13 @@ def update_function(run: _Run, micro_batches: int, length: int | None = None):
 
 
 def rollout_kind(rollout: Rollout) -> tuple:
-  """(P, B, whether num_kept was recorded): a program of rollouts takes one."""
+  """Shape of rollouts that one program takes: (P, B, has num_kept)."""
   P, B = rollout.prompts.tokens.shape[1], rollout.tokens.shape[0]
   return P, B, rollout.num_kept is not None
 
 
 def sampling_jobs(run: _Run, P: int) -> dict:
-  """{name: Job} of rollouts whose prompts are of length P, and their rewards
+  """Jobs {name: Job} of rollouts by prompts of length P, and of their rewards
   on the device."""
   n, config, jobs, rollouts = run.networks, run.config, {}, {}
   kinds = {'sample': config.sampler}
@@ -266,7 +266,7 @@ def sampling_jobs(run: _Run, P: int) -> dict:
 
 
 def update_jobs(run: _Run, P: int) -> dict:
-  """{name: Job} of updates by batches whose prompts are of length P."""
+  """Jobs {name: Job} of updates by batches whose prompts are of length P."""
   n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
   C = config.num_prompts + config.replay_groups
   _, rollout = run.sampled(C, P, config.sampler)
@@ -294,7 +294,7 @@ def update_jobs(run: _Run, P: int) -> dict:
 
 
 def many_steps_job(run: _Run, table: Table) -> Job:
-  """Job of steps_per_call whole steps."""
+  """Job of steps_per_call steps in one program."""
   n, config, shapes = run.networks, run.config, run.shapes
   C, (rows, P) = config.num_prompts, table.tokens.shape
   _, rollout = run.sampled(C, P, config.sampler)
@@ -329,11 +329,11 @@ def compile_programs(
   data: PromptSet,
   evaluations: dict[str, EvaluationShape],
 ) -> Programs:
-  """Compiles a run's programs, side by side.
+  """Compiles a run's programs in parallel; nothing is compiled afterwards.
 
-  state: or ShapeDtypeStructs of it, with their shardings.
+  state: arrays, or ShapeDtypeStructs with their shardings.
 
-  Must run under jax.set_mesh. Nothing is compiled after this.
+  Must run under jax.set_mesh.
   """
   shapes, C = mesh_shapes(), config.num_prompts
   _, _, columns = batch_at(data, 0, 0, C)
@@ -367,8 +367,7 @@ def compile_programs(
 def bind(
   n: Networks, built: dict, table: Table | None, evaluation_params: dict
 ) -> Programs:
-  """Programs that take what flows; what stays (rule, reward parameters, the
-  table) is bound to them."""
+  """Binds the compiled programs' constants: rule, reward parameters, table."""
 
   def by_name(name):
     return {key[1:]: f for key, f in built.items() if key[0] == name}
@@ -423,8 +422,8 @@ def bind(
 
 
 def bound_update(n: Networks, updates: dict) -> Callable:
-  """update(state, Scored) by the program of the fewest columns that hold every
-  chosen token."""
+  """Returns update(state, Scored), by the program with the fewest columns that
+  hold every chosen token."""
 
   def update(state: TrainState, scored: Scored):
     rollout = scored.rollout
@@ -438,7 +437,7 @@ def bound_update(n: Networks, updates: dict) -> Callable:
 
 
 def bound_steps(n: Networks, compiled: Callable, table: Table) -> Callable:
-  """update(state, index [n, C]): whole steps on rows of the table."""
+  """Returns update(state, index [n, C]): n steps on rows of the table."""
   placed = put_replicated(jax.sharding.get_mesh(), table)
 
   def update(state: TrainState, index):

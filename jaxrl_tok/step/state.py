@@ -9,7 +9,7 @@ from jaxrl_tok.types import Algorithm, Policy, TrainState
 
 
 def step_key(state: TrainState) -> jax.Array:
-  """Key of the step to come: fold_in(state.key, state.step)."""
+  """Key of the next step: fold_in(state.key, state.step)."""
   return _fold_in(state.key, state.step)
 
 
@@ -17,7 +17,7 @@ _fold_in = jax.jit(jax.random.fold_in)
 
 
 def carries_of(algorithm: Algorithm, frozen) -> dict:
-  """{name: Carry} of a run: a frozen base is the reference itself."""
+  """Carries {name: Carry} of a run; a frozen base is its own reference."""
   carries = algorithm.carries
   if frozen is not None:
     carries = {k: v for k, v in carries.items() if k != 'reference'}
@@ -32,12 +32,12 @@ def init_state(
   frozen=None,
   critic=None,
 ) -> TrainState:
-  """State around parameters.
+  """TrainState of parameters, before the first update.
 
   Args:
-    params: what the optimizer changes of the policy.
-    frozen: what it does not (Policy.merge_params), None where it changes all.
-    critic: parameters of a critic of its own.
+    params: parameters of the policy that the optimizer changes.
+    frozen: those that it does not change (Policy.merge_params), or None.
+    critic: parameters of a separate critic, or None.
   """
   carries = carries_of(algorithm, frozen)
   return TrainState(
@@ -52,8 +52,7 @@ def init_state(
 
 
 def with_value_head(policy: Policy, params):
-  """params with a value head of zeros, where the policy has one and they have
-  none."""
+  """Adds a value head of zeros to params that lack the policy's."""
   if policy.value is None:
     return params
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
@@ -75,13 +74,12 @@ def make_state(
   frozen=None,
   critic: Policy | None = None,
 ) -> TrainState:
-  """TrainState born where it will live; ShapeDtypeStructs make a state of
-  them.
+  """TrainState created on its devices; of ShapeDtypeStructs, a state of them.
 
   Args:
-    params: parameters to take over; None: random ones.
-    frozen: what no update changes.
-    critic: network of a critic of its own, which begins as the policy with a
+    params: parameters to start from; None: random ones.
+    frozen: parameters that no update changes.
+    critic: network of a separate critic, which begins as the policy with a
       value head of zeros.
   """
   rules, key = policy.partition_rules, jax.random.key(seed)

@@ -1,7 +1,7 @@
-"""One update from one scored rollout, in one jit.
+"""Update of the parameters from a scored rollout, in one jit.
 
 1. `make_inputs`: log-probs of the reference and of the policy at the start,
-   values, the KL that leaves the reward: what the algorithm reads.
+   values, the KL in the reward: the inputs of the algorithm.
 2. algorithm.advantage: rewards -> advantage, over the whole batch.
 3. passes.py: optimizer steps on mini-batches' gradients.
 4. Carries move: the KL's coefficient, an EMA, the reference; then metrics.
@@ -70,8 +70,8 @@ def length_metrics(rollout: Rollout) -> dict:
 
 
 def value_metrics(value, target, mask) -> dict:
-  """Share of the returns that the critic knew, 1 - var(target - V) /
-  var(target) over chosen tokens; 0 where the targets do not vary."""
+  """Explained variance of the critic, 1 - var(target - V) / var(target) over
+  chosen tokens; 0 where the targets do not vary."""
   spread = masked.var(target, mask)
   left = masked.var(target - value, mask)
   known = jnp.where(spread > 0, 1 - left / jnp.maximum(spread, 1e-12), 0.0)
@@ -79,14 +79,14 @@ def value_metrics(value, target, mask) -> dict:
 
 
 def penalised(reward, rollout: Rollout, ref_logp, kl_coef) -> jax.Array:
-  """r_t - kl_coef (l_roll - l_ref): the reverse KL, future divergence
-  credited."""
+  """Reward less the KL, r_t - kl_coef (l_roll - l_ref): the reverse KL, with
+  credit for future divergence."""
   d = masked.fill(rollout.logp - ref_logp, rollout.mask)
   return reward - kl_coef * d
 
 
 class Networks(NamedTuple):
-  """Passes over a whole batch, a micro-batch at a time."""
+  """Forward passes over a batch, a micro-batch at a time."""
 
   logp: Callable  # (arguments of merge_params, Rollout, rule) -> [B, T]
   values: Callable  # (trained, fixed, Rollout) -> [B, T + 1]
@@ -95,7 +95,7 @@ class Networks(NamedTuple):
 def make_networks(
   policy: Policy, parts: int, logits_chunk: int | None, critic: Policy | None
 ) -> Networks:
-  """Log-probs and values of rollouts, in `parts` micro-batches."""
+  """Makes the log-probs and values of rollouts, in `parts` micro-batches."""
 
   def in_parts(function, rollout: Rollout):
     C = rollout.prompts.length.shape[0]
@@ -196,8 +196,8 @@ def make_update(
   Args:
     micro_batches: parts that a mini-batch's gradient is computed in.
     logits_chunk: see policy.evaluate.
-    critic: network of the critic, where it is no head on the policy.
-    passes: how it goes through a rollout; None: the algorithm's own.
+    critic: network of a separate critic; None: a head on the policy, or none.
+    passes: epochs and mini-batches; None: those of the algorithm.
   """
   passes = passes or algorithm.passes
   networks = make_networks(
@@ -252,10 +252,10 @@ def after_update(
   metrics: dict,
   rows: jax.Array,
 ) -> TrainState:
-  """The state with the passes' parameters, one step on; every carry follows.
+  """State of the next step: parameters after the passes, carries moved.
 
-  moved: ((params, critic), opt_state). rows: int [], valid ones, which
-      carries read, too.
+  moved: ((params, critic), opt_state).
+  rows: number of valid rows int [], a metric for the carries.
   """
   (params, critic), opt_state = moved
   state = state.replace(
@@ -270,8 +270,8 @@ def after_update(
 
 
 def shortened(update: Callable, length: int) -> Callable:
-  """The update of rollouts that chose no token from column `length` on, at the
-  price of that many columns; the advantage that it returns is of all T."""
+  """Update that computes the first `length` columns only, of rollouts without a
+  chosen token after them; its advantage has all T."""
 
   def run(state: TrainState, scored: Scored, rule: SamplingRule):
     rollout = scored.rollout
