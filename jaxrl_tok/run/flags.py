@@ -61,8 +61,8 @@ def fail(message) -> None:
 
 
 def own_flags(function: Callable) -> tuple[list, list[str]]:
-  """(dataclass fields of the parameters that are flags of its own, names of
-  those that are settings and get their value).
+  """Turns a function's parameters into flags: (dataclass fields of those that
+  are flags of its own, names of those that are settings and get their value).
 
   A parameter's type and default are the flag's; its line under Args in the
   docstring is the flag's help. A list or tuple is a flag that is repeated.
@@ -83,15 +83,15 @@ def own_flags(function: Callable) -> tuple[list, list[str]]:
     kind = hints.get(p.name, str)
     if get_origin(kind) in (list, tuple):
       kind = tyro.conf.UseAppendAction[kind]
-    said = ' '.join((helps.get(p.name) or '').split())
-    flag = Annotated[kind, tyro.conf.arg(help=said)] if said else kind
+    words = ' '.join((helps.get(p.name) or '').split())
+    flag = Annotated[kind, tyro.conf.arg(help=words)] if words else kind
     default = dataclasses.MISSING if p.default is p.empty else p.default
     fields.append((p.name, flag, dataclasses.field(default=default)))
   return fields, shared
 
 
 def unused_flags(settings: Settings, names) -> set[str]:
-  """Names of flags among `names`; a group's name stands for all of its."""
+  """Names of flags among `names`; a group's name stands for all its flags."""
   found = set(names)
   for field in dataclasses.fields(settings):
     if field.name in found:
@@ -100,7 +100,7 @@ def unused_flags(settings: Settings, names) -> set[str]:
 
 
 def hide(settings: Settings, names) -> Settings:
-  """Settings whose groups have no flags of these names."""
+  """Hides settings of these names from the command line."""
 
   def hidden(group):
     fields = [
@@ -129,7 +129,7 @@ def hide(settings: Settings, names) -> Settings:
 
 
 def _with_own(settings: Settings, fields: list):
-  """(type, default) of all flags: the groups, and a task's own in front."""
+  """Returns (type, default) of all flags: a task's own, then the groups."""
   groups = [
     (f.name, type(group), dataclasses.field(default=group))
     for f in dataclasses.fields(settings)
@@ -181,7 +181,7 @@ def _names(kind) -> set[str]:
 
 
 def cli(kind, default, prog: str, argv: list[str], description: str | None):
-  """tyro's reading of argv, its faults in one line."""
+  """Reads argv with tyro, its faults in one line."""
   check_spelling(_names(kind), argv)
   read = functools.partial(
     tyro.cli,
@@ -215,15 +215,13 @@ def parse(
   description: str | None = None,
   unused: Sequence[str] = (),
 ) -> Parsed:
-  """argv -> settings with the values that it gives; a fault exits with one
-  line.
+  """Parses argv into settings; a fault exits with one line.
 
   Args:
     settings: defaults.
-    function: whose parameters are flags, too (see own_flags).
+    function: a function whose parameters are flags, too (see own_flags).
     prog: the command, for --help.
-    unused: flags, or groups of them, that would have no effect: there are
-      none of these names.
+    unused: flags, or groups of them, that would have no effect: left out.
   """
   try:
     fields, shared = own_flags(function) if function else ([], [])
@@ -250,7 +248,7 @@ def parse(
   found, own = read(settings)
   try:
     changed = algorithm_defaults(found)
-    if changed:  # argv's values go over them
+    if changed:  # argv's values replace them
       found, own = read(with_values(settings, changed))
     check(found)
   except (ValueError, OSError) as e:
@@ -260,7 +258,7 @@ def parse(
 
 
 def algorithm_defaults(settings: Settings) -> dict:
-  """Other defaults that an algorithm, or --compat, has."""
+  """Defaults that an algorithm, or --compat, changes."""
   changed = OF_ALGORITHM.get(settings.algorithm.algorithm, {})
   return changed | compat.defaults(flatten(settings))
 
@@ -280,7 +278,7 @@ def settings_of(values: dict[str, Any]) -> Settings:
 
 
 def is_of_kind(value, kind) -> bool:
-  """Whether a value has the type of a setting."""
+  """Tells whether a value has the type of a setting."""
   origin = get_origin(kind)
   if origin is Literal:
     return value in get_args(kind)
@@ -294,7 +292,7 @@ def is_of_kind(value, kind) -> bool:
 
 
 def kind_in_words(kind) -> str:
-  """The type of a setting for a message: int or None, one of a, b."""
+  """Type of a setting for a message: int or None, one of a, b."""
   origin = get_origin(kind)
   if origin is Literal:
     return f'one of {", ".join(get_args(kind))}'
@@ -359,8 +357,8 @@ def check_numbers(settings) -> None:
 
 
 def check(settings: Settings) -> None:
-  """Refuses values that cannot be, and that do not fit each other. Raises
-  ValueError or OSError; nothing here imports jax."""
+  """Refuses impossible values, and values that do not fit each other. Raises
+  ValueError or OSError; imports no jax."""
   check_numbers(settings)
   check_run(settings)
   check_model(settings)
@@ -410,7 +408,7 @@ def check_model(settings: Settings) -> None:
     raise ValueError('--param_dtype is how a --model is read; pass --model')
   if model.lora_adapter and not Path(model.lora_adapter).is_dir():
     raise ValueError(f'--lora_adapter {model.lora_adapter} is no directory')
-  if model.model:  # before jax takes its seconds
+  if model.model:  # before the slow import of jax
     fetch.locate(model.model, model.revision, weights=False)
   if model.reward_model:
     fetch.locate(model.reward_model, weights=False)
@@ -444,7 +442,7 @@ def check_collectors(settings: Settings) -> None:
 
 
 def check_batches(settings: Settings) -> None:
-  """Refuses mini-batches and micro-batches that are not of whole prompts."""
+  """Refuses mini-batches and micro-batches that would split groups."""
   sampling, parts = settings.sampling, settings.algorithm.mini_batches or 1
   micro = settings.model.micro_batch
   micro = 0 if micro == 'auto' else micro

@@ -1,8 +1,8 @@
-"""Settings: the words that users type, in groups; nothing here imports jax.
+"""Settings of a run, in groups; nothing here imports jax.
 
-Each group is a frozen dataclass; flags.py turns them into flags, and `train`
-takes the same names as arguments. The algorithm's are in
-algorithm_settings.py.
+A group is a frozen dataclass. flags.py turns settings into flags, and `train`
+takes them as arguments of equal names. algorithm_settings.py has those of the
+algorithm.
 """
 
 import dataclasses
@@ -17,34 +17,38 @@ class RunSettings:
   """The run: where it writes, how long it lasts."""
 
   output_dir: str | None = None
-  """Directory of the run; default runs/EXPERIMENT-TIME."""
+  """Directory of the run; default: runs/EXPERIMENT-TIME."""
   seed: int = 0
   """Seed of the data's order, the parameters and the sampling."""
   max_steps: int = 1000
   """Updates at most."""
   stop_at_reward: float | None = None
-  """Stop when the held-out reward (greedy) reaches this."""
+  """Stop when the held-out reward (greedy) is this or more."""
   patience: int = 0
-  """Stop after so many evaluations without a better one; 0: never."""
+  """Evaluations without a better held-out reward that end the run; 0: none
+  do."""
   eval_every: int = 50
-  """Steps between evaluations on held-out data; 0: never."""
+  """Steps between evaluations on held-out data; 0: only before the first step
+  and after the last."""
   held_out: int | None = None
-  """Held-out prompts at most; default: as the task says."""
+  """Held-out prompts at most; default: the task's number."""
   save_every: int = 200
   """Steps between checkpoints; 0: only the last."""
   keep: int = 2
-  """Checkpoints kept."""
+  """Checkpoints on disk, the newest ones."""
   resume: str = 'never'
-  """never, auto (go on from the newest checkpoint of output_dir) or a step."""
+  """Checkpoint of output_dir to go on from: never, auto (the newest, if any) or
+  a step."""
   push_to_hub: str | None = None
-  """Upload the policy to this repository, new ones private (HF_TOKEN)."""
+  """Upload the policy to this repository, OWNER/NAME (HF_TOKEN); a new one is
+  private."""
   steps_per_call: int = 0
-  """Whole steps in one call of the device, its rewards JAX functions, too; 0:
-  step by step, rewards on the host."""
+  """Steps in one program, with rewards that are JAX functions; 0: step by step,
+  with rewards on the host, too."""
   keep_special_tokens: bool = False
-  """Give reward functions the special tokens of completions, too."""
+  """Keep special tokens in the completions that reward functions get."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
-  """Writer of metrics beside metrics.jsonl."""
+  """Writer of metrics, beside metrics.jsonl."""
   print_config: bool = False
   """Print every setting, the parameters and their placement, and exit."""
 
@@ -58,46 +62,48 @@ class ModelSettings:
   revision: str | None = None
   """Branch, tag or commit of a hub id."""
   param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-  """Dtype of the parameters; auto: float32, a base frozen by LoRA as in its
-  file."""
+  """Dtype of the parameters; auto: float32, and for a base that LoRA freezes
+  that of its file."""
   lora_rank: int = 0
-  """Train adapters of this rank, not the model; 0: the model."""
+  """Rank of LoRA adapters, trained in place of the model; 0: train the
+  model."""
   lora_alpha: float = 32.0
-  """Scales adapters by alpha / rank."""
+  """Alpha of LoRA: adapters are scaled by alpha / rank."""
   lora_targets: tuple[str, ...] = ('all-linear',)
   """Matrices with an adapter, by the ends of their names."""
   lora_adapter: str | None = None
-  """PEFT directory to start from; it says rank, alpha and targets."""
+  """Directory of PEFT adapters to start from, with their rank, alpha and
+  targets."""
   reward_model: str | None = None
-  """Classifier of one label (directory or hub id): its score is added to the
+  """Classifier of one label (directory or hub id), whose score is added to the
   reward."""
   reward_model_weight: float = 1.0
   """Weight of the reward model's score."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
   remat: Literal['none', 'dots', 'full'] = 'none'
-  """Recomputation in the backward pass, by block: nothing; all but the products
-  with matrices of weights; all. Less memory, more time."""
+  """Recomputation in the backward pass, by block: nothing; all but products
+  with weights; all. Saves memory, costs time."""
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
-  """Attention of many tokens at once; auto: cudnn on GPU, splash on TPU, else
-  xla."""
+  """Kernel of attention over many tokens; auto: cudnn on GPU, splash on TPU,
+  else xla."""
   cpu_devices: int = 1
-  """Devices that a CPU is split into, each with its own rows and a copy of the
-  weights: two on two cores sample faster, and learn no faster."""
+  """Devices that a CPU is split into, each with rows of its own and a copy of
+  the weights. Two on two cores sample faster, and learn no faster."""
   mesh: str = 'data=-1,fsdp=1,tensor=1'
-  """Devices along each axis; -1: all that are left."""
+  """Devices along each axis of the mesh; -1: all that are left."""
   micro_batch: int | Literal['auto'] = 'auto'
-  """Completions in one pass of the gradient; 0: all at once; auto: as many as
-  the accelerator's memory or the CPU's last cache holds."""
+  """Completions in one micro-batch of the gradient; 0: all at once; auto: as
+  many as the accelerator's memory or the CPU's last cache holds."""
   length_buckets: int = 2
-  """Lengths that the update is compiled for, the longest completion allowed and
-  each half the one before (down to 32 tokens): it pays for the shortest that
-  holds a step's completions."""
+  """Completion lengths that the update is compiled for, each half the one
+  before, down to 32 tokens; a step takes the shortest that holds its
+  completions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-  """Prompts and how completions are sampled."""
+  """Prompts, and sampling of completions."""
 
   num_prompts: int = 32
   """Prompts in a step (C)."""
@@ -107,7 +113,7 @@ class SamplingSettings:
   """Tokens in a completion at most (T), the end token included; default: the
   longest answer of a supervised start, else 64."""
   temperature: float = 1.0
-  """Divides the logits; part of the policy that is trained."""
+  """Temperature, which divides the logits; part of the trained policy."""
   top_k: int = 0
   """Keep the k most likely tokens; 0: all."""
   top_p: float = 1.0
@@ -115,17 +121,17 @@ class SamplingSettings:
   min_p: float = 0.0
   """Keep tokens of at least this share of the largest probability."""
   compact_levels: int = 0
-  """Times that rows which still run may move into arrays of half the rows, on
-  one device: faster where lengths differ much and prompts are short, longer to
-  compile."""
+  """Compactions of a batch while it is sampled (one device): once half of the
+  rows have ended, the others move together. Faster where lengths differ much
+  and prompts are short; longer to compile."""
   replay_groups: int = 0
-  """Groups of earlier steps added to each batch; 0: none. Needs an algorithm
-  that knows how old they are (importance_cap, V-trace or a clipped ratio)."""
+  """Groups of earlier steps added to each batch; 0: none. Needs importance_cap,
+  V-trace or a loss with a ratio."""
   replay_capacity: int = 256
   """Groups that the replay buffer holds."""
   ahead: bool = False
-  """Sample the next batch while this one is scored and learnt from: one step
-  off-policy, on the same devices."""
+  """Sample the next batch while this one is scored and learnt from, one step
+  off-policy. Needs importance_cap, V-trace or a loss with a ratio."""
 
   @property
   def truncates(self) -> bool:
@@ -134,14 +140,14 @@ class SamplingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """The data."""
+  """The data: columns and long prompts."""
 
   rename: tuple[str, ...] = ()
-  """Columns under another name, old=new: question=prompt."""
+  """Rename columns, old=new: question=prompt."""
   max_prompt_length: int | None = None
-  """Tokens in a prompt at most (P); default: the longest one."""
+  """Tokens in a prompt at most (P); default: those of the longest one."""
   long_prompts: Literal['error', 'drop', 'cut_left', 'cut_right'] = 'error'
-  """Prompts that are longer: refuse them, leave them out, or cut them."""
+  """Treatment of longer prompts: refuse, leave out, or cut at an end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +200,12 @@ class WarmStartSettings:
   warm_start_check_every: int = 5
   """Steps between evaluations of the supervised start."""
   cache: bool = True
-  """Keep the result under ~/.cache/jaxrl_tok and use it next time."""
+  """Cache the supervised start under ~/.cache/jaxrl_tok for later runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """All groups of a run."""
+  """Settings of a run, all groups."""
 
   run: RunSettings = RunSettings()
   data: DataSettings = DataSettings()
@@ -211,7 +217,7 @@ class Settings:
   warm_start: WarmStartSettings = WarmStartSettings()
 
 
-# what a flag was called before
+# old names of flags
 RENAMED = {
   'eval_prompts': 'held_out',
   'halvings': 'compact_levels',
@@ -223,7 +229,7 @@ RENAMED = {
 
 
 def flatten(settings) -> dict:
-  """{name: value} of every setting, in whatever group it is."""
+  """Flattens groups to {name: value} of every setting."""
   found = {}
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
@@ -235,7 +241,7 @@ def flatten(settings) -> dict:
 
 
 def with_values(settings, values: dict[str, Any]):
-  """Settings with other values of the names given, in whatever group."""
+  """Replaces the values of settings by name, in whatever group."""
   changes = {}
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
@@ -247,7 +253,7 @@ def with_values(settings, values: dict[str, Any]):
 
 
 def suggest(name: str, known) -> str:
-  """A cure for a name that is not known."""
+  """Suggests a cure for a name that is not known."""
   if name in RENAMED:
     return f'it is called {RENAMED[name]} now'
   near = difflib.get_close_matches(name, sorted(known), 1, 0.6)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Caller(NamedTuple):
-  """Who runs: for the run directory's name and command.txt."""
+  """Program that runs: names the run directory, repeated by command.txt."""
 
   name: str  # of the experiment
   command: str
@@ -14,22 +14,22 @@ class Caller(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """A data set that the policy is judged on while it trains, and how.
+  """Evaluation of the policy on a data set while it trains.
 
-  The metrics are named eval/NAME/reward and so on.
+  Metrics are named eval/NAME/reward and so on.
   """
 
   name: str
   data: Any
   """Records, as Task.train takes them."""
   rewards: Any = None
-  """As Task.rewards; None: the task's."""
+  """Rewards, as Task.rewards takes them; None: the task's."""
   every: int | None = None
   """Steps between evaluations; None: --eval_every."""
   samples: int = 1
   """Completions of each prompt."""
   greedy: bool = True
-  """The most likely tokens; False: sampled as in training."""
+  """Takes the most likely tokens; False: samples as in training."""
   metrics: Sequence[Callable] = ()
   """Functions of all completions, never optimised:
   metric(prompts, completions, **columns) -> float | {name: float}."""
@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task: what is learnt, from which prompts, by which rewards.
+  """Task: the prompts, and the rewards that the policy learns from.
 
   Task('couplets.jsonl', rhymes)
   Task(records, {rhymes: 1.0, short: 0.2}, held_out=100)
@@ -62,9 +62,9 @@ class Task:
   device_rewards: Any = None
   """The rewards as JAX functions, for --steps_per_call; None: `rewards`."""
   evaluations: Sequence[Evaluation] = ()
-  """Other data sets to be judged on."""
+  """Evaluations on further data sets."""
   tokenizer: Callable | None = None
-  """() -> transformers tokenizer, where no model is given; None: of bytes."""
+  """Tokenizer of a new model: () -> transformers tokenizer; None: of bytes."""
   description: str = ''
   """The data in words, for config.yaml and the model card."""
   reward_unit: str = ''
