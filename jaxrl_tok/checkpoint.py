@@ -67,7 +67,7 @@ def save(
     ),
   )
   if not saved:  # Orbax says so only by its return value
-    raise RuntimeError(
+    raise FileExistsError(
       f'checkpoint {step} was not saved: {manager.directory} already has '
       f'step {manager.latest_step()}; pass --resume auto or another output_dir'
     )

@@ -13,6 +13,7 @@ from jaxrl_tok.step.collectors import (
   score,
   token_rewards,
   total_reward,
+  valid_rows,
 )
 from jaxrl_tok.step.device_steps import StepBatch
 
@@ -68,7 +69,8 @@ def evaluate_held_out(
     prompt_length: P of all batches.
     step: of the run, for the reward functions.
 
-  Returns (metrics, rows): means over completions, one dict for each. Must run
+  Returns (metrics, rows): means over completions, one dict for each; where no
+  reward applies to a completion its reward is None and in no mean. Must run
   under jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
@@ -85,19 +87,21 @@ def evaluate_held_out(
     found = score(scorer, rollout, on_device, examples, step)
     G = len(rollout.mask) // num_prompts
     keep = real * G
-    total = total_reward(found.scored)[:keep]
+    total = total_reward(found.scored)[:keep].tolist()
+    valid = valid_rows(found.scored)[:keep].tolist()
     mask, over = jax.device_get((rollout.mask, rollout.ended))
     lengths.extend(mask[:keep].sum(1).tolist())
     ended.extend(over[:keep].tolist())
     judged = [e for e in examples[:real] for _ in range(G)]
     examples_of += judged
     rows += [
-      {**describe(e), 'completion': text, 'reward': float(reward)}
-      for e, text, reward in zip(judged, found.texts, total)
+      {**describe(e), 'completion': text, 'reward': reward if on else None}
+      for e, text, reward, on in zip(judged, found.texts, total, valid)
     ]
   prefix = metric_prefix(name)
+  rewards = [row['reward'] for row in rows if row['reward'] is not None]
   found = {
-    'reward': float(np.mean([row['reward'] for row in rows])),
+    'reward': float(np.mean(rewards)) if rewards else 0.0,
     'mean_length': float(np.mean(lengths)),
     'clipped_ratio': 1.0 - float(np.mean(ended)),
   }

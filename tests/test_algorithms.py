@@ -640,7 +640,8 @@ def test_ema_moves_by_valid_rows_and_only_by_them():
   for valid in (R < 3, R < 0):
     inputs = inputs_of(mask, outcomes(mask, R), valid)
     out = algorithm.advantage(inputs, {'ema_baseline': jnp.float32(2)})
-    moved = ema.after(jnp.float32(2), None, out.metrics)
+    metrics = out.metrics | {'rows': valid.sum()}  # as the update has it
+    moved = ema.after(jnp.float32(2), None, metrics)
     want = 0.75 * 2 + 0.25 * R[valid].mean() if valid.any() else 2
     assert moved == pytest.approx(want)
 

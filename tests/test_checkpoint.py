@@ -85,7 +85,7 @@ def test_keeps_the_newest_and_finds_them(tmp_path, state):
     assert checkpoint.choose_step(manager, '2') == 2
     with pytest.raises(ValueError, match='there are: 2, 3'):
       checkpoint.choose_step(manager, '1')
-    with pytest.raises(RuntimeError, match='was not saved'):
+    with pytest.raises(FileExistsError, match='was not saved'):
       checkpoint.save(manager, state.replace(step=jnp.int32(2)), CURSOR, {}, {})
 
 

@@ -44,13 +44,13 @@ def test_every_prompt_is_judged_once():
   for i, row in enumerate(rows):
     number, g, *_ = map(int, row['completion'].split('-'))
     assert (number, g) == (i // G, i % G)
-    # g where the prompt's rewards vary, else 1; no reward applies to prompt 7,
-    # nor to the token that was not chosen
-    want = 2.0 * (g if number % 2 == 0 else 1) * (number != 7) * (g > 0)
-    assert row['reward'] == want
-  assert metrics['eval/reward'] == pytest.approx(
-    np.mean([row['reward'] for row in rows])
-  )
+    # g where the prompt's rewards vary, else 1; nothing on the token that was
+    # not chosen; no reward applies to prompt 7, which is in no mean
+    want = 2.0 * (g if number % 2 == 0 else 1) * (g > 0)
+    assert row['reward'] == (None if number == 7 else want)
+  rewards = [row['reward'] for row in rows if row['reward'] is not None]
+  assert len(rewards) == (N - 1) * G
+  assert metrics['eval/reward'] == pytest.approx(np.mean(rewards))
   assert metrics['eval/mean_length'] == pytest.approx(T - 1 / G)
   assert metrics['eval/clipped_ratio'] == pytest.approx(2 / N)
 
@@ -61,7 +61,7 @@ def test_rewards_on_the_device_read_their_columns():
   _, alone = evaluated(SCORER)
   for number, (both, host) in enumerate(zip(rows, alone)):
     target = (number // G) % 2 == 0
-    assert both['reward'] == host['reward'] + 0.5 * target
+    assert both['reward'] == (host['reward'] or 0) + 0.5 * target
 
 
 def test_corpus_metrics_see_all_completions():

@@ -157,7 +157,7 @@ def ema(decay: float = 0.9) -> Baseline:
 
   def after(b, state, metrics):
     moved = decay * b + (1 - decay) * metrics['return_mean']
-    return jnp.where(metrics['valid_rows'] > 0, moved, b)
+    return jnp.where(metrics['rows'] > 0, moved, b)
 
   carry = Carry(lambda params: jnp.float32(0), after)
   return Baseline(f'ema {decay}', apply, {'ema_baseline': carry})
@@ -219,10 +219,7 @@ def returns(
     whole_CxG = held_CxGxT[:, :, 0]
     if scale is not None:
       found_CxGxT = found_CxGxT / scale(whole_CxG, valid_CxG)[:, :, None]
-    metrics = {
-      'return_mean': masked.mean(whole_CxG, valid_CxG),
-      'valid_rows': _rows(valid_CxG).sum(),
-    }
+    metrics = {'return_mean': masked.mean(whole_CxG, valid_CxG)}
     found_BxT = masked.fill(found_CxGxT.reshape(B, T), mask)
     return Advantage(found_BxT, metrics=metrics)
 

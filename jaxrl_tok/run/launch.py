@@ -1,10 +1,9 @@
-"""From a task to a finished run: `train` for Python, `main` for a command line.
+"""Launch of a prepared run: from its first state to its Result.
 
-1. `prepare`  every check of model, data, rewards and devices (prepare.py).
-2. `begin`    state: resumed, supervised, loaded or random; the step's programs
+1. `begin`    state: resumed, supervised, loaded or random; the step's programs
    are compiled meanwhile.
-3. evaluate, train (train.py), evaluate.
-4. `finish`   export, report, samples on the console.
+2. evaluate, train (train.py), evaluate.
+3. `finish`   export, report, samples on the console.
 """
 
 import concurrent.futures
@@ -72,7 +71,7 @@ def new_state(setup: Setup, params, frozen):
 
 
 def with_log_kl(setup: Setup):
-  """The algorithm, with a reference where the KL is measured for the log."""
+  """Adds a reference to the algorithm, if the KL is measured for the log."""
   algorithm, f = setup.algorithm, setup.settings.algorithm
   if not f.log_kl or algorithm.kl is not None:
     return algorithm
@@ -82,12 +81,12 @@ def with_log_kl(setup: Setup):
 
 
 def measures_kl(setup: Setup) -> bool:
-  """Whether the KL to the reference is measured beside the update."""
+  """Tells whether the KL to the reference is measured beside the update."""
   return setup.settings.algorithm.log_kl and setup.algorithm.kl is None
 
 
 def first_params(setup: Setup) -> tuple:
-  """(trained, frozen) parameters at step 0."""
+  """Parameters (trained, frozen) at step 0."""
   if setup.model.directory is None:
     if setup.task.answers and setup.model.hf_config:
       return warm_start(setup), None
@@ -97,8 +96,8 @@ def first_params(setup: Setup) -> tuple:
 
 
 def restore(setup: Setup, run_dir: Path, checkpoints):
-  """(state, cursor, progress, old settings) that --resume names, None without
-  any."""
+  """Restores the checkpoint that --resume names: (state, cursor, progress, old
+  settings); None without one."""
   resume = setup.settings.run.resume
   if resume == 'never':
     return None
@@ -121,7 +120,8 @@ def restore(setup: Setup, run_dir: Path, checkpoints):
 
 
 def begin(setup: Setup, run_dir: Path, checkpoints):
-  """(setup with the run's logger, state, cursor or None, progress)."""
+  """Begins or resumes: (setup with the run's logger, state, cursor or None,
+  progress)."""
   restored = restore(setup, run_dir, checkpoints)
   logger = Logger(
     run_dir,
@@ -145,7 +145,7 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
 
 
 def saved_settings(setup: Setup) -> dict:
-  """Settings as a checkpoint keeps them."""
+  """Settings in a checkpoint, as JSON has them."""
   found = setup.task_flags | flatten(setup.settings)
   return json.loads(json.dumps(found, default=str))
 
@@ -154,8 +154,8 @@ def saved_settings(setup: Setup) -> dict:
 
 
 def device_score(setup: Setup) -> tuple | None:
-  """(function, parameters) of the rewards on the device: functions of JAX,
-  and the reward model, read and placed. None without any."""
+  """Scorer of the rewards on the device, JAX functions and the reward model:
+  (function, parameters); None without any."""
   model, params, scorer = setup.reward_model, None, None
   if model is None and not setup.rewards.device:
     return None
@@ -182,8 +182,8 @@ def evaluation_shape(e: EvalSetup) -> EvaluationShape:
 
 
 def compile_run(setup: Setup, score: tuple | None) -> Programs:
-  """The run's programs; of structs, so that they are compiled while the
-  weights are made."""
+  """Compiles the run's programs; from structs, so that the weights are made
+  meanwhile."""
   like = new_state(setup, *setup.trainable.structs())
   config = dataclasses.replace(setup.config, reference_kl=measures_kl(setup))
   networks = Networks(
@@ -196,12 +196,12 @@ def compile_run(setup: Setup, score: tuple | None) -> Programs:
     setup.rewards.weights,
   )
   shapes = {e.evaluation.name: evaluation_shape(e) for e in setup.evaluations}
-  with jax.set_mesh(setup.mesh):  # it is of the thread
+  with jax.set_mesh(setup.mesh):  # each thread has its own
     return compile_programs(networks, config, like, setup.data, shapes)
 
 
 def make_collector(setup: Setup, programs: Programs) -> Collector:
-  """The collector that the settings ask for."""
+  """Makes the collector that the settings ask for."""
   run, sampling = setup.settings.run, setup.settings.sampling
   if run.steps_per_call:
     _, length, _ = setup.data.table()
@@ -238,7 +238,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
 
 
 def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
-  """(metrics, rows) of an evaluation."""
+  """Runs an evaluation: (metrics, rows)."""
   name = e.evaluation.name
   device = programs.evaluation_scores.get(name)
   key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
@@ -260,7 +260,7 @@ def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
 
 
 def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
-  """The step's own batch, shown by token, and the evaluations of the task."""
+  """Evaluations while training: the step's batch by token, and the task's."""
   every = setup.settings.run.eval_every
 
   def own_batch(state, step, batch, last):
@@ -285,7 +285,7 @@ def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
 def evaluate_all(
   setup: Setup, programs: Programs, state, step: int, split: str
 ):
-  """Evaluates everything, records it as 'before' or 'after'. Returns the
+  """Runs all evaluations and records them as 'before' or 'after'. Returns
   (metrics, rows) of the task's held-out data."""
   first = None
   for e in setup.evaluations:
@@ -302,8 +302,8 @@ def evaluate_all(
 
 
 def check_shapes(setup: Setup) -> None:
-  """Traces functions of the user's own, a policy's and rewards of JAX: a wrong
-  shape is refused before the run begins. Must run under jax.set_mesh."""
+  """Checks shapes of a user's own policy and device rewards by tracing them,
+  before the run begins. Must run under jax.set_mesh."""
   policy, functions = setup.policy, setup.rewards.device
   if not functions and not isinstance(setup.model, OwnModel):
     return
@@ -323,13 +323,14 @@ def check_shapes(setup: Setup) -> None:
 
 
 class Finished(NamedTuple):
-  """A run that has stopped."""
+  """Run that has stopped."""
 
   setup: Setup
   programs: Programs
   state: Any
   progress: Progress
-  rows: list  # held-out completions after it
+  reward: float  # held-out, after it
+  rows: list  # held-out completions of the last state
 
 
 def learn(setup: Setup, run_dir: Path) -> Finished:
@@ -381,12 +382,13 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   finally:
     checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
-  _, rows = evaluate_all(setup, programs, state, progress.step, 'after')
-  return Finished(setup, programs, state, progress, rows)
+  metrics, rows = evaluate_all(setup, programs, state, progress.step, 'after')
+  reward = metrics['eval/reward']
+  return Finished(setup, programs, state, progress, reward, rows)
 
 
 def run(setup: Setup) -> Result | None:
-  """The whole run; None where the settings ask to print them only."""
+  """Runs a prepared run; None with --print_config, which only prints."""
   began = time.monotonic()
   for line in compat.warnings(flatten(setup.settings)):
     setup.logger.warn(line)
@@ -402,13 +404,12 @@ def run(setup: Setup) -> Result | None:
 
 
 def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
-  """Export, report, and the last words on the console."""
+  """Writes export and report, and prints the summary."""
   setup, progress = done.setup, done.progress
   unit = setup.task.reward_unit
-  rewards = [row['reward'] for row in done.rows]
   summary = {
     'held-out before': figure(progress.first_reward, unit),
-    'held-out after': figure(sum(rewards) / len(rewards), unit),
+    'held-out after': figure(done.reward, unit),
     'steps': f'{progress.step}',
     'tokens': f'{progress.num_tokens:,}',
     'time': duration(seconds),
@@ -439,7 +440,7 @@ def export(setup: Setup, run_dir: Path, state, summary: dict) -> Path:
   )
   repository = setup.settings.run.push_to_hub
   if repository and jax.process_index() == 0:
-    try:  # a failure there loses nothing here
+    try:  # a failed upload loses nothing of the run
       with setup.logger.doing(f'uploading to {repository}'):
         setup.logger.message(fetch.push(out, repository))
     except ConnectionError as e:

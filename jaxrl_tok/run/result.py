@@ -21,14 +21,14 @@ from jaxrl_tok.step.device_rewards import make_device_scorer
 
 
 class Result:
-  """A finished run.
+  """Result of a finished run.
 
   Attributes:
-    run_dir: its directory.
+    run_dir: directory of the run.
     summary: {label: text}, as the console shows it.
-    report: its page; shows itself in a notebook.
+    report: page report.html; shows itself in a notebook.
     state: TrainState after the last step.
-    rows: held-out completions after it.
+    rows: held-out completions after the last step.
   """
 
   def __init__(
@@ -69,9 +69,9 @@ class Result:
   def generate(
     self, prompts: Sequence, greedy: bool = True, seed: int = 0
   ) -> list[str]:
-    """A completion of each prompt, which is text or a list of messages.
+    """Completes each prompt, which is text or a list of messages.
 
-    greedy: the most likely tokens; False: sampled as in training.
+    greedy: takes the most likely tokens; False: samples as in training.
     """
     s = self._setup
     records = data.open_records([{'prompt': p} for p in prompts])
@@ -140,7 +140,7 @@ class Result:
 
 
 def one_line(value) -> str:
-  """A prompt or completion as one line of a table."""
+  """Shortens a prompt or completion to one line of a table."""
   if isinstance(value, list):
     value = value[-1].get('content', '')
   return ' '.join(str(value).split()) if value is not None else ''
@@ -155,7 +155,8 @@ def show_samples(console, rows: list[dict], count: int = 8) -> None:
     names.remove('answer')
   table = rich.table.Table(*names)
   for row in rows:
-    cells = row | {'reward': f'{row["reward"]:g}'}
+    reward = row['reward']
+    cells = row | {'reward': '-' if reward is None else f'{reward:g}'}
     texts = (one_line(cells[name]) for name in names)
     table.add_row(*(rich.text.Text(text[:300]) for text in texts))
   console.print(table)

@@ -95,6 +95,11 @@ def total_reward(scored: Scored) -> np.ndarray:
   return token_rewards(scored).sum(1)
 
 
+def valid_rows(scored: Scored) -> np.ndarray:
+  """Scored.valid, bool [B], on the host."""
+  return np.any(list(jax.device_get(scored.applies).values()), axis=0)
+
+
 class Score(NamedTuple):
   """Scored rollout, with the texts, metrics and columns of its rewards."""
 
@@ -198,8 +203,7 @@ def has_reward_variance(scored: Scored) -> np.ndarray:
   """Groups bool [C] whose valid rows do not all have one reward."""
   C = len(scored.rollout.prompts.length)
   rows = total_reward(scored).reshape(C, -1)
-  applies = jax.device_get(scored.applies)
-  valid = np.any(list(applies.values()), axis=0).reshape(C, -1)
+  valid = valid_rows(scored).reshape(C, -1)
   high = np.where(valid, rows, -np.inf).max(axis=1)
   low = np.where(valid, rows, np.inf).min(axis=1)
   return high - low > 1e-6
