@@ -28,12 +28,15 @@ import json
 import types
 from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+hypothesis.settings.register_profile('same', derandomize=True, deadline=None)
+hypothesis.settings.load_profile('same')
 
 from jaxrl_tok import Task, distribution, main
 from jaxrl_tok.models.rope import make_rope
