@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class _Package(types.ModuleType):
-  """Package whose `train` is the function: to import the module train.py, the
+  """Package whose `train` is the function. Importing the module train.py, the
   loop, would otherwise put the module in its place."""
 
   @property

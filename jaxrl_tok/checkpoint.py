@@ -1,7 +1,7 @@
-"""TrainState whole, and where the run stood, saved by Orbax.
+"""Checkpoints of TrainState and of a run's progress, by Orbax.
 
 A checkpoint {run}/checkpoints/{step}/ holds `state` (parameters, optimizer,
-key, carries), `cursor` (where the collector stands in the data) and `meta`, a
+key, carries), `cursor` (the collector's place in the data) and `meta`, a
 JSON of the run's progress, its settings and the shape of every leaf. Saving is
 asynchronous: the next step goes on while the files are written.
 """
@@ -21,8 +21,8 @@ FORMAT = 3
 def open_checkpoints(
   run_dir: str | Path, keep: int | None = None
 ) -> ocp.CheckpointManager:
-  """The checkpoints of a run; the newest `keep` of them stay. None: opened to
-  be read only."""
+  """Opens the checkpoints of a run; the newest `keep` of them stay. None: opens
+  them to be read only."""
   options = {'read_only': True}
   if keep is not None:
     options = {'max_to_keep': keep, 'enable_async_checkpointing': True}
@@ -33,7 +33,7 @@ def open_checkpoints(
 
 
 def _leaves(state) -> dict[str, str]:
-  """{path: 'dtype[shape]'} of every leaf."""
+  """Describes every leaf: {path: 'dtype[shape]'}."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {path_name(p): f'{x.dtype}{list(x.shape)}' for p, x in leaves}
 
@@ -45,9 +45,9 @@ def save(
   progress: dict,
   settings: dict,
 ) -> None:
-  """Starts writing; `wait` or `close` the manager to be sure of it.
+  """Saves asynchronously; `wait` or `close` the manager to finish.
 
-  Frozen parameters are not written: they are where they were read from.
+  Frozen parameters are not written: the model's files still have them.
   """
   state = state.replace(frozen=None)
   meta = {
@@ -66,7 +66,7 @@ def save(
       meta=ocp.args.JsonSave(meta),
     ),
   )
-  if not saved:  # Orbax says so only by its return value
+  if not saved:  # Orbax raises nothing here
     raise FileExistsError(
       f'checkpoint {step} was not saved: {manager.directory} already has '
       f'step {manager.latest_step()}; pass --resume auto or another output_dir'
@@ -74,7 +74,7 @@ def save(
 
 
 def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
-  """The step that --resume auto|STEP names; None when auto finds none."""
+  """Chooses the step that --resume auto|STEP names; None if auto finds none."""
   steps = sorted(manager.all_steps())
   if resume == 'auto':
     return steps[-1] if steps else None
@@ -90,11 +90,11 @@ def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
 def restore(
   manager: ocp.CheckpointManager, step: int, like: TrainState
 ) -> tuple[TrainState, dict, dict]:
-  """(state, cursor, meta) of a step, placed as the state `like` is; frozen
-  parameters are None. `like` may hold ShapeDtypeStructs.
+  """Restores (state, cursor, meta) of a step, with the shardings of `like`;
+  frozen parameters are None. `like` may hold ShapeDtypeStructs.
 
-  Raises ValueError when the checkpoint's leaves are not those of `like`: it
-  was made with another model, optimizer or algorithm.
+  Raises ValueError when the checkpoint's leaves are not those of `like`, as of
+  another model, optimizer or algorithm.
   """
   meta = manager.restore(
     step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())

@@ -19,16 +19,16 @@ from jaxrl_tok.step.device_steps import StepBatch
 
 
 class Due(NamedTuple):
-  """An evaluation, ready to run."""
+  """Evaluation that is ready to run."""
 
   name: str
-  every: int  # steps; 0: at the end only
+  every: int  # steps; 0: after the last step only
   # (state, step, Batch, StepBatch) -> (metrics, rows for samples.jsonl)
   run: Callable
 
 
 def due(evaluations: Sequence[Due], step: int, max_steps: int) -> list[Due]:
-  """The evaluations to run after a step."""
+  """Selects the evaluations to run after a step."""
   return [
     e
     for e in evaluations
@@ -37,7 +37,7 @@ def due(evaluations: Sequence[Due], step: int, max_steps: int) -> list[Due]:
 
 
 def describe(example: dict) -> dict:
-  """Prompt and answer of a record, as samples.jsonl holds them."""
+  """Prompt and answer of a record, for samples.jsonl."""
   answer = example.get('answer')
   return {
     'prompt': example['prompt'],
@@ -46,7 +46,8 @@ def describe(example: dict) -> dict:
 
 
 def metric_prefix(name: str) -> str:
-  """'eval/' of the run's own held-out data, 'eval/NAME/' of others."""
+  """Prefix of metrics: 'eval/' for the run's held-out data, 'eval/NAME/' for
+  others."""
   return 'eval/' if name == 'held_out' else f'eval/{name}/'
 
 
@@ -60,14 +61,14 @@ def evaluate_held_out(
   metrics: Sequence[Callable] = (),
   name: str = 'held_out',
 ) -> tuple[dict, list[dict]]:
-  """Completions of every prompt of a set, scored.
+  """Evaluates a policy on every prompt of a set: samples and scores them.
 
   Args:
     sample: (number of the batch, Prompts [num_prompts, P]) -> Rollout.
     num_prompts: prompts at a time; the last batch wraps around and its excess
       is dropped.
     prompt_length: P of all batches.
-    step: of the run, for the reward functions.
+    step: step of the run, for the reward functions.
 
   Returns (metrics, rows): means over completions, one dict for each; where no
   reward applies to a completion its reward is None and in no mean. Must run
@@ -92,11 +93,11 @@ def evaluate_held_out(
     mask, over = jax.device_get((rollout.mask, rollout.ended))
     lengths.extend(mask[:keep].sum(1).tolist())
     ended.extend(over[:keep].tolist())
-    judged = [e for e in examples[:real] for _ in range(G)]
-    examples_of += judged
+    repeated = [e for e in examples[:real] for _ in range(G)]
+    examples_of += repeated
     rows += [
       {**describe(e), 'completion': text, 'reward': reward if on else None}
-      for e, text, reward, on in zip(judged, found.texts, total, valid)
+      for e, text, reward, on in zip(repeated, found.texts, total, valid)
     ]
   prefix = metric_prefix(name)
   rewards = [row['reward'] for row in rows if row['reward'] is not None]
@@ -110,7 +111,7 @@ def evaluate_held_out(
 
 
 def corpus_metrics(metrics, examples: list[dict], completions: list) -> dict:
-  """{name: float} of functions of all completions; see Evaluation."""
+  """Metrics {name: float} of all completions together; see Evaluation."""
   names = dict.fromkeys(name for e in examples for name in e)
   columns = {name: [e.get(name) for e in examples] for name in names}
   prompts, found = columns.pop('prompt'), {}
@@ -125,8 +126,8 @@ def corpus_metrics(metrics, examples: list[dict], completions: list) -> dict:
 def credit_rows(
   last: StepBatch, batch, decode: Callable, prompts: int = 4
 ) -> list[dict]:
-  """samples.jsonl rows of the step's prompts with the largest advantages, all
-  their samples: each chosen token with its log-prob, reward and advantage.
+  """Rows for samples.jsonl that show credit: each chosen token with its
+  log-prob, reward and advantage, of the prompts with the largest advantages.
 
   Args:
     last: the step's batch after its update.

@@ -1,6 +1,6 @@
-"""The grammar of --mesh: 'data=-1,fsdp=2,tensor=1'.
+"""Grammar of --mesh: 'data=-1,fsdp=2,tensor=1'.
 
-No jax here, so that a flag is checked before jax is imported.
+Imports no jax, so that the flag is checked before jax is imported.
 """
 
 import math
@@ -13,8 +13,8 @@ DEFAULT = 'data=-1,fsdp=1,tensor=1'  # every device for data
 def parse_mesh(spec: str) -> dict[str, int]:
   """Sizes by axis: 'data=-1,fsdp=2' -> {'data': -1, 'fsdp': 2, 'tensor': 1}.
 
-  Raises ValueError on an unknown axis, a size that is no size, an axis given
-  twice, or two sizes of -1.
+  Raises ValueError on an unknown axis, an impossible size, an axis given twice,
+  or two sizes of -1.
   """
   sizes = {}
   for part in spec.split(','):

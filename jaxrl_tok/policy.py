@@ -1,5 +1,5 @@
-"""Evaluation of a rollout by the current policy: the only shift, the only
-vocabulary chunking.
+"""Evaluation of a rollout by the current policy. The shift between states and
+tokens, and the chunks of the vocabulary's logits, are here alone.
 
   prompt [a b c]  completion [x y EOS]
   hidden after     c x y            (one encode, one extend of T - 1 tokens)
@@ -24,7 +24,7 @@ def check_array(what: str, x, kind: type | None, **sizes) -> None:
   """Raises ValueError, in one line, unless x has these axes and this kind.
 
   Args:
-    what: who made x, for the message: 'policy.logits'.
+    what: origin of x, for the message: 'policy.logits'.
     kind: float, int, bool, or None for any.
     sizes: {letter of an axis: its size, or None for any}, in order.
   """

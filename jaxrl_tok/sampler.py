@@ -37,13 +37,13 @@ class SamplerConfig:
   """Choices that are compiled in; temperature, ends and the rest are traced.
 
   truncate: whether top-k, top-p or min-p are applied (and num_kept recorded).
-  greedy: the most likely token; the distribution is then that one token, so
-    its log-prob is 0 and num_kept is 1.
+  greedy: take the most likely token; the distribution is then that one token,
+    so its log-prob is 0 and num_kept is 1.
   chunk: tokens between two counts of the rows that still live.
   stages: lengths that the cache has on its way to T, equally far apart; each
     is a program of its own. None: one for every STAGE tokens, four at most.
-  compact_levels: how often the live rows may move into half as many; each is a
-    program of its own, so it pays for long completions of varied length.
+  compact_levels: times that the live rows may move into half as many; each is a
+    program of its own, worth it for long completions of varied length.
   """
 
   samples_per_prompt: int  # G
@@ -57,14 +57,14 @@ class SamplerConfig:
 
 
 class PromptRows(NamedTuple):
-  """Rows as they were before their first token; a loop only reads them."""
+  """Prompts and keys of the rows, which a loop only reads."""
 
   prefix: Prefix  # of C prompts, each shared by keys.size / C rows
   keys: jax.Array  # [B]
 
 
 class RowState(NamedTuple):
-  """Rows as they are after some tokens."""
+  """State of the rows after some tokens."""
 
   cache: Any  # leaves [B, ...]
   token: jax.Array  # int32 [B]  the last one drawn, not yet in the cache
@@ -120,7 +120,7 @@ def uniforms(keys: jax.Array, times: jax.Array) -> jax.Array:
 def gather_rows(
   prompt_rows: PromptRows, carry: SamplerCarry, live: jax.Array
 ) -> tuple[PromptRows, SamplerCarry]:
-  """Takes the rows `live` out of both; each then has a prompt of its own."""
+  """Gathers the rows `live` of both; each then has a prompt of its own."""
   prefix, keys = prompt_rows
   G = keys.shape[0] // prefix.length.shape[0]
   prefix = jax.tree.map(lambda x: x[live // G], prefix)
@@ -135,7 +135,7 @@ def gather_rows(
 def scatter_rows(
   carry: SamplerCarry, inner: SamplerCarry, live: jax.Array
 ) -> SamplerCarry:
-  """Puts the rows that were gathered back at the places `live`."""
+  """Scatters gathered rows back to the places `live`."""
   rows, tables = carry.rows, carry.tables
   rows = jax.tree.map(lambda x, y: x.at[live].set(y), rows, inner.rows)
   tables = jax.tree.map(lambda x, y: x.at[:, live].set(y), tables, inner.tables)
@@ -145,7 +145,7 @@ def scatter_rows(
 def sample_token(
   policy: Policy, config: SamplerConfig, params, hidden, uniform, rule
 ):
-  """hidden [B, D], uniform [B] -> token, log-prob, num_kept, each [B]."""
+  """Samples by hidden [B, D], uniform [B]: token, log-prob, num_kept [B]."""
   B = hidden.shape[0]
   logits = policy.logits(params, hidden)
   check_array('policy.logits', logits, float, B=B, V=policy.vocab_size)

@@ -4,8 +4,8 @@
 2. `tree_shardings(mesh, tree, rules)` matches regexes against the path of
    every leaf. The path of an optimizer moment contains that of its parameter,
    so one rule places both.
-3. `born_sharded(make, mesh, rules)` creates a state where it will live: no
-   device ever holds all of it.
+3. `born_sharded(make, mesh, rules)` creates a state on its devices: none of
+   them ever holds all of it.
 4. `put_rows` splits host arrays by prompt over `data` and `fsdp`.
 """
 
@@ -80,7 +80,7 @@ def path_name(path) -> str:
 
 
 def _fit(spec: PartitionSpec, shape, mesh) -> PartitionSpec:
-  """Spec without the axes that do not divide their dimension, which is then
+  """Drops axes of a spec that do not divide their dimension, which is then
   replicated."""
   if len(spec) > len(shape):  # a scalar beside the moments, say
     return PartitionSpec()

@@ -1,4 +1,4 @@
-"""The loop: the only place that owns order, time and processes.
+"""Training loop: it alone decides order and time of a run's steps.
 
 One step:
 
@@ -8,8 +8,8 @@ One step:
 4. update             advantage -> loss -> optax -> TrainState, metrics
 5. evaluations, checkpoint, where they are due
 
-All that a resume needs (TrainState, the collector's cursor, Progress) is saved
-together; a resumed run is the run that was not stopped.
+TrainState, the collector's cursor and Progress are saved together; a resumed
+run equals one that never stopped.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from jaxrl_tok.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """When things happen. 0 means never."""
+  """Schedule of checkpoints and stops; 0: never."""
 
   max_steps: int = 1000
   save_every: int = 0  # and always at the end
@@ -40,7 +40,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Where a run stands; saved beside the state as JSON."""
+  """Progress of a run; saved beside the state as JSON."""
 
   step: int = 0
   num_tokens: int = 0  # prompt and completion tokens so far
@@ -51,7 +51,7 @@ class Progress:
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
-  """Why a run should end here, or None."""
+  """Reason to end the run after this step, or None."""
   reached, held_out = config.stop_at_reward, progress.eval_reward
   if None not in (reached, held_out) and held_out >= reached:
     return f'held-out reward {held_out:.3f} reached {reached}'
@@ -84,7 +84,7 @@ def stop_requested():
 
 
 def find_warnings(metrics: dict) -> dict[str, str]:
-  """{kind: message} of conditions that a user would want to hear of once."""
+  """Finds conditions that hinder learning: {kind: message}, shown once each."""
   found = {}
   if metrics['frac_reward_zero_std'] == 1:
     found['variance'] = (
@@ -127,7 +127,7 @@ class StepLog:
     self.restart()
 
   def restart(self) -> None:
-    """Leaves out the time since the last mark: it was no step's."""
+    """Restarts the clock: the time until now belongs to no step."""
     self._clock = time.monotonic()
 
   def _elapsed(self) -> float:
@@ -136,7 +136,7 @@ class StepLog:
     return elapsed
 
   def hold(self, progress: Progress, batch: Batch, metrics: dict) -> Progress:
-    """Progress after the batch's steps; metrics may still be on the device."""
+    """Returns progress after the batch; metrics may still be on the device."""
     counts = batch.counts
     if counts.generated is None:  # many steps in one call, over already
       return self._write_many(progress, batch, jax.device_get(metrics))
@@ -155,7 +155,7 @@ class StepLog:
     return progress
 
   def add(self, metrics: dict) -> None:
-    """More numbers of the step that is held."""
+    """Adds metrics of the step that is held."""
     if self._held is not None:
       self._held[3].update(metrics)
 
@@ -209,8 +209,8 @@ class StepLog:
   def evaluation(
     self, progress: Progress, name: str, metrics: dict, rows: list
   ) -> Progress:
-    """Progress after an evaluation, whose numbers and samples are written.
-    That of the step's own batch is logged with the step."""
+    """Logs an evaluation and returns progress after it. Metrics of the step's
+    own batch are logged with the step."""
     self._logger.samples(rows)
     if name == 'train':
       self.add(metrics)
@@ -224,7 +224,7 @@ class StepLog:
 
 
 def after_evaluation(progress: Progress, reward: float) -> Progress:
-  """Progress with a new held-out reward, and how long the best one stands."""
+  """Progress with a new held-out reward, and evaluations since the best."""
   best = progress.best_reward
   better = best is None or reward > best
   return dataclasses.replace(
@@ -247,7 +247,7 @@ def train(
   save: Callable = lambda state, cursor, progress: None,
   learning_rate: Callable = lambda step: None,
 ) -> tuple[TrainState, dict, Progress, str]:
-  """Runs steps until something says stop; see the module docstring.
+  """Trains until stop_reason; the module's docstring has the steps.
 
   Args:
     cursor: collector.init() of a new run.
@@ -286,5 +286,5 @@ def train(
 
 
 def is_due(every: int, step: int) -> bool:
-  """Whether something of every `every` steps happens after this one."""
+  """Tells whether what happens every `every` steps is due after this one."""
   return bool(every) and step % every == 0

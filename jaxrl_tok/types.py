@@ -1,6 +1,6 @@
-"""The records that flow from prompt to parameter update.
+"""Records that flow from prompt to parameter update.
 
-A batch goes this way, and each arrow is one function:
+Each arrow is one function of a batch:
 
   Prompts -sample-> Rollout -score-> Scored -advantage-> Trajectory
           -loss-> one number a token -aggregate-> gradient -> TrainState
@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
 
 
 class Prefix(NamedTuple):
-  """A policy's memory of its prompts: each is read once, not G times."""
+  """Memory of a policy after its prompts: each is read once, not G times."""
 
   kv: Any  # per layer (k, v), [C, K, H, P] and [C, K, P, H]
   hidden: jax.Array  # [C, D] at the last real prompt token
@@ -43,9 +43,9 @@ class Prefix(NamedTuple):
 
 
 class SamplingRule(NamedTuple):
-  """How a distribution over tokens is made from logits; all of it is traced.
+  """Rule that makes a distribution over tokens from logits; all of it traced.
 
-  It is part of the policy: the distribution that is sampled from is trained.
+  The rule is part of the policy: the distribution that is sampled is trained.
   """
 
   temperature: jax.Array  # float32 []
@@ -57,7 +57,7 @@ class SamplingRule(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """Completions, as the sampler recorded them.
+  """Completions of prompts, as the sampler recorded them.
 
   # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]  ended
   """
@@ -72,23 +72,23 @@ class Rollout(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """A rollout and its rewards: all that an update is given. A pytree, so it
-  can be queued, replayed, sharded, saved and inspected."""
+  """Rollout with its rewards: all that an update is given. A pytree, so it can
+  be queued, replayed, sharded, saved and inspected."""
 
   rollout: Rollout
   rewards: dict  # {name: float32 [B, T]}  an outcome: on the last chosen token
-  applies: dict  # {name: bool [B]}  False: the function said "not applicable"
+  applies: dict  # {name: bool [B]}  False: the reward does not apply
   weights: dict  # {name: float32 []}
   greedy_reward: jax.Array | None = None  # float32 [C] of a greedy completion
 
   @property
   def valid(self) -> jax.Array:
-    """bool [B]: some reward applies to the row."""
+    """Rows bool [B] that some reward applies to."""
     return jnp.any(jnp.stack(list(self.applies.values())), axis=0)
 
   @property
   def reward(self) -> jax.Array:
-    """float32 [B, T]: the weighted sum of the rewards that apply."""
+    """Weighted sum float32 [B, T] of the rewards that apply."""
     total = jnp.zeros(self.rollout.mask.shape, jnp.float32)
     for name, reward in self.rewards.items():
       on = self.applies[name][:, None] & self.rollout.mask
@@ -97,7 +97,7 @@ class Scored(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-  """The current policy's view of a rollout."""
+  """Statistics of a rollout's tokens under the current policy."""
 
   logp: jax.Array  # float32 [B, T]
   entropy: jax.Array  # float32 [B, T]  nats
@@ -105,7 +105,7 @@ class TokenStats(NamedTuple):
 
 
 class AdvantageInputs(NamedTuple):
-  """A whole batch, for Algorithm.advantage."""
+  """Inputs of Algorithm.advantage: a whole batch."""
 
   scored: Scored
   reward: jax.Array  # float32 [B, T]  scored.reward, less the KL in the reward
@@ -119,12 +119,12 @@ class AdvantageInputs(NamedTuple):
 
   @property
   def mask(self) -> jax.Array:
-    """bool [B, T]: the chosen tokens of valid rows."""
+    """Mask bool [B, T] of the chosen tokens of valid rows."""
     return self.rollout.mask & self.valid[:, None]
 
 
 class Advantage(NamedTuple):
-  """Credit for every token, 0 off-mask and in rows that are not valid."""
+  """Advantage of every token, 0 off-mask and in rows that are not valid."""
 
   advantage: jax.Array  # float32 [B, T]
   value_target: jax.Array | None = None  # float32 [B, T], where a V is learnt
@@ -132,7 +132,7 @@ class Advantage(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-  """A loss's input; the update vmaps over its rows (then prompts is None)."""
+  """Inputs of a loss; the update vmaps over rows (then prompts is None)."""
 
   rollout: Rollout  # its mask holds the chosen tokens of valid rows
   reward: jax.Array  # float32 [B, T]
@@ -144,12 +144,12 @@ class Trajectory(NamedTuple):
 
 
 def first_argument(params, frozen=None):
-  """merge_params where nothing is frozen."""
+  """Returns params: merge_params where nothing is frozen."""
   return params
 
 
 class Policy(NamedTuple):
-  """A network as a value: pure functions, the only door to it.
+  """Network as a value: pure functions, and no other access to it.
 
   A network of one's own needs the first six fields. `encode` reads prompts
   [C, P]; `extend` reads completion tokens [B, t], B = C*G, after them: without
@@ -181,8 +181,8 @@ class Policy(NamedTuple):
 
 
 class Carry(NamedTuple):
-  """A value that moves by itself between updates and lives in TrainState: an
-  EMA, the KL's coefficient, a reference that follows, a multiplier."""
+  """Value of TrainState that changes after each update, beside the parameters:
+  an EMA, the KL's coefficient, a reference that follows, a multiplier."""
 
   init: Callable  # params -> value, a pytree of arrays
   # (value, state after the update, metrics of the update) -> value
@@ -190,19 +190,19 @@ class Carry(NamedTuple):
 
 
 class KL(NamedTuple):
-  """The pull to the reference: losses.KL_FORMS names its effects. Its
-  coefficient is the carry 'kl_coef', its policy the carry 'reference'."""
+  """KL to the reference, by its effect (losses.KL_FORMS). Its coefficient is
+  the carry 'kl_coef', the reference the carry 'reference'."""
 
   form: str
   beta: float  # the coefficient, or the first one where it adapts
 
 
 class Passes(NamedTuple):
-  """How an update goes through a rollout."""
+  """Passes of an update over its rollout."""
 
-  epochs: int = 1  # times that it goes through all of it
+  epochs: int = 1  # passes over all of it
   mini_batches: int = 1  # optimizer steps in an epoch
-  max_update_kl: float | None = None  # stops before this KL(old || new)
+  max_update_kl: float | None = None  # no further step beyond KL(old || new)
   # l_old: 'current' (one step a rollout: no pass of its own), 'sampler', or
   # 'recomputed' by a pass of the policy
   old_logp: str = 'current'
@@ -228,11 +228,11 @@ class Algorithm(NamedTuple):
   value_loss: Callable | None = None  # ONE sequence -> [T]; None: no critic
   kl: KL | None = None
   carries: dict = {}  # noqa: RUF012  {name: Carry}
-  passes: Passes = Passes()  # that its paper makes; an update may make others
+  passes: Passes = Passes()  # by its paper; an update may make others
   # the loss is constant for a group whose advantages are all 0, so that its
   # gradient need not be taken
   flat_without_advantage: bool = False
-  greedy: bool = False  # wants the reward of a greedy completion
+  greedy: bool = False  # reads Scored.greedy_reward
   min_group: int = 1  # samples a prompt that it needs
   dynamic_sampling_rounds: int = 0  # see collectors.dynamic
   settings: dict = {}  # noqa: RUF012  the choices that it was composed of
@@ -240,7 +240,7 @@ class Algorithm(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a resume needs; Orbax saves it whole."""
+  """State of training, saved by Orbax: what the next update starts from."""
 
   step: jax.Array  # int32 []  updates done
   params: Any  # what the optimizer changes of the policy
@@ -252,7 +252,7 @@ class TrainState:
 
   @property
   def trained(self) -> tuple:
-    """(policy, critic) parameters, which the optimizer changes."""
+    """Parameters (policy, critic) that the optimizer changes."""
     return self.params, self.critic
 
   @property
@@ -268,7 +268,7 @@ class TrainState:
 
   @property
   def fixed(self):
-    """The second argument of Policy.merge_params."""
+    """Second argument of Policy.merge_params."""
     if 'mask_policy' in self.carries:
       return self.frozen, self.carries['mask_policy']
     return self.frozen

@@ -1,4 +1,4 @@
-"""The user's cache: warm starts, and compiled programs."""
+"""Cache directory of the user: warm starts, and compiled programs."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def keep_programs() -> None:
-  """Compiled programs are kept for this user, version of jax and processor;
+  """Caches compiled programs by user, version of jax and processor;
   JAX_COMPILATION_CACHE_DIR names another place."""
   if jax.config.jax_compilation_cache_dir:
     return

@@ -1,9 +1,9 @@
-"""Other systems' published defaults as flags of this project, and their traps.
+"""Compatibility: published defaults of other systems as flags, their traps.
 
-`--compat SYSTEM` changes defaults: `defaults` says to what, and a flag that
-the user types wins. What a machine or a task decides (batches, lengths, steps)
-stays the experiment's. A trap that the system carries is in TRAPS, what no
-flag can say in DIFFERS; `warnings` are the lines of both for one run.
+`--compat SYSTEM` changes defaults to those of `defaults`; a flag that the user
+types wins. Batches, lengths and steps, which depend on machine and task, stay
+the experiment's. TRAPS has the known traps of a system, DIFFERS the differences
+that no flag removes; `warnings` are the lines of both for one run.
 
 Read in the sources of TRL 1.10 to 1.16 (PPO: to 1.12, the last that has it),
 verl 0.8.0, OpenRLHF 0.11.2 and Tunix 0.1.7 and 0.1.8 (its repository).
@@ -206,8 +206,7 @@ _OF_PART = {
 
 
 class Said(NamedTuple):
-  """A line, and the flags that it is about: it is said only while they are the
-  system's."""
+  """Message about flags, shown only while they have the system's values."""
 
   line: str
   flags: tuple[str, ...] = ()
@@ -342,7 +341,7 @@ _GROUPS = (
   ),
 )
 _OPTIMIZER = Said("the optimizer is the experiment's (there the user's)")
-# the same, of what differs here
+# {(system, algorithm): lines} of differences
 DIFFERS = {
   ('trl', 'grpo'): (_ENDS, _VLLM),
   ('trl', 'rloo'): (_ENDS,),
@@ -375,10 +374,12 @@ DIFFERS = {
 
 
 def defaults(flags: dict) -> dict:
-  """{flag: value} of the system and the algorithm in `flags`, {flag: value} of
-  all flags as typed; without what belongs to a part that was replaced.
+  """Defaults {flag: value} of a system's algorithm, both named by `flags`.
 
-  Raises ValueError where nothing is known.
+  flags: {flag: value} of all flags as typed; the numbers of a part that it
+    replaces are left out.
+
+  Raises ValueError for an algorithm without known defaults.
   """
   system, algorithm = flags['compat'], flags['algorithm']
   if system == 'none':
@@ -399,7 +400,7 @@ def defaults(flags: dict) -> dict:
 
 
 def warnings(flags: dict) -> list[str]:
-  """The lines that a run of these flags (of all) says at its beginning."""
+  """Warnings of a run, one line each; flags: {flag: value} of all."""
   system, algorithm = flags['compat'], flags['algorithm']
   if system == 'none':
     return []
@@ -407,9 +408,9 @@ def warnings(flags: dict) -> list[str]:
 
   def lines(table):
     return [
-      said.line
-      for said in table.get((system, algorithm), ())
-      if all(n in theirs and flags[n] == theirs[n] for n in said.flags)
+      message.line
+      for message in table.get((system, algorithm), ())
+      if all(n in theirs and flags[n] == theirs[n] for n in message.flags)
     ]
 
   name = SYSTEMS[system]

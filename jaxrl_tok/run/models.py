@@ -1,4 +1,4 @@
-"""Models of a run: opened, made anew, or a policy of the user's own."""
+"""Models of a run: read from a directory, random, or a user's own policy."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from jaxrl_tok.types import Policy, first_argument
 
 
 class OwnModel(NamedTuple):
-  """A policy of the user's own, as the run sees a Model."""
+  """Policy of the user's own, with the fields of a Model."""
 
   policy: Policy
   tokenizer: Any
@@ -44,7 +44,8 @@ class OwnModel(NamedTuple):
 
 
 def own_model(policy: Policy, tokenizer) -> OwnModel:
-  """Raises ValueError where the tokenizer has ids beyond the policy's rows."""
+  """Makes an OwnModel. Raises ValueError for a tokenizer with more ids than the
+  policy's vocab_size, or without an end token."""
   if len(tokenizer) > policy.vocab_size:
     raise ValueError(
       f'the tokenizer has {len(tokenizer)} ids and the policy a vocab_size of '
@@ -58,7 +59,7 @@ def own_model(policy: Policy, tokenizer) -> OwnModel:
 
 
 def own_trainable(model: OwnModel, seed: int) -> Trainable:
-  """All parameters of a policy of the user's own, from random ones. `save`
+  """Trainable of a user's own policy: all parameters, random at first. `save`
   writes them by their paths to params.safetensors, beside the tokenizer."""
   policy = model.policy
 
@@ -92,7 +93,7 @@ def own_trainable(model: OwnModel, seed: int) -> Trainable:
 
 
 def random_model(size: SizeSettings, tokenizer) -> Model:
-  """A decoder of the given size in Qwen2's layout, without weights yet."""
+  """Makes a decoder of the given size in Qwen2's layout, without weights."""
   if size.d_model % size.num_heads:
     raise ValueError(
       f'--d_model {size.d_model} must be divisible by --num_heads '
@@ -126,8 +127,8 @@ def random_model(size: SizeSettings, tokenizer) -> Model:
 
 
 def make_model(settings: Settings, policy: Policy | None, tokenizer: Callable):
-  """The model that --model names, a random one of the settings' size, or the
-  user's own policy. tokenizer: () -> one, where there is no model."""
+  """Makes the model: that of --model, a random one of the settings' size, or
+  the user's own policy. tokenizer: () -> tokenizer, where no model has one."""
   model = settings.model
   if policy is not None:
     if model.model is not None:
@@ -145,7 +146,7 @@ def make_model(settings: Settings, policy: Policy | None, tokenizer: Callable):
 
 
 def lora_config(settings: Settings) -> LoraConfig | None:
-  """The adapters that the settings, or the directory they name, ask for."""
+  """Configuration of the adapters, from the settings or --lora_adapter."""
   f = settings.model
   if f.lora_adapter:
     return adapters.load_config(f.lora_adapter)
@@ -155,7 +156,7 @@ def lora_config(settings: Settings) -> LoraConfig | None:
 
 
 def make_trainable(settings: Settings, model) -> Trainable:
-  """Trainable parameters of the model: all, or adapters."""
+  """Makes the trainable parameters of the model: all, or adapters."""
   f, seed = settings.model, settings.run.seed
   if isinstance(model, OwnModel):
     return own_trainable(model, seed)
@@ -167,7 +168,7 @@ def make_trainable(settings: Settings, model) -> Trainable:
 
 
 def make_reward_model(settings: Settings, policy: Model) -> Model | None:
-  """The classifier that --reward_model names. It reads the policy's tokens."""
+  """Opens the classifier of --reward_model, which reads the policy's tokens."""
   if settings.model.reward_model is None:
     return None
   model = open_model(settings.model.reward_model)
@@ -195,8 +196,8 @@ def check_context(model, P: int, T: int) -> None:
 
 
 def forbidden_tokens(model) -> np.ndarray | None:
-  """bool [V] of ids that no completion may hold: rows without a token, and
-  padding where it ends nothing. None when there are none."""
+  """Forbidden ids bool [V], never sampled: rows without a token, and padding
+  that is no end token. None when there are none."""
   V = model.vocab_size
   forbidden = np.ones(V, bool)
   ids = np.fromiter(model.tokenizer.get_vocab().values(), int)

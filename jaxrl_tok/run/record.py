@@ -1,4 +1,4 @@
-"""Files that say what a run is: config.yaml, command.txt, env.json, model/."""
+"""Records of a run on disk: config.yaml, command.txt, env.json, model/."""
 
 import json
 import platform
@@ -23,8 +23,8 @@ from jaxrl_tok.run.settings import RunSettings, flatten
 def claim_output_dir(
   run: RunSettings, name: str, resumable: bool = True
 ) -> Path:
-  """The run's directory, made and writable. Raises ValueError for one that is
-  not empty, or cannot be written."""
+  """Makes the run's directory. Raises ValueError for one that is not empty, or
+  cannot be written."""
   name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
   path = Path(run.output_dir or Path('runs') / name)
   if path.exists() and not path.is_dir():
@@ -67,7 +67,7 @@ def environment() -> dict:
 
 
 def describe_data(setup: Setup) -> str:
-  """The data in words: the task's own, or where it comes from."""
+  """Describes the data: in the task's words, or by its source."""
   if setup.task.description:
     return setup.task.description
   n, held_out = setup.data.num_records, setup.evaluations[0].data.num_records
@@ -76,7 +76,7 @@ def describe_data(setup: Setup) -> str:
 
 
 def adapter_of(setup: Setup) -> dict | None:
-  """The configuration of adapters, None where all of the model is trained."""
+  """Configuration of the adapters; None: all of the model is trained."""
   config = models.lora_config(setup.settings)
   if config is None:
     return None
@@ -88,7 +88,7 @@ def adapter_of(setup: Setup) -> dict | None:
 
 
 def settings_of_run(setup: Setup) -> dict:
-  """Everything that decides the run, for config.yaml."""
+  """Settings, model and data that decide the run, for config.yaml."""
   own = isinstance(setup.model, models.OwnModel)
   return {
     'experiment': setup.caller.name,
@@ -112,20 +112,21 @@ def settings_of_run(setup: Setup) -> dict:
 
 
 def to_yaml(found: dict) -> str:
-  """YAML of plain values: tuples are lists, what else there is is a word."""
+  """Writes YAML of plain values: tuples as lists, other types as text."""
   plain = json.loads(json.dumps(found, default=str))
   return yaml.safe_dump(plain, sort_keys=False)
 
 
 def write_run_files(setup: Setup, run_dir: Path) -> None:
-  """config.yaml, command.txt, env.json, and the model without its weights."""
+  """Writes config.yaml, command.txt, env.json, and the model without its
+  weights."""
   atomic_write(run_dir / 'config.yaml', to_yaml(settings_of_run(setup)))
   atomic_write(run_dir / 'command.txt', setup.caller.command + '\n')
   described = json.dumps(environment(), indent=2) + '\n'
   atomic_write(run_dir / 'env.json', described)
   if isinstance(setup.model, models.OwnModel):
     return
-  # with it, a checkpoint can be exported when the model has gone
+  # a checkpoint can then be exported even without the --model
   with directory.atomic_directory(run_dir / 'model', replace=True) as part:
     directory.write_description(part, setup.model)
 
