@@ -298,6 +298,9 @@ def test_another_column_of_the_name_stays_itself():
     (lambda rollout, answer: None, [{'prompt': 'p', 'solution': 'abcd'}],
      'solution', "'abcd' has 5 tokens with its end, and completions have 4; "
      'pass --max_completion_length 5'),
+    (lambda rollout, answer: None,
+     [{'prompt': 'p', 'solution': 'a'}, {'prompt': 'q'}], 'solution',
+     "the record of prompt 'q' has no 'solution', which @on_device rewards"),
     (lambda rollout, x: None, [{'x': 1}, {'x': 1.5}], None, 'the column x is '
      'int32 in the first record and not in all others'),
     (lambda rollout, x: None, [{'x': 1}, {}], None, 'the column x is int32'),

@@ -42,6 +42,10 @@ def records(start: int, count: int) -> list[dict]:
   ]
 
 
+def one_record(seed, index):
+  return records(index, 1)[0]
+
+
 def short(completions, **columns):
   return [-len(c) for c in completions]
 
@@ -303,6 +307,49 @@ REFUSALS = {
     Task(records(0, 40), short),
     {'evaluations': [Evaluation('x', records(0, 3))] * 2},
     'two evaluations are named x',
+  ),
+  'an endless evaluation': (
+    Task(records(0, 40), short),
+    {'evaluations': [Evaluation('x', one_record)]},
+    'of the evaluation x is endless; give a finite number of records',
+  ),
+  'an evaluation named train': (
+    Task(records(0, 40), short),
+    {'evaluations': [Evaluation('train', records(0, 3))]},
+    "an evaluation is named train, as the step's own batch; rename it",
+  ),
+  'greedy samples': (
+    Task(records(0, 40), short),
+    {'evaluations': [Evaluation('x', records(0, 3), samples=8)]},
+    'are all the same; pass greedy=False, or samples=1',
+  ),
+  'no samples': (
+    Task(records(0, 40), short),
+    {'evaluations': [Evaluation('x', records(0, 3), samples=0)]},
+    'the evaluation x has samples=0; give 1 or more',
+  ),
+  'between calls': (
+    Task(records(0, 40), letters),
+    {
+      'evaluations': [Evaluation('x', records(0, 3), every=3)],
+      'steps_per_call': 2,
+      'save_every': 0,
+    },
+    'every=3 of the evaluation x must be a multiple of --steps_per_call 2',
+  ),
+  'a maker of an algorithm': (
+    Task(records(0, 40), short),
+    {'algorithm': algorithms.grpo},
+    'algorithm is a function, not an Algorithm; call its maker',
+  ),
+  "the critic's rate": (
+    Task(records(0, 40), short),
+    {
+      'algorithm': 'a2c',
+      'optimizer': optax.sgd(0.1),
+      'critic_learning_rate': 0.1,
+    },
+    '--critic_learning_rate has no effect: optimizer is a value of your own',
   ),
   'on the host': (
     Task(records(0, 40), short),

@@ -10,7 +10,7 @@ from jaxrl_tok.run import cache, flags, warm_start
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.prepare import prepare
 from jaxrl_tok.run.settings import Settings
-from jaxrl_tok.run.task import Caller
+from jaxrl_tok.run.task import Caller, Task
 
 
 @pytest.fixture
@@ -44,6 +44,70 @@ def test_where_a_critic_is_to_come_the_policy_is_kept(setup_of, capsys):
   assert 'steps' not in said  # nothing is learnt again
   assert 'value_head' not in made
   jax.tree.map(np.testing.assert_array_equal, read, made)
+
+
+def test_a_slow_copy_begins_with_the_updates(setup_of):
+  """NLPO's policy is two; the start is the one that any algorithm has."""
+  given = {'warm_start_max_steps': 1, 'warm_start_check_every': 1}
+  made = []
+  for algorithm in ('nlpo', 'ppo'):
+    setup = setup_of(algorithm=algorithm, top_p=0.9, **given)
+    with jax.set_mesh(setup.mesh):
+      made.append(warm_start.learn(setup)[0])
+  jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+def endless(answer):
+  """Setup of endless records whose answers are `answer`(index)."""
+
+  def record(seed, index):
+    found = {'prompt': f'{index}=', 'answer': answer(index)}
+    return {k: v for k, v in found.items() if v is not None}
+
+  def right(completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer)]
+
+  settings = flags.settings_of(
+    {
+      'd_model': 16,
+      'num_heads': 2,
+      'num_kv_heads': 1,
+      'd_ff': 16,
+      'held_out': 4,
+      'max_completion_length': 4,
+      'warm_start_batch_size': 8,
+      'warm_start_max_steps': 2,
+    }
+  )
+  task = Task(record, right, answers='answer')
+  return prepare(task, settings, Own(), Caller('endless', 'x'), {})
+
+
+def test_endless_records_are_learnt_and_kept(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  setup = endless(lambda i: str(i % 100))
+  with jax.set_mesh(setup.mesh):
+    made = warm_start.warm_start(setup)
+    read = warm_start.warm_start(setup)
+  jax.tree.map(np.testing.assert_array_equal, read, made)
+  assert warm_start.cache_dir(setup).is_dir()
+
+
+@pytest.mark.parametrize(
+  ('later', 'fact'),
+  [
+    (None, "the record of prompt '3=' has no 'answer' that is text"),
+    ('12345', 'cannot hold the answer .*; pass --max_completion_length 6'),
+  ],
+)
+def test_an_endless_answer_that_cannot_be_learnt_is_named(later, fact):
+  setup = endless(lambda i: later if i == 3 else 'a')
+  with (
+    jax.set_mesh(setup.mesh),
+    pytest.raises(ValueError, match=fact) as refused,
+  ):
+    warm_start.batch_at(setup, 0)
+  assert '\n' not in str(refused.value)
 
 
 def test_a_damaged_one_is_made_anew(setup_of, capsys):

@@ -1,4 +1,4 @@
-"""The user's door: `train` from Python, `main` behind flags.
+"""API of a user: `train` from Python, `main` behind flags.
 
 Nothing here imports jax before the command line has been read and checked.
 """
@@ -41,7 +41,10 @@ VALUES = {
 # settings that a value replaces, beside the one of its name
 REPLACED = {
   'policy': [f.name for f in dataclasses.fields(SizeSettings)],
-  'optimizer': [f.name for f in dataclasses.fields(OptimizerSettings)],
+  'optimizer': [
+    *(f.name for f in dataclasses.fields(OptimizerSettings)),
+    'critic_learning_rate',
+  ],
 }
 TRY_AGAIN = 75  # exit status of a run that a signal stopped
 
@@ -49,20 +52,20 @@ TRY_AGAIN = 75  # exit status of a run that a signal stopped
 class Arguments(NamedTuple):
   """Arguments of `train` and `main`, sorted."""
 
-  words: dict  # settings
+  words: dict  # settings {name: value}
   own: dict  # values of the user's own, as build.Own takes them
-  evaluations: tuple  # further ones than the task has
+  evaluations: tuple  # beside those of the task
 
 
 def plain(value):
-  """A setting's value as flags have it: paths are text, lists are tuples."""
+  """Converts a setting's value to a flag's: paths to text, lists to tuples."""
   value = os.fspath(value) if isinstance(value, os.PathLike) else value
   return tuple(value) if isinstance(value, list) else value
 
 
 def sort_arguments(given: dict[str, Any]) -> Arguments:
-  """Tells settings from values of the user's own; a word or None is a
-  setting. Raises ValueError for a name that is neither."""
+  """Sorts arguments into settings (a word or None) and values of the user's
+  own. Raises ValueError for a name that is neither."""
   given = dict(given)
   evaluations = tuple(given.pop('evaluations', ()))
   own = {
@@ -96,18 +99,18 @@ def check_replaced(own: dict, typed) -> None:
       )
 
 
-# --- who calls ---------------------------------------------------------------
+# --- the calling program -----------------------------------------------------
 
 
 def module_of(function: Callable | None) -> ModuleType:
-  """The module whose file is the experiment: the program itself, or that of
-  the task's function where another program calls it with an argv."""
+  """Module of the experiment: the program itself, or that of the task's
+  function where another program calls it with an argv."""
   name = '__main__' if function is None else function.__module__
   return sys.modules.get(name, sys.modules['__main__'])
 
 
 def command_of(module: ModuleType) -> str:
-  """The command that runs a module: python -m NAME, or python FILE."""
+  """Command that runs a module: python -m NAME, or python FILE."""
   spec = getattr(module, '__spec__', None)
   if spec is not None and spec.name != '__main__':
     return f'python -m {spec.name.removesuffix(".__main__")}'
@@ -118,7 +121,7 @@ def command_of(module: ModuleType) -> str:
 
 
 def name_of(module: ModuleType) -> str:
-  """The experiment's name, for the run directory."""
+  """Name of the experiment, for the run directory."""
   spec = getattr(module, '__spec__', None)
   if spec is not None and spec.name != '__main__':
     return spec.name.removesuffix('.__main__').rpartition('.')[2]
@@ -161,8 +164,8 @@ def train(task: Task, **settings) -> 'Result':
       credit, baseline, loss, aggregation (see credit/algorithms.py); and
       evaluations, Evaluation records beside the task's.
 
-  Raises ValueError or OSError, in one line, for what cannot be; Interrupted
-  when a signal stopped the run, whose state is saved.
+  Raises ValueError or OSError, in one line, for a wrong argument, model or
+  data; Interrupted when a signal stopped the run, whose state is saved.
   """
   given = sort_arguments(settings)
   check_replaced(given.own, given.words)
@@ -175,16 +178,16 @@ def train(task: Task, **settings) -> 'Result':
 def main(
   task: Task | Callable, argv: list[str] | None = None, /, **defaults
 ) -> 'Result | None':
-  """`train` behind flags: every setting is one, `defaults` are theirs.
+  """Trains behind flags, one for each setting, and returns the Result.
 
   Args:
     task: a Task, or a function that returns one; the function's parameters
       are flags of its own, and those named as settings get their value.
     argv: the command line; None: sys.argv.
-    defaults: as the arguments of `train`.
+    defaults: defaults of the flags, as the arguments of `train`.
 
-  A fault is one line and exit status 2; a run that a signal stopped exits with
-  75. Returns the Result; None with --print_config.
+  Returns None with --print_config. A fault is one line and exit status 2; a run
+  that a signal stopped exits with 75.
   """
   function = None if isinstance(task, Task) else task
   module = module_of(None if argv is None else function)

@@ -1,4 +1,4 @@
-"""Settings turned into values: the algorithm and the optimizer."""
+"""Builders of the algorithm and the optimizer, from settings."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxrl_tok.types import Algorithm
 
 
 class Own(NamedTuple):
-  """Values of the user's own, in place of words. None: as the settings say."""
+  """Values of the user's own, in place of settings; None: by the setting."""
 
   algorithm: Algorithm | None = None
   policy: Any = None  # types.Policy
@@ -56,7 +56,7 @@ SCHEDULES = {
 
 
 def choices_of(settings: Settings) -> dict:
-  """{choice of algorithms.compose: value} of the settings that are given."""
+  """Choices {name: value} for algorithms.compose, of the settings given."""
   f = settings.algorithm
   given = {k: v for k, v in vars(f).items() if k not in _OTHERS}
   given['reference_dtype'] = (
@@ -74,13 +74,18 @@ def choices_of(settings: Settings) -> dict:
 
 
 def make_algorithm(settings: Settings, own: Own, max_length: int) -> Algorithm:
-  """The Algorithm that the settings name, or the user's own value.
+  """Makes the Algorithm that the settings name, or takes the user's own.
 
-  Raises ValueError for what cannot be or has no effect.
+  Raises ValueError for choices that are impossible or have no effect.
   """
   f, G = settings.algorithm, settings.sampling.num_generations
   changes = choices_of(settings) | own.parts
   if own.algorithm is not None:
+    if not isinstance(own.algorithm, Algorithm):
+      raise ValueError(
+        f'algorithm is a {type(own.algorithm).__name__}, not an Algorithm; '
+        "call its maker (algorithms.grpo()), or give its name ('grpo')"
+      )
     if changes:
       raise ValueError(
         f'{", ".join(changes)} would change an algorithm that is given as a '
@@ -99,7 +104,7 @@ def make_algorithm(settings: Settings, own: Own, max_length: int) -> Algorithm:
 
 
 def with_off_policy(settings: Settings, algorithm: Algorithm) -> Algorithm:
-  """The algorithm as older rollouts need it: with a ratio to the sampler."""
+  """Adds a ratio to the sampler's log-probs, for rollouts of older policies."""
   sampling = settings.sampling
   flag = '--replay_groups' if sampling.replay_groups else '--ahead'
   if not (sampling.replay_groups or sampling.ahead):
@@ -194,9 +199,10 @@ def check_algorithm(settings: Settings, own: Own, algorithm: Algorithm) -> None:
 
 
 def make_optimizer(settings: Settings, own: Own, algorithm: Algorithm):
-  """(optax chain of TrainState.trained, schedule of the learning rate by
-  step or None). An update makes `passes.count` optimizer steps; the schedule
-  counts those. A critic has its own learning rate, moments and norm."""
+  """Makes (optax chain of TrainState.trained, learning rate by step or None).
+
+  An update makes `passes.count` optimizer steps, which the schedule counts. A
+  critic has a learning rate, moments and a norm of its own."""
   if own.optimizer is not None:
     return own.optimizer, None
   f, passes = settings.optimizer, algorithm.passes.count

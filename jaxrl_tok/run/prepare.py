@@ -1,5 +1,5 @@
-"""From a task and settings to a Setup: everything that a run is made of,
-checked, placed, not compiled."""
+"""Preparation of a run: a task and settings become a Setup, everything that the
+run is made of, checked and placed, not yet compiled."""
 
 import dataclasses
 import functools
@@ -24,13 +24,13 @@ from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.collectors import Scorer
 from jaxrl_tok.step.programs import ProgramConfig
 
-DEFAULT_LENGTH = 64  # tokens of a completion at most, where nothing says more
+DEFAULT_LENGTH = 64  # tokens of a completion at most, by default
 EVAL_BATCH = 512  # held-out prompts at a time
 RESERVED = ('prompt', 'answer', 'completion', 'reward', 'tokens', 'advantage')
 
 
 class Rewards(NamedTuple):
-  """Reward functions of training, or of an evaluation, by side."""
+  """Reward functions of training or of an evaluation, on host and device."""
 
   host: dict  # {name: function}
   device: dict  # {name: function of JAX}
@@ -38,7 +38,7 @@ class Rewards(NamedTuple):
 
 
 class EvalSetup(NamedTuple):
-  """An evaluation, prepared."""
+  """Evaluation, prepared."""
 
   evaluation: Evaluation
   rewards: Rewards
@@ -48,7 +48,7 @@ class EvalSetup(NamedTuple):
 
 
 class Setup(NamedTuple):
-  """A run on this machine, before anything is compiled."""
+  """Run on this machine, before anything is compiled."""
 
   caller: Caller
   settings: Settings
@@ -57,7 +57,7 @@ class Setup(NamedTuple):
   model: Any  # hub.model.Model or models.OwnModel
   trainable: Any
   policy: Any
-  critic: Any  # a Policy of its own, or None
+  critic: Any  # Policy of a separate critic, or None
   dtype: str  # compute dtype
   algorithm: Any
   optimizer: Any
@@ -95,7 +95,7 @@ class Setup(NamedTuple):
 
 
 def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
-  """Names the functions and sorts out which run where."""
+  """Splits named reward functions into those of the host and the device."""
   is_device, model = device_rewards.is_on_device, device_rewards.REWARD_MODEL
   taken = () if reward_model_weight is None else (model,)
   functions, weights = rewards.name_rewards(given, taken)
@@ -109,8 +109,8 @@ def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
 
 
 def rewards_of(task: Task, settings: Settings) -> Rewards:
-  """The task's rewards for training; with --steps_per_call, those that are JAX
-  functions. Raises ValueError where it has none."""
+  """Rewards of training; with --steps_per_call those that are JAX functions.
+  Raises ValueError where the task has none."""
   weight = settings.model.reward_model_weight
   weight = weight if settings.model.reward_model else None
   given = task.rewards
@@ -127,7 +127,7 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
 
 
 def open_task(task: Task, settings: Settings) -> data.Split:
-  """Training and held-out records, disjoint."""
+  """Opens training and held-out records, disjoint."""
   columns = dict(pair.split('=') for pair in settings.data.rename)
   opened = data.open_records(task.train, settings.run.seed, columns)
   count, held_out = settings.run.held_out, task.held_out
@@ -146,7 +146,7 @@ def answer_ids(model, answer) -> list[int]:
 
 
 def completion_length(task: Task, settings: Settings, model, split) -> int:
-  """max_completion_length: as given, else that of the longest answer where a
+  """Length T of completions: as given, else that of the longest answer if a
   supervised start learns them, else DEFAULT_LENGTH."""
   given, column = settings.sampling.max_completion_length, task.answers
   learns = column is not None and model.directory is None
@@ -170,8 +170,8 @@ def completion_length(task: Task, settings: Settings, model, split) -> int:
 
 
 def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
-  """Refuses a batch that the mesh cannot split, and rows that would leave
-  their device."""
+  """Refuses batches that the mesh cannot split equally, and compact_levels on
+  several devices."""
   sampling, shards = settings.sampling, sharding.row_shards(mesh)
   if sampling.compact_levels and shards > 1:
     raise ValueError(
@@ -202,7 +202,7 @@ def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
 
 
 def micro_batches(settings: Settings, mini_batches: int) -> int | None:
-  """Passes of a mini-batch's gradient; None: as the device's memory has it."""
+  """Number of micro-batches of a mini-batch; None: chosen by memory."""
   sampling, wanted = settings.sampling, settings.model.micro_batch
   if wanted == 'auto':
     return None
@@ -231,7 +231,7 @@ def program_config(
 
 
 def make_networks(settings: Settings, model, trainable, algorithm):
-  """(policy, critic of its own or None, compute dtype) of a run."""
+  """Makes (policy, separate critic or None, compute dtype) of a run."""
   f, learned = settings.model, algorithm.value_loss is not None
   dtype = f.dtype
   if dtype == 'auto':
@@ -241,10 +241,10 @@ def make_networks(settings: Settings, model, trainable, algorithm):
     policy, critic = model.policy, None
   else:
     how = jnp.dtype(dtype), f.remat, kernels.choose(f.attention)
-    judge = model.with_value_head()
+    with_value = model.with_value_head()
     shared = learned and settings.algorithm.critic == 'shared'
-    policy = (judge if shared else model).make_policy(*how)
-    critic = judge.make_policy(*how) if learned and not shared else None
+    policy = (with_value if shared else model).make_policy(*how)
+    critic = with_value.make_policy(*how) if learned and not shared else None
   policy = policy._replace(merge_params=trainable.merge)
   if 'mask_policy' in algorithm.carries:
     policy = masked_policy(policy)
@@ -252,7 +252,7 @@ def make_networks(settings: Settings, model, trainable, algorithm):
 
 
 def make_rule(settings: Settings, model):
-  """The sampling rule of the settings."""
+  """Makes the sampling rule of the settings."""
   s = settings.sampling
   return distribution.make_rule(
     model.vocab_size,
@@ -268,8 +268,7 @@ def make_rule(settings: Settings, model):
 def prompt_set(
   settings: Settings, model, found: Rewards, records, task, T, name
 ):
-  """Records of a task as prompts, with the columns that its device rewards
-  read."""
+  """Makes prompts of records, with the columns that device rewards read."""
   columns, first = None, records[0]
   rewards.check_functions(found.host, first)
   if found.device:
@@ -292,18 +291,51 @@ def prompt_set(
   )
 
 
+def check_evaluation(e: Evaluation, taken, steps_per_call: int) -> None:
+  """Refuses an evaluation that cannot be, or that says nothing."""
+  n = steps_per_call
+  rules = (
+    (e.name in taken, f'two evaluations are named {e.name}; rename one'),
+    (
+      e.name == 'train',
+      "an evaluation is named train, as the step's own batch; rename it",
+    ),
+    (
+      e.samples < 1,
+      f'the evaluation {e.name} has samples={e.samples}; give 1 or more',
+    ),
+    (
+      e.samples > 1 and e.greedy,
+      f'the {e.samples} greedy completions of a prompt that the evaluation '
+      f'{e.name} asks for are all the same; pass greedy=False, or samples=1',
+    ),
+    (
+      e.every is not None and e.every < 0,
+      f'the evaluation {e.name} has every={e.every}; give 0 (at the end) or '
+      'more',
+    ),
+    (
+      bool(n and e.every and e.every % n),
+      f'every={e.every} of the evaluation {e.name} must be a multiple of '
+      f'--steps_per_call {n}',
+    ),
+  )
+  for refused, message in rules:
+    if refused:
+      raise ValueError(message)
+
+
 def make_evaluations(
   task: Task, settings: Settings, model, held_out, config: ProgramConfig, mesh
 ) -> list[EvalSetup]:
-  """The task's own held-out evaluation, then the others that it names."""
+  """Prepares the task's held-out evaluation, then its other evaluations."""
   own = Evaluation(
     'held_out', held_out, task.eval_rewards, metrics=task.metrics
   )
   columns = dict(pair.split('=') for pair in settings.data.rename)
   shards, names, found = sharding.row_shards(mesh), set(), []
   for e in (own, *task.evaluations):
-    if e.name in names:
-      raise ValueError(f'two evaluations are named {e.name}; rename one')
+    check_evaluation(e, names, settings.run.steps_per_call)
     names.add(e.name)
     by = split_rewards(task.rewards if e.rewards is None else e.rewards)
     records = data.open_records(
@@ -311,6 +343,11 @@ def make_evaluations(
       settings.run.seed,
       None if isinstance(e.data, data.Records) else columns,
     )
+    if records.num_records is None:
+      raise ValueError(
+        f'{records.name} of the evaluation {e.name} is endless; give a finite '
+        'number of records, such as a list'
+      )
     prompts = prompt_set(
       settings,
       model,
@@ -328,15 +365,15 @@ def make_evaluations(
 
 
 def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
-  """The sampler for so many completions of each prompt."""
+  """Sampler's choices for so many completions of each prompt."""
   return dataclasses.replace(
     config, samples_per_prompt=samples, compact_levels=0
   )
 
 
 def message_counts(logger: Logger, asked, split, train, held_out) -> None:
-  """Says once how the data was cut, cleaned and held out; `asked` is the
-  number of held-out prompts that was asked for, where it is one."""
+  """Prints how many prompts are held out, left out or cut; `asked` is the
+  number that was to be held out, or None."""
   counts = split.counts
   if isinstance(asked, int) and counts['held_out'] < asked:
     logger.message(
@@ -364,7 +401,7 @@ def prepare(
   caller: Caller,
   task_flags: dict,
 ) -> Setup:
-  """Checks all that needs the model, the data or the devices.
+  """Prepares a run, with all checks that need the model, data or devices.
 
   Raises ValueError or OSError, in one line.
   """

@@ -1,7 +1,7 @@
-"""Supervised start on the data's right answers, cached on disk.
+"""Warm start: supervised learning of the data's right answers, cached on disk.
 
 The cache holds saved policies under ~/.cache/jaxrl_tok (or XDG_CACHE_HOME),
-keyed by everything that decides the outcome.
+by a hash of all settings and data that decide the outcome.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxrl_tok.evaluation import evaluate_held_out
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.cache import user_cache
-from jaxrl_tok.run.prepare import Setup, answer_ids
+from jaxrl_tok.run.prepare import Setup, answer_ids, make_networks
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.device_rewards import make_device_scorer
 from jaxrl_tok.step.supervised import make_supervised_step
@@ -31,7 +31,9 @@ QUICKLY = {'xla_backend_optimization_level': 0}
 
 
 def digest(records) -> str:
-  """Hash of all records."""
+  """Hash of all records; of endless ones, that of the first prompts."""
+  if records.num_records is None:
+    return data.data_fingerprint(records)
   found = hashlib.sha256()
   for record in records:
     text = json.dumps(record, sort_keys=True, default=str)
@@ -40,7 +42,7 @@ def digest(records) -> str:
 
 
 def cache_dir(setup: Setup) -> Path:
-  """Where the start of these settings is kept."""
+  """Directory of this warm start in the cache."""
   rule = jax.device_get(setup.rule)
   never = () if rule.forbidden is None else np.flatnonzero(rule.forbidden)
   recipe = {
@@ -67,8 +69,41 @@ def cache_dir(setup: Setup) -> Path:
   return user_cache() / f'{setup.caller.name}-{key}'
 
 
+def plain_policy(setup: Setup):
+  """The policy without NLPO's slow copy, which begins with the updates."""
+  carries = dict(setup.algorithm.carries)
+  carries.pop('mask_policy', None)
+  algorithm = setup.algorithm._replace(carries=carries)
+  return make_networks(setup.settings, setup.model, setup.trainable, algorithm)[
+    0
+  ]
+
+
+def target_ids(setup: Setup, example: dict) -> list[int]:
+  """Ids of a record's right answer; it names a record that has none, or too
+  long a one, which only endless records can hold here."""
+  answer, T = (
+    example.get(setup.task.answers),
+    setup.config.max_completion_length,
+  )
+  if not isinstance(answer, str):
+    raise ValueError(
+      f'the record of prompt {str(example["prompt"])[:60]!r} has no '
+      f'{setup.task.answers!r} that is text; a supervised start needs an '
+      'answer for each prompt, or pass --model'
+    )
+  row = answer_ids(setup.model, answer)
+  if len(row) > T:
+    raise ValueError(
+      f'--max_completion_length {T} cannot hold the answer {answer[:60]!r} of '
+      f'{len(row) - 1} tokens and the end; pass --max_completion_length '
+      f'{len(row)} or more'
+    )
+  return row
+
+
 def batch_at(setup: Setup, number: int) -> tuple:
-  """(Prompts, answers int32 [n, T], mask bool [n, T]) of a step, placed."""
+  """Batch of a step: (Prompts, answers int32 [n, T], mask bool [n, T])."""
   n = setup.settings.warm_start.warm_start_batch_size
   examples, prompts, _ = data.batch_at(
     setup.data, setup.settings.run.seed, number * n, n
@@ -80,15 +115,15 @@ def batch_at(setup: Setup, number: int) -> tuple:
   tokens = np.full((n, T), setup.model.pad_token, np.int32)
   mask = np.zeros((n, T), bool)
   for i, example in enumerate(examples):
-    row = answer_ids(setup.model, example[setup.task.answers])
+    row = target_ids(setup, example)
     tokens[i, : len(row)], mask[i, : len(row)] = row, True
   return sharding.put_rows(setup.mesh, (prompts, tokens, mask))
 
 
 def make_judge(setup: Setup):
-  """Returns judge(params) -> held-out reward of greedy completions."""
+  """Returns evaluate(params) -> held-out reward of greedy completions."""
   e = setup.evaluations[0]
-  sample = jax.jit(make_sampler(setup.policy, setup.config.greedy))
+  sample = jax.jit(make_sampler(plain_policy(setup), setup.config.greedy))
   device = None
   if e.rewards.device:
     score = jax.jit(make_device_scorer(e.rewards.device))
@@ -98,7 +133,7 @@ def make_judge(setup: Setup):
 
   scorer = setup.scorer(e.rewards, device)
 
-  def judge(params) -> float:
+  def evaluate(params) -> float:
     def completions(_, prompts: Prompts):
       return sample(params, jax.random.key(0), prompts, setup.rule)
 
@@ -107,11 +142,11 @@ def make_judge(setup: Setup):
     )
     return found['eval/reward']
 
-  return judge
+  return evaluate
 
 
 def learn(setup: Setup):
-  """Trains from random weights until warm_start_stop_at is reached, or for
+  """Trains from random weights, until warm_start_stop_at is reached or for
   warm_start_max_steps. Returns (params, steps, held-out reward)."""
   f, logger = setup.settings.warm_start, setup.logger
   last = f.warm_start_max_steps
@@ -125,7 +160,7 @@ def learn(setup: Setup):
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0)
   )
-  policy = setup.policy
+  policy = plain_policy(setup)
 
   def init(key):
     params = policy.init(key)
@@ -141,10 +176,10 @@ def learn(setup: Setup):
   step = jax.jit(
     make_supervised_step(policy, optimizer, setup.rule), donate_argnums=(0, 1)
   )
-  judge = make_judge(setup)
+  evaluate = make_judge(setup)
   with logger.doing('compiling the supervised start'):
     step = step.lower(params, opt_state, *batch_at(setup, 0)).compile()
-    score = judge(params)
+    score = evaluate(params)
   with logger.bar('supervised start', last) as show:
     for number in range(last):
       batch = batch_at(setup, number)
@@ -152,7 +187,7 @@ def learn(setup: Setup):
       done = number + 1
       if done % f.warm_start_check_every and done < last:
         continue
-      score = judge(params)
+      score = evaluate(params)
       logger.metrics('warm_start', done, {'loss': loss, 'eval/reward': score})
       show(done, f'loss {float(loss):.3f}  held-out {score:.3f}')
       if score >= f.warm_start_stop_at:
@@ -163,7 +198,7 @@ def learn(setup: Setup):
 
 
 def warm_start(setup: Setup):
-  """Parameters that the start ends with, from the cache if it has them."""
+  """Parameters after the warm start, from the cache if it has them."""
   where, keep = cache_dir(setup), setup.settings.warm_start.cache
   if keep and where.is_dir():
     try:
@@ -183,7 +218,8 @@ def warm_start(setup: Setup):
 
 
 def save_start(setup: Setup, params, where: Path) -> None:
-  """Saves them; runs side by side may, and a failure is a warning."""
+  """Saves the warm start. Parallel runs may save one place; a failure is a
+  warning."""
   own = where.with_name(f'{where.name}.{os.getpid()}')
   card = {'title': 'supervised start', 'data': setup.task.description}
   try:

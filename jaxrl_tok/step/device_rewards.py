@@ -256,6 +256,11 @@ def _encode_all(
   ids = np.zeros((len(records), T), np.int32)
   mask = np.zeros((len(records), T), bool)
   for c, record in enumerate(records):
+    if record.get(answers) is None:
+      raise ValueError(
+        f'the record of prompt {quote(str(record["prompt"]))} has no '
+        f'{answers!r}, which @on_device rewards read; give one to every record'
+      )
     text = str(record[answers])
     row = list(encode(text))
     if len(row) > T:
