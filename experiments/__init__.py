@@ -1,1 +1,1 @@
-"""Experiments: python -m experiments.NAME; --help lists the flags."""
+"""Experiments, run by python -m experiments.NAME; --help lists the flags."""

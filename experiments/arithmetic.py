@@ -2,12 +2,12 @@
 
   python -m experiments.arithmetic
 
-A tiny decoder is warm-started by supervision until it is right on some of the
-held-out problems, and then learns the rest from reward alone: 1 for an exact
+A tiny decoder is warm-started by supervision until it is right on 40 % of the
+held-out problems; it then learns the rest from reward alone: 1 for an exact
 answer, 0 otherwise (--reward digits: one reward for every token).
 
 On 2 CPU cores: 1 minute 10, the first compilation included. With seed 0,
-held-out exact match goes from 42 % to 95 % in 250 steps; it stops at 95 %
+held-out exact match goes from 42 % to 95 % in 250 steps; the run stops at 95 %
 (--stop_at_reward).
 """
 
@@ -20,7 +20,7 @@ OPERATORS = '+-'
 
 
 def problem(rng: random.Random, digits: int) -> dict:
-  """{'prompt': '47-12=', 'answer': '035'}.
+  """Draws a problem {'prompt': '47-12=', 'answer': '035'}.
 
   Operands have exactly `digits` digits, both operators come equally often, no
   answer is negative, and answers are padded with zeros to digits + 1 places,
@@ -38,7 +38,7 @@ def problem(rng: random.Random, digits: int) -> dict:
 def problems(
   digits: int, num_train: int, num_held_out: int, seed: int = 0
 ) -> tuple[list[dict], list[dict]]:
-  """(training, held-out) problems; no prompt is in both, and the held-out
+  """Generates (training, held-out) problems without a common prompt; held-out
   ones are all different. At most a fifth of all problems is held out."""
   operands = 10**digits - (10 ** (digits - 1) if digits > 1 else 0)
   different = operands**2 + operands * (operands + 1) // 2
@@ -67,10 +67,10 @@ def arithmetic(
   Args:
     digits: Digits of each operand.
     num_problems: Training problems.
-    data: A jsonl of {"prompt", "answer"} to learn instead; its end is held
-      out.
-    reward: exact: 1 for the right answer; digits: a share for each right
-      token.
+    data: File (jsonl) of {"prompt", "answer"} to learn instead; its end is
+      held out.
+    reward: Reward: 1 for the right answer (exact), or a share for each right
+      token (digits).
   """
   from jaxrl_tok import rewards
   from jaxrl_tok.step import device_rewards

@@ -1,4 +1,4 @@
-r"""RL on tokens of any model, on your own data, by your own rewards.
+r"""RL on tokens of any model, with your own data and rewards.
 
   python -m experiments.text --model Qwen/Qwen2.5-0.5B-Instruct \
     --data prompts.jsonl --reward my_rewards.py:rhyme \
@@ -28,13 +28,14 @@ def text(
   answers: str | None = None,
   held_out: int | None = None,
 ) -> Task:
-  """Your own data and rewards.
+  """Task of your own data and rewards.
 
   Args:
-    data: A jsonl or parquet file, or hub:OWNER/NAME@REVISION:SPLIT.
-    reward: FILE:FUNCTION or FILE:FUNCTION=WEIGHT, once for each reward; the
-      file is run.
-    held_out_data: As --data; default: the end of --data.
+    data: Training data: a jsonl or parquet file, or
+      hub:OWNER/NAME@REVISION:SPLIT.
+    reward: Reward function, FILE:FUNCTION or FILE:FUNCTION=WEIGHT; give the
+      flag once for each. The file is run.
+    held_out_data: Held-out data, as --data; default: the end of --data.
     answers: Column of right answers, which a new policy (no --model) learns
       first.
   """

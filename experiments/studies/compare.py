@@ -1,18 +1,18 @@
-"""Every algorithm learns arithmetic from the same warm start, over seeds.
+"""Comparison of all algorithms on arithmetic, from one warm start, over seeds.
 
   python -m experiments.studies.compare
   python -m experiments.studies.compare --algorithms grpo dr_grpo --seeds 0
   python -m experiments.studies.compare --more --learning_rate 1e-3
 
-Each run is `python -m experiments.arithmetic --algorithm A --seed S` with its
+A run is `python -m experiments.arithmetic --algorithm A --seed S` with its
 default budget (600 steps of 128 x 8 completions, or 95 % held-out), evaluated
-every 10 steps. Compared are numbers that do not depend on the machine:
-held-out accuracy, and steps and tokens (prompt and completion) until it is
-80 %. A run that is already in --output_dir is not made again.
+every 10 steps. The numbers do not depend on the machine: held-out accuracy,
+and steps and tokens (prompt and completion) until it is 80 %. A run that is
+already in --output_dir is not made again.
 
-On 2 CPU cores the 42 runs took 133 minutes of their own, two at a time. Every
-row ended at 95 % held-out or more; 80 % was reached in 60 to 160 steps, the
-mean over the seeds.
+On 2 CPU cores the 42 runs took 133 minutes of their own, two at a time. All
+rows ended at 95 % held-out or more; 80 % was reached in 60 to 160 steps, the
+mean over the seeds (measured before the order of the data changed).
 """
 
 import concurrent.futures
@@ -51,17 +51,17 @@ class Flags:
   algorithms: tuple[str, ...] = tuple(ROWS)
   """Rows of the table."""
   seeds: tuple[int, ...] = (0, 1, 2)
-  """Seeds, a run of each."""
+  """Seeds, with a run for each."""
   jobs: int = 2
   """Runs at a time."""
   output_dir: str = 'runs/compare'
   """Directory of the runs, compare.md, compare.json and compare.svg."""
   more: tuple[str, ...] = ()
-  """Flags for every run; last, as all that follows is theirs."""
+  """Flags for all runs; give it last, as it takes all that follows."""
 
 
 class Outcome(NamedTuple):
-  """A finished run."""
+  """Outcome of a finished run."""
 
   before: float  # held-out accuracy of the warm start
   after: float
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(run_dir: Path) -> Outcome:
-  """Outcome of a run, by its metrics."""
+  """Reads the outcome of a run from its metrics."""
   rows = read_metrics(run_dir)
   tokens = {r['step']: r['num_tokens'] for r in rows if 'num_tokens' in r}
   found = [
@@ -92,8 +92,8 @@ def directory(flags: Flags, row: str, seed: int) -> Path:
 
 
 def make_run(flags: Flags, row: str, seed: int) -> Outcome:
-  """Outcome of a run, which is made unless it is there. Raises ValueError
-  where it fails."""
+  """Makes a run, unless it is there already, and returns its outcome. Raises
+  ValueError if the run fails."""
   where = directory(flags, row, seed)
   if not (where / 'export').is_dir():
     shutil.rmtree(where, ignore_errors=True)  # a run that did not end
@@ -120,8 +120,8 @@ def make_run(flags: Flags, row: str, seed: int) -> Outcome:
 
 
 def spread(values: list, form: str) -> str:
-  """'mean ± standard deviation' of the values that are not None, and how many
-  are."""
+  """Formats 'mean ± standard deviation' of the values that are not None, and
+  their number."""
   there = [v for v in values if v is not None]
   if not there:
     return 'never'
@@ -157,7 +157,7 @@ def markdown(lines: list[tuple[str, ...]]) -> str:
 
 
 def picture(found: dict[str, list[Outcome]]) -> str:
-  """Tokens to 80 %, a dot a run and a bar at their mean, as SVG."""
+  """Draws tokens to 80 % as SVG: a dot a run and a bar at their mean."""
   dots, notes = [], {}
   for row, outcomes in found.items():
     known = [o.tokens / 1e6 for o in outcomes if o.tokens]
@@ -202,7 +202,7 @@ def parse(argv: list[str]) -> Flags:
 
 
 def check(flags: Flags) -> None:
-  """Refuses what cannot be compared. Raises ValueError."""
+  """Refuses flags that cannot be compared. Raises ValueError."""
   unknown = [row for row in flags.algorithms if row not in ROWS]
   if unknown:
     raise ValueError(
@@ -217,8 +217,8 @@ def check(flags: Flags) -> None:
 
 
 def compare(flags: Flags) -> dict[str, list[Outcome]]:
-  """Makes the runs that lack, a few at a time; every one that ends is
-  written. Raises ValueError or OSError."""
+  """Makes the missing runs, a few at a time, and writes results after each.
+  Raises ValueError or OSError."""
   out = Path(flags.output_dir)
   try:
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Speed of sampling, steps and starts, beside other trainers on the same work.
+"""Benchmarks of sampling, steps and starts, beside other trainers.
 
   python -m experiments.studies.bench decode step --size nano small
   python -m experiments.studies.bench step --peer trl --peer_python PYTHON
@@ -8,13 +8,13 @@
            and 128)
   group    tokens a second where 8 or 16 completions share a prompt
   ragged   completions that end at different times
-  logp     log-probs and their gradient, in chunks or whole: seconds, memory
-  step     a whole GRPO step of 8 x 8 completions, 64 tokens after 64
+  logp     log-probs and their gradient, in chunks or at once: seconds, memory
+  step     a GRPO step of 8 x 8 completions, 64 tokens after 64
   startup  from the start of the process to the first step, caches cold and warm
 
-Weights are random and nothing ends a completion. Contenders take turns, round
-by round, after a warm-up; the number is the median, and ratios are compared.
-The machine's own limits are measured in the same run.
+Weights are random and nothing ends a completion. Contenders do equal work and
+take turns, round by round, after a warm-up; results are medians and their
+ratios. The machine's own limits are measured in the run, too.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PROG = 'python -m experiments.studies.bench'
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  """The benchmarks, and on which work they run."""
+  """Benchmarks, and the sizes of their work."""
 
   what: tyro.conf.Positional[
     tuple[
@@ -57,9 +57,10 @@ class Flags:
   rounds: int = 5
   """Rounds of each contender; the median counts."""
   peer: tuple[Literal['hf', 'trl', 'tunix'], ...] = ()
-  """Others on the same work, where they can do it."""
+  """Peers, other trainers on equal work, for the benchmarks that they can
+  do."""
   peer_python: tuple[str, ...] = ()
-  """Interpreters that have them: one for all, or one each."""
+  """Python interpreters with the peers: one for all, or one for each."""
   profile: str | None = None
   """Directory for a trace (jax.profiler) of one more round, which is not
   counted."""
@@ -77,7 +78,7 @@ COUNTS = (
 
 
 def check(flags: Flags) -> None:
-  """Refuses values that cannot be, or do not fit each other. Raises
+  """Refuses impossible values, and values that do not fit each other. Raises
   ValueError."""
   for name in COUNTS:
     value = getattr(flags, name)

@@ -1,4 +1,4 @@
-"""Limits of this machine, measured in the same run.
+"""Limits of this machine, measured in the run of the benchmarks.
 
 matmul     GFLOP/s of a float32 (or the dtype's) product of 1024 x 1024
 skinny     GFLOP/s of the size's own products: B rows by D x 2F, and back
@@ -25,7 +25,7 @@ class Ceilings(NamedTuple):
 
 
 def best(function, rounds: int = 5) -> float:
-  """Seconds of the fastest call: a ceiling is what is possible."""
+  """Seconds of the fastest call, as for a ceiling."""
   once(function)
   return min(once(function) for _ in range(rounds))
 
@@ -68,8 +68,8 @@ def measure(size: Size, rows: int, dtype, working_set: int) -> Ceilings:
 
 
 def decode_step(size: Size, C: int, G: int, P: int, T: int, width: int):
-  """(FLOPs, bytes) of a mean step: every weight is read once, and of every
-  row's cache what is written so far; the prompts' keys once a prompt.
+  """Work (FLOPs, bytes) of a mean decode step: all weights are read once, each
+  row's cache as far as it is written, and the prompts' keys once a prompt.
 
   width: bytes of a number.
   """

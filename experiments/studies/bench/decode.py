@@ -1,6 +1,8 @@
-"""decode: tokens a second of the sampler, also at twice the length.
-group: savings of a shared prompt.
-ragged: savings of moving the rows that still run together.
+"""Benchmarks of the sampler: decode, group and ragged.
+
+decode  tokens a second, also at twice the length
+group   savings of a shared prompt
+ragged  savings of moving the rows that still run together
 """
 
 import jax
@@ -36,7 +38,7 @@ def row_mesh(C: int) -> jax.sharding.Mesh:
 
 
 def sampling(work: Work, C: int, G: int):
-  """(compiled sampler, its arguments); nothing ends a completion."""
+  """Compiles a sampler: (it, its arguments); nothing ends a completion."""
   policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
   prompts = random_prompts(work.size, C, work.prompt_length)
   rule = distribution.make_rule(work.size.vocab_size, [])
@@ -54,7 +56,7 @@ def sampling(work: Work, C: int, G: int):
 
 
 def contender(work: Work, C: int, G: int):
-  """A contender that samples once."""
+  """Contender that samples once a round."""
   sample, args = sampling(work, C, G)
   return lambda: once(lambda: sample(*args))
 
@@ -131,8 +133,8 @@ def ragged_lengths(B: int, T: int) -> np.ndarray:
 
 
 def ending(policy: Policy, length_C: jax.Array, end: int) -> Policy:
-  """A policy whose completion of prompt c ends after length_C[c] tokens and
-  not before. The prompt remembers its length, a hidden state that it is due."""
+  """Makes a policy whose completion of prompt c ends after length_C[c] tokens.
+  The prompt remembers its length, a hidden state that the end is due."""
 
   def encode(params, prompts):
     prefix = policy.encode(params, prompts)

@@ -67,7 +67,7 @@ def machine() -> dict:
 
 
 def table(rows: list[Row]) -> rich.table.Table:
-  """Medians, and how many times as long as the first of each block."""
+  """Table of medians, and of their ratios to the first of each block."""
   shown = rich.table.Table('', 'who', 's', 'tokens/s', 'time', '')
   for column in shown.columns[:2]:
     column.no_wrap = True
@@ -100,13 +100,13 @@ UNITS = {  # note: its words
 
 
 def format_notes(notes: dict) -> str:
-  """Notes that are numbers for people, with their units."""
+  """Formats notes that are numbers, with their units."""
   return ', '.join(UNITS[k](v) for k, v in notes.items() if k in UNITS)
 
 
 def jobs_of(flags) -> list[tuple[str, str]]:
-  """(benchmark, size) in the order in which they run, each once; startup has
-  one size."""
+  """Jobs (benchmark, size) in the order in which they run, each once; startup
+  has one size."""
   named = BENCHES if 'all' in flags.what else dict.fromkeys(flags.what)
   sizes = list(dict.fromkeys(flags.size))
   return [
@@ -130,8 +130,8 @@ def write(run_dir: Path, flags, found: list[Row]) -> None:
 
 
 def run(flags) -> list[Row]:
-  """Runs all jobs; results that there are survive one that fails. Raises
-  ValueError or OSError."""
+  """Runs all jobs; a failing one loses no results of others. Raises ValueError
+  or OSError."""
   if flags.peer and jax.default_backend() != 'cpu':
     raise ValueError(
       f'the peers run on the CPU, and jax here on {jax.default_backend()}; set '

@@ -1,4 +1,4 @@
-"""step: a whole GRPO step; logp: chunked against whole log-probs."""
+"""Benchmarks of learning: step, a GRPO step; logp, chunks of log-probs."""
 
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ LOGP_VOCABULARIES = 2048, 32_768, 151_936  # of a decoder of one layer
 
 
 class Step:
-  """A GRPO step of C x G completions, its reward the share of even tokens."""
+  """GRPO step of C x G completions, its reward the share of even tokens."""
 
   def __init__(self, work: Work, C: int, G: int):
     T = work.completion_length
@@ -119,7 +119,7 @@ def as_scored(rollout: Rollout, reward) -> Scored:
 
 @on_device
 def even_share(rollout: Rollout):
-  """The host's reward as a JAX function: [B]."""
+  """Share of even tokens [B], the host's reward as a JAX function."""
   return jnp.mean(rollout.tokens % 2 == 0, axis=1)
 
 
@@ -145,7 +145,7 @@ def step(work: Work) -> list[Row]:
 
 
 def logp(work: Work) -> list[Row]:
-  """Log-probs and their gradient, as many tokens at a time as fit or all."""
+  """Times log-probs and their gradient, by chunks of tokens or all at once."""
   found = []
   for V in LOGP_VOCABULARIES:
     size = work.size._replace(num_layers=1, vocab_size=V)
@@ -158,7 +158,7 @@ def logp(work: Work) -> list[Row]:
 
 
 def chunked_and_whole(work: Work):
-  """({who: contender}, {who: temporary bytes})."""
+  """Compiles both ways: ({who: contender}, {who: temporary bytes})."""
   B, T, V = LOGP_ROWS, LOGP_LENGTH, work.size.vocab_size
   policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
   params = jax.jit(policy.init)(jax.random.key(0))

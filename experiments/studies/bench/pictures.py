@@ -1,4 +1,4 @@
-"""Roofline: what a decode step reaches, under what the machine can do."""
+"""Roofline: rates of a decode step under the limits of the machine."""
 
 from experiments.studies.bench.timing import Row
 from jaxrl_tok.report.charts import (

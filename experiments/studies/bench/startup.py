@@ -1,4 +1,4 @@
-"""startup: from the start of the process to the first finished step."""
+"""Benchmark startup: from the start of a process to its first finished step."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def first_step(home: str) -> float:
         rows = read_metrics(Path(out, 'run'))
         if any(row.get('phase') == 'train' for row in rows):
           took = time.perf_counter() - began
-      process.wait()  # what it compiled is kept by its end
+      process.wait()  # compiled programs are cached by its end
     if took is None:
       last = Path(out, 'console').read_text().strip().splitlines()[-1:]
       raise ValueError(f'{" ".join(command)} ended: {"".join(last)}')
@@ -42,8 +42,8 @@ def first_step(home: str) -> float:
 
 
 def startup(work: Work) -> list[Row]:
-  """Runs with empty caches, where the warm start is made, too; then with what
-  that left: its programs and the warm start."""
+  """Measures a start with empty caches, the warm start included; then one with
+  its programs and warm start cached."""
   found = {'cold': [], 'warm': []}
   for i in range(work.rounds):
     with tempfile.TemporaryDirectory() as home:

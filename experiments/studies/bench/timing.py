@@ -1,7 +1,7 @@
-"""Rounds of several contenders, taken in turn.
+"""Timing of several contenders, whose rounds are taken in turn.
 
-A machine's speed drifts from one second to the next; what is done in turn
-drifts alike, so the ratio of two medians is of one machine.
+A machine's speed changes from one second to the next; contenders in turn meet
+equal changes, so the ratio of their medians is comparable.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PEER_DTYPES = {
 
 
 class Row(NamedTuple):
-  """A contender's result."""
+  """Result of a contender."""
 
   bench: str
   size: str
@@ -52,7 +52,7 @@ class Work(NamedTuple):
   completion_length: int
   rounds: int
   peers: dict  # {name: interpreter}
-  show: Callable  # says a line
+  show: Callable  # prints a line
   profile: str | None = None  # directory for traces
 
 
@@ -64,8 +64,9 @@ def once(function: Callable) -> float:
 
 
 def in_turn(contenders: dict[str, Callable], work: Work) -> dict:
-  """{name: [seconds]}: each contender() does one round and says its seconds.
-  The first rounds warm up; a profile is of one more that does not count."""
+  """Times contenders in turn: {name: [seconds]}, each contender() -> seconds
+  of one round. The first rounds warm up; a profile is of one more round, which
+  does not count."""
   for contender in contenders.values():
     contender()
   if work.profile:
@@ -82,8 +83,8 @@ def in_turn(contenders: dict[str, Callable], work: Work) -> dict:
 
 
 class Peer:
-  """A script of peers/ in another interpreter: it warms up, then does a round
-  for every line that it is sent."""
+  """Peer, a script of peers/ in another interpreter: it warms up, then does a
+  round for every line that it is sent."""
 
   def __init__(self, name: str, python: str, job: dict):
     script = SCRIPTS / f'{name}_peer.py'
@@ -116,7 +117,7 @@ class Peer:
 
   def __call__(self) -> float:
     self.ready()
-    with contextlib.suppress(BrokenPipeError):  # reading says why it ended
+    with contextlib.suppress(BrokenPipeError):  # reading finds the reason
       self._process.stdin.write('go\n')
       self._process.stdin.flush()
     return self._read()['seconds']
@@ -134,7 +135,7 @@ class Peer:
 
 
 def with_peers(work: Work, bench: str, C: int, G: int, own: dict):
-  """in_turn of our own contenders and the work's peers; (seconds, versions)."""
+  """Times our contenders and the work's peers in turn: (seconds, versions)."""
   named = {}
   try:
     for peer, python in work.peers.items():

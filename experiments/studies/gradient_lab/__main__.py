@@ -1,4 +1,4 @@
-"""Noise and bias of a step's gradient, by baseline and aggregation.
+"""Gradient lab: noise and bias of a step's gradient, by credit and aggregation.
 
   python -m experiments.studies.gradient_lab
 
@@ -16,7 +16,7 @@ It writes gradient_lab.json and gradient_lab.svg. On 2 CPU cores: 2 minutes 20
 with the warm starts. With seed 0, the variance is to the default's
 (leave_one_out, seq_mean_token_sum) 0.80 and 0.80 with no baseline, 0.88 and
 0.94 with the mean reward, 1.73 and 1.24 with greedy completions; 0.90 and 0.87
-under seq_mean_token_mean.
+under seq_mean_token_mean (measured before the order of the data changed).
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class LabSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GradientLabSettings(Settings):
-  """All groups of the lab."""
+  """Settings of the lab, all groups."""
 
   lab: LabSettings = LabSettings()
 

@@ -1,4 +1,4 @@
-"""The experiment: policies, programs, and the record of their numbers."""
+"""Experiment of the lab: policies, programs, and the record of the numbers."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from jaxrl_tok.step.state import with_value_head
 
 
 def prepare_lab(parsed, command: str) -> Setup:
-  """Setup of arithmetic whose answers are not padded with zeros, so that
+  """Prepares arithmetic whose answers are not padded with zeros, so that
   lengths differ. Raises ValueError or OSError."""
 
   def unpadded(records):

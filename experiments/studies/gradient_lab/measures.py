@@ -136,8 +136,8 @@ def measure(sums: Sums, rows: Rows, square_R, keep_J=None) -> dict:
 
 
 def with_errors(sums: Sums, rows: Rows, square_R) -> dict:
-  """{name: (numbers [K], their standard errors [K])}, by the jackknife over
-  blocks; the reference is taken as it is."""
+  """Numbers with standard errors {name: ([K], [K])}, by the jackknife over
+  blocks; the reference counts as exact."""
   J = len(sums.count)
   found = measure(sums, rows, square_R)
   without = [measure(sums, rows, square_R, 1 - row) for row in np.eye(J)]

@@ -47,7 +47,7 @@ class Samples(NamedTuple):
 
 
 def make_methods(max_length: int) -> list[Method]:
-  """Every baseline under every aggregation for the exact reward, and the
+  """Makes all baselines under all aggregations for the exact reward, and the
   default for the digits."""
   credits = {name: {'baseline': name} for name in BASELINES}
   credits['value'] = {  # G_t - V_t: unbiased, as any V(s) is
@@ -86,8 +86,8 @@ def inputs_of(samples: Samples, reward: str) -> AdvantageInputs:
 
 
 def token_weights(methods: list, samples: Samples, carries: dict) -> jax.Array:
-  """w [M, B, T] of the estimates sum_bt w_bt grad l_bt: the algorithm's own
-  advantage times its own aggregation.
+  """Weights w [M, B, T] of the estimates sum_bt w_bt grad l_bt: the algorithm's
+  own advantage times its own aggregation.
 
   Args:
     carries: {name: value} of the baselines that remember.

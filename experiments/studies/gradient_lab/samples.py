@@ -1,4 +1,4 @@
-"""Samples of one policy, and the numbers that are taken of them.
+"""Samples of one policy, and statistics of their gradients.
 
 `find_reference` makes the reference and learns the value from many samples;
 `find_estimates` compares the methods' estimates on others.
@@ -74,7 +74,7 @@ def make_lab(setup: Setup) -> Lab:
 
 
 def block_at(lab: Lab, number: int) -> tuple:
-  """(key, Prompts, columns) of a block."""
+  """Inputs of a block: (key, Prompts, columns)."""
   count = BATCHES * lab.C
   key = jax.random.fold_in(jax.random.key(lab.seed), number)
   records = len(lab.table.length)
@@ -84,7 +84,7 @@ def block_at(lab: Lab, number: int) -> tuple:
 
 
 def with_value(params: dict, head_D) -> dict:
-  """params with this value head."""
+  """Replaces the value head of params."""
   head = jax.tree.map(
     lambda x: jnp.asarray(head_D, x.dtype).reshape(x.shape),
     params['value_head'],
@@ -113,7 +113,7 @@ def make_draw(lab: Lab) -> Callable:
 
 
 class Reference(NamedTuple):
-  """Numbers of many samples, none of which is among those compared."""
+  """Reference numbers, from many samples that no method is compared on."""
 
   gradient: jax.Array  # [R, W] of each reward, by the default method
   square: np.ndarray  # [R] squared norms of it, the noise's share taken out
@@ -152,7 +152,7 @@ def make_reference(lab: Lab) -> Callable:
 
 
 def ridge(xx, xy) -> np.ndarray:
-  """(X'X + penalty I)^-1 X'y: [D]."""
+  """Ridge regression, (X'X + penalty I)^-1 X'y: [D]."""
   D = len(xy)
   return np.linalg.solve(xx + PENALTY * np.trace(xx) / D * np.eye(D), xy)
 
@@ -232,7 +232,7 @@ def make_estimates(lab: Lab) -> Callable:
 def find_estimates(
   lab: Lab, programs, params, reference: Reference, numbers, logger
 ) -> tuple:
-  """(Sums over the blocks of these numbers, facts of their samples)."""
+  """Finds (sums over the blocks of the estimates, facts of their samples)."""
   totals, found, facts = [], [], []
   with logger.bar('estimates', len(numbers)) as show:
     for number in numbers:

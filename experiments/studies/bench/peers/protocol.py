@@ -48,7 +48,7 @@ def rounds(packages):
 
 
 def check(what, found, wanted):
-  """A peer that did less work must fail, not win."""
+  """Checks a peer's work: one that did less must fail, not win."""
   if found != wanted:
     sys.exit(f'{what}: {found}, wanted {wanted}')
 

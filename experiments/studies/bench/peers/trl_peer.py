@@ -31,7 +31,8 @@ import trl
 
 
 def make_tokenizer(vocab_size):
-  """One word a token: 't7' is token 7, 0 and 1 are pad and end."""
+  """Makes a tokenizer of one word a token: 't7' is token 7, 0 and 1 are pad and
+  end."""
   names = ['<pad>', '<end>', *(f't{i}' for i in range(2, vocab_size))]
   vocab = {name: i for i, name in enumerate(names)}
   words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '<pad>'))

@@ -41,7 +41,7 @@ NEVER = -1
 
 
 class Tokenizer:
-  """A text is its token ids, separated by spaces."""
+  """Tokenizer whose texts are token ids, separated by spaces."""
 
   def encode(self, text):
     return [int(word) for word in text.split()]
@@ -117,7 +117,7 @@ def make_reward(job):
 
 
 def make_cluster(job):
-  """Actor and rollout share one device, and so one copy of the weights."""
+  """Makes a cluster of one device: actor and rollout share the weights."""
   devices_1x1 = np.array(jax.devices()[:1]).reshape(1, 1)
   mesh = jax.sharding.Mesh(devices_1x1, ('fsdp', 'tp'))
   P, T = job['prompt_length'], job['completion_length']
