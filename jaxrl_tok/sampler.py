@@ -265,8 +265,8 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """Returns sample(params, key, Prompts, SamplingRule, version=0) -> Rollout,
   pure; `version` counts the updates that params have had.
 
-  It raises ValueError, in one line, for prompts or for a policy whose arrays
-  have another rank, size or dtype than types.py says.
+  Raises ValueError, in one line, for prompts or for a policy whose arrays have
+  another rank, size or dtype than types.py has.
   """
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))

@@ -190,8 +190,8 @@ class Carry(NamedTuple):
 
 
 class KL(NamedTuple):
-  """KL to the reference, by its effect (losses.KL_FORMS). Its coefficient is
-  the carry 'kl_coef', the reference the carry 'reference'."""
+  """KL to the reference, by its effect (losses.KL_FORMS). Coefficient and
+  reference are the carries 'kl_coef' and 'reference'."""
 
   form: str
   beta: float  # the coefficient, or the first one where it adapts

@@ -109,7 +109,7 @@ look = jax.jit(evaluate, static_argnums=0, static_argnames='chunk')
 
 
 def random_reward(rollout) -> np.ndarray:
-  """One random reward for each chosen token."""
+  """Random reward for each chosen token."""
   rng = np.random.default_rng(3)
   noise = rng.normal(size=rollout.tokens.shape).astype(np.float32)
   return np.where(np.asarray(rollout.mask), noise, 0)

@@ -1,4 +1,4 @@
-"""What is saved comes back bitwise; what cannot be resumed is refused."""
+"""Checkpoints come back bitwise; those that cannot be resumed are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def test_another_format_is_refused(tmp_path, state, monkeypatch):
 
 
 def test_frozen_parameters_are_not_written(tmp_path, state):
-  """They are where they were read from."""
+  """Frozen parameters are read again from the model's files."""
   frozen = {'base': jnp.ones(3)}
   with checkpoint.open_checkpoints(tmp_path, 1) as manager:
     checkpoint.save(manager, state.replace(frozen=frozen), CURSOR, {}, {})

@@ -59,7 +59,7 @@ def sample(state: TrainState, key, prompts):
 
 @jax.jit
 def greedy(state: TrainState, key, prompts):
-  """One completion a prompt: [i, 1, 0]."""
+  """Samples one completion a prompt: [i, 1, 0]."""
   tokens = jnp.stack([prompts.tokens[:, 0], jnp.ones(C), jnp.zeros(C)], axis=1)
   return make_rollout(prompts, tokens, jnp.ones((C, T), bool))
 
@@ -132,7 +132,7 @@ def order(position: int, count: int) -> list[int]:
 
 
 def check_groups(batch):
-  """Each group is one prompt's, with its own record, tokens and rewards."""
+  """Checks that a group is one prompt's, with its record, tokens, rewards."""
   scored, rollout = batch.scored, batch.scored.rollout
   assert numbers(batch) == [int(e['prompt'].split()[0]) for e in batch.examples]
   assert numbers(batch) == [order(p, 1)[0] for p in batch.positions.tolist()]
@@ -323,7 +323,7 @@ def data_numbers(positions):
 
 
 def test_the_first_step_has_nothing_to_replay():
-  """Its added rows are of the shape of others, and no reward applies."""
+  """Rows added to the first batch have the usual shape, and no reward."""
   ((batch, _),) = collect(with_replay(collector_of()))
   scored = batch.scored
   assert len(scored.rollout.tokens) == (C + OLD) * G

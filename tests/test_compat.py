@@ -1,5 +1,5 @@
-"""--compat: each table of defaults builds, arrives, and gives way to what the
-user types; each trap is said once."""
+"""Tables of --compat build an algorithm and give way to typed flags; each trap
+is named once."""
 
 import pytest
 

@@ -57,7 +57,7 @@ def test_seeds_and_epochs_differ():
 
 
 def chi_square(counts) -> float:
-  """(chi^2 - its degrees of freedom) in standard deviations."""
+  """Excess of chi^2 over its degrees of freedom, in standard deviations."""
   counts = np.asarray(counts, float).ravel()
   mean, df = counts.mean(), counts.size - 1
   return (np.sum((counts - mean) ** 2 / mean) - df) / np.sqrt(2 * df)

@@ -23,7 +23,7 @@ N = 10  # prompts: two batches of four, and half of one
 
 
 def evaluated(scorer, cut=(), **more):
-  """(metrics, rows), where the last samples of some prompts are cut."""
+  """Evaluates: (metrics, rows); the last samples of some prompts are cut."""
   data, keys = prompts_of([i % 2 == 0 for i in range(N)]), jax.random.key(1)
   state = TrainState(jnp.int32(3), {}, (), keys, {})
 

@@ -43,7 +43,7 @@ RECORD = optax.GradientTransformation(
 
 
 def sequences():
-  """All completions: (tokens [n, T], mask [n, T])."""
+  """Completions, all of them: (tokens [n, T], mask [n, T])."""
   rows = []
   for row in itertools.product(range(3), repeat=T):
     length = row.index(END) + 1 if END in row else T
@@ -67,7 +67,7 @@ def rollout_of(index):
 
 
 def token_rewards(kind):
-  """[N, T]: 'outcome' one number a sequence, 'dense' one for each prefix."""
+  """Rewards [N, T]: 'outcome' one a sequence, 'dense' one for each prefix."""
   rng = np.random.default_rng(0)
   if kind == 'outcome':
     last = np.asarray(masked.last_chosen(jnp.asarray(MASK)))
@@ -87,7 +87,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def everything(params):
-  """(log-prob [N] of each sequence, its gradient: one leading axis N)."""
+  """Log-prob [N] of each sequence, and its gradient with a leading axis N."""
   one = rollout_of(np.arange(N)[:, None])
 
   def logp(params):

@@ -28,7 +28,7 @@ P, TOLERANCE = 7, 1e-4
 
 @functools.cache
 def opened(name: str):
-  """(model, parameters, policy, expected) of a fixture."""
+  """Opens a fixture: (model, parameters, policy, expected)."""
   model = open_model(GOLDEN / name)
   params = read_params(model)
   with np.load(GOLDEN / name / 'expected.npz') as file:

@@ -1,4 +1,4 @@
-"""Every family's fixture is trained by an experiment, whole and sharded; a
+"""Training of every family's fixture by an experiment, also sharded; a
 classifier is a reward."""
 
 import jax

@@ -87,7 +87,7 @@ def all_imports(path: Path) -> list[str]:
 
 
 def imported(path: Path) -> list[list[str]]:
-  """['policy'], ['models', 'rope'], ...: what it imports of the package."""
+  """Imports of the package in a file: ['policy'], ['models', 'rope'], ..."""
   found = [x.split('.')[1:] for x in all_imports(path) if ours(x)]
   return [name for name in found if name and name[0] not in OF_PACKAGE]
 
@@ -109,7 +109,7 @@ def test_imports_go_down(path):
 
 
 def test_no_room_imports_in_a_circle():
-  """Neither do its functions."""
+  """Imports inside functions count, too."""
   names = {parts_of(path) for path in FILES}
   graph = {}
   for path in FILES:

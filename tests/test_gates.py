@@ -21,7 +21,7 @@ C, G, P, T = 2, 4, 8, 65  # T - 1 = 64 columns, in two stages
 
 
 def computations(text: str) -> dict[str, list[str]]:
-  """{name: its instructions} of an optimised program's text."""
+  """Computations {name: instructions} of an optimised program's text."""
   found, name = {}, None
   for line in text.splitlines():
     header = re.match(r'(?:ENTRY )?%?([\w.\-]+) .*\{$', line.strip())
@@ -34,7 +34,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def inside_loops(text: str) -> list[str]:
-  """Every instruction that a while loop's body runs, however deep."""
+  """Instructions that a while loop's body runs, however deep."""
   program = computations(text)
   waiting = re.findall(r'body=%?([\w.\-]+)', text)
   seen = set()
@@ -79,7 +79,7 @@ def sampler_text():
 
 
 def test_the_cache_is_written_in_place(sampler_text):
-  """No step copies or transposes what is as large as a layer's cache."""
+  """Copies and transposes in a step are smaller than a layer's cache."""
   one_cache = C * G * 2 * (T - 1) // 2 * 16  # of the first stage
   assert any(
     'dynamic-update-slice' in line and size_of(line) >= one_cache

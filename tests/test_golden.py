@@ -1,4 +1,4 @@
-"""Every algorithm against its equations, written a second time.
+"""Algorithms against their equations, written a second time.
 
 golden/make_algorithms.py has the equations as loops in float64 and made
 golden/algorithms.npz: for every preset x aggregation x KL form, and for the
@@ -85,7 +85,7 @@ def spoiled(batch: dict, garbage) -> dict:
 
 
 def mixed_garbage(B):
-  """[B, 1]: NaN and 1e30 in turn."""
+  """Garbage [B, 1]: NaN and 1e30 in turn."""
   return np.where(np.arange(B) % 2, np.nan, 1e30)[:, None]
 
 
@@ -262,7 +262,7 @@ def test_functions_of_one_sequence():
 
 @cache
 def solver(preset):
-  """(the preset with all that may be added to it, its `solve`, jitted)."""
+  """Preset with all that may be added to it, and its `solve`, jitted."""
   several = preset in (algorithms.ppo, algorithms.nlpo)
   capped = {'importance_cap': 2.0, 'recompute_logp': several}
   algorithm = preset(

@@ -211,7 +211,7 @@ def test_flags_that_cannot_be_are_one_line(flags, fact, capsys):
 
 @device_rewards.on_device
 def early(rollout, **columns):
-  """1 for a first token in the lower half."""
+  """Reward 1 for a first token in the lower half."""
   return jnp.where(rollout.tokens[:, 0] < 129, 1.0, 0.0)
 
 

@@ -73,7 +73,7 @@ def shapes_of(config):
 
 
 def random_params(model, dtype=np.float32):
-  """No leaf at its initial value: zeros and ones would hide mistakes."""
+  """Draws every leaf anew: initial zeros and ones would hide mistakes."""
   rng = np.random.default_rng(7)
 
   def draw(path, leaf):
@@ -86,7 +86,7 @@ def random_params(model, dtype=np.float32):
 
 @pytest.fixture(scope='module', params=DESCRIBED)
 def saved(request, tmp_path_factory):
-  """(model, parameters, their directory)."""
+  """Saves a model: (model, parameters, their directory)."""
   model = model_of(DESCRIBED[request.param])
   params = random_params(model)
   out = tmp_path_factory.mktemp('hf') / 'policy'
@@ -262,7 +262,7 @@ def large(tmp_path_factory):
 
 
 def traced(function):
-  """(what it returns, MiB that it held at most, MiB that it left)."""
+  """Traces a call: (its result, MiB held at most, MiB left)."""
   gc.collect()
   tracemalloc.start()
   found = function()

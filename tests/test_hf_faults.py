@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / 'golden/families'
 
 @pytest.fixture
 def broken(tmp_path):
-  """broken(name, **changes of config.json) -> a directory to break further."""
+  """Fixture broken(name, **changes of config.json) -> a directory to break."""
 
   def copy(name='llama', drop=(), **changes):
     out = shutil.copytree(GOLDEN / name, tmp_path / name)
@@ -34,7 +34,7 @@ def broken(tmp_path):
 
 
 def edit_tensors(directory, **changes):
-  """changes: {name: array, or None to leave it out}."""
+  """Changes tensors {name: array, or None to leave it out} of a file."""
   path = directory / 'model.safetensors'
   found = load_file(path) | changes
   save_file({k: v for k, v in found.items() if v is not None}, path)

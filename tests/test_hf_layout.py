@@ -45,7 +45,7 @@ CARD = {
 
 @pytest.fixture(scope='module', params=DESCRIBED)
 def saved(request, tmp_path_factory):
-  """(model, parameters, their directory)."""
+  """Saves a model: (model, parameters, their directory)."""
   model = model_of(DESCRIBED[request.param])
   params = random_params(model)
   out = tmp_path_factory.mktemp('hf') / 'policy'

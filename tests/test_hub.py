@@ -35,7 +35,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def answering(cache, monkeypatch):
-  """answering(function of a request handler): the hub does that."""
+  """Fixture answering(function of a request handler): the hub's answer."""
   servers = []
 
   class Server(http.server.ThreadingHTTPServer):

@@ -25,12 +25,12 @@ def draw(*shapes):
 
 
 def prompts_case(C=2, K=1, M=2, P=100):
-  """(q, k, v) of prompts that attend to themselves."""
+  """Arrays (q, k, v) of prompts that attend to themselves."""
   return draw((C, K, M, P, H), (C, K, H, P), (C, K, P, H))
 
 
 def rows_case(length, G=2, K=2, M=2, P=7, T=5):
-  """(q, prefix, length, suffix) of G completions each of ragged prompts."""
+  """Arrays (q, prefix, length, suffix) of G completions a ragged prompt."""
   C = len(length)
   B = C * G
   q, kp, vp, ks, vs = draw(
@@ -105,7 +105,7 @@ def test_a_device_has_all_of_what_the_mesh_does_not_divide():
 
 @pytest.mark.parametrize('window', [3, 99])
 def test_cudnn_is_asked_for_xlas_attention(monkeypatch, window):
-  """Its layout, mask and scale, with jax's other implementation of them."""
+  """Layout, mask and scale, with jax's other implementation of them."""
   ask, asked = jax.nn.dot_product_attention, []
 
   def answer(*args, implementation, **how):

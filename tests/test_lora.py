@@ -41,7 +41,7 @@ MESH = sharding.make_mesh('data=1', jax.devices()[:1])
 
 
 def opened(name: str, dtype: str | None = None):
-  """(model, Trainable, adapters, base) of a *_lora fixture."""
+  """Opens a *_lora fixture: (model, Trainable, adapters, base)."""
   model = open_model(GOLDEN / name.removesuffix('_lora'))
   config = peft.load_config(GOLDEN / name)
   trainable = adapted(model, config, dtype, directory=GOLDEN / name)
@@ -301,7 +301,7 @@ def products(jaxpr) -> list[tuple]:
 
 @pytest.mark.parametrize('name', LORAS)
 def test_no_product_is_as_large_as_a_matrix_of_the_base(name):
-  """Neither a merged copy nor a gradient of what is adapted is ever made.
+  """Products make neither a merged copy nor a gradient of an adapted matrix.
 
   Batches of 3 x 50 tokens make no activation of a matrix's size either.
   """

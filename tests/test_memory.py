@@ -1,4 +1,4 @@
-"""How large a pass of the gradient is, and how many columns it pays for."""
+"""Micro-batches by the device's memory, and columns of an update."""
 
 import types
 
@@ -108,7 +108,7 @@ def test_what_fits_an_accelerator():
 
 
 def test_the_first_program_that_fits_is_taken():
-  """One that the compiler refuses for its size is passed over."""
+  """Programs that the compiler refuses for their size are passed over."""
   gpu = device('gpu', bytes_limit=10)
 
   def function(need, fault=None):

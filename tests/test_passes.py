@@ -135,7 +135,7 @@ def test_the_coefficient_follows_the_kl(separate, batch):
 
 
 def test_resumed_is_never_stopped(separate, batch, tmp_path):
-  """4 epochs x 4 mini-batches, with all that TrainState carries."""
+  """Resume with 4 epochs x 4 mini-batches, and all that TrainState carries."""
   state, update = separate
   states = [state]
   for _ in range(4):
@@ -169,8 +169,8 @@ def test_a_shared_critic_warms_up_by_its_head_alone(params, batch):
 
 
 def test_values_before_and_after_every_token(params, batch):
-  """Column t is what evaluate says before token t; the last one is that of
-  one token more."""
+  """Column t is evaluate's value before token t; the last one is that of one
+  token more."""
   rollout = batch.rollout
   own = with_value_head(CRITIC, params)
   own['value_head'] = {'embedding': own['value_head']['embedding'] + 0.3}
@@ -240,8 +240,8 @@ def test_passes_go_through_every_prompt_once_an_epoch(params, batch):
 
 
 def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
-  """Its log-probs are those of the renormalised distribution, and a copy that
-  is the policy itself is top-p sampling."""
+  """Log-probs are those of the renormalised distribution; with the policy
+  itself as the copy, sampling is top-p sampling."""
   policy = masked_policy(PLAIN)
   other = sharpened(jax.jit(PLAIN.init)(jax.random.key(9)), 3.0)
   sample = make_sampler(policy, SamplerConfig(G, T, PAD, truncate=True))

@@ -27,8 +27,8 @@ from jaxrl_tok.types import Prompts
 
 
 def plain_hidden(policy, params, rollout):
-  """[B, T, D] by reading prompt + completion as one long prompt, again for
-  every token: no prefix, no cache, no sharing."""
+  """Hidden states [B, T, D] by reading prompt + completion as one long prompt,
+  again for every token: no prefix, no cache, no sharing."""
   C, P = rollout.prompts.tokens.shape
   B, T = rollout.tokens.shape
   length = np.repeat(np.asarray(rollout.prompts.length), B // C)

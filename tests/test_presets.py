@@ -69,7 +69,7 @@ def sampler(masked: bool):
 
 
 def make_case(preset, params):
-  """(policy, algorithm, state, Scored): 5 of 32 rows are not valid."""
+  """Makes (policy, algorithm, state, Scored); 5 of 32 rows are not valid."""
   algorithm = preset(max_length=T)
   policy, sample = sampler('mask_policy' in algorithm.carries)
   state = init_state(algorithm, OPTIMIZER, params, jax.random.key(0))
@@ -85,7 +85,7 @@ def make_case(preset, params):
 
 
 def with_other_rows(scored: Scored) -> Scored:
-  """Other tokens, log-probs and rewards in the rows that are not valid."""
+  """Changes tokens, log-probs and rewards in rows that are not valid."""
   rollout, on = scored.rollout, VALID[:, None]
   rollout = rollout._replace(
     tokens=jnp.where(on, rollout.tokens, 3),

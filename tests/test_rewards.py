@@ -18,7 +18,7 @@ MASK = np.array(
 
 
 class OnGpu:
-  """As a tensor that is not on the host."""
+  """Array that is not on the host."""
 
   def __array__(self, dtype=None, copy=None):
     raise TypeError("can't convert it to numpy")
@@ -111,7 +111,7 @@ def test_what_is_no_reward_is_refused_by_name(values, says):
 
 
 def decode(rows):
-  """One letter a token: 0 is 'a'."""
+  """Decodes tokens to letters: 0 is 'a'."""
   return [''.join(chr(ord('a') + i) for i in row) for row in rows]
 
 

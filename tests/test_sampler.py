@@ -243,7 +243,7 @@ def test_live_rows_are_moved_only_when_half_are_done(tiny):
 
 
 def test_the_cache_grows_with_the_completion(tiny):
-  """Its columns at each token: those of the stages so far, not all of T."""
+  """Columns of the cache at each token: the stages so far, not all of T."""
   seen = []
 
   def extend(params, prefix, tokens, cache, at):
@@ -265,7 +265,7 @@ def test_the_cache_grows_with_the_completion(tiny):
   [(1, []), (9, [8]), (33, [32]), (65, [32, 64]), (129, [32, 64, 96, 128])],
 )
 def test_stages_of_the_cache(T, columns):
-  """Whole chunks; a program for every 32 tokens, four at most."""
+  """Stages of complete chunks; one for every 32 tokens, four at most."""
   assert [8 * end for end in stage_ends(SamplerConfig(1, T))] == columns
 
 
@@ -404,7 +404,7 @@ def test_samples_of_a_prompt_differ(tiny):
 
 
 def test_stops_when_every_row_has_ended(tiny):
-  """All rows end at the first token: no extend runs, whatever T is."""
+  """Rows that all end at the first token: no extend runs, whatever T is."""
   steps = []
 
   def extend(*args):

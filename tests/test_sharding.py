@@ -31,8 +31,8 @@ RECORD = optax.GradientTransformation(
 
 @pytest.fixture(scope='module')
 def step(tiny):
-  """step(mesh spec, devices) -> (params, rollout, metrics, gradient, placed
-  state) of one sample and update there."""
+  """Fixture step(mesh spec, devices) -> (params, rollout, metrics, gradient,
+  placed state) of one sample and update there."""
   prompts = random_prompts(8)
   config = changed(tiny.config, max_completion_length=5)
 

@@ -167,7 +167,7 @@ class Runs:
     return [Due('train', EVERY, own_batch), Due('held_out', EVERY, held_out)]
 
   def run(self, name: str, n: int, stop: int = 6, resume: bool = False):
-    """(the run's directory, its last state)."""
+    """Runs it: (the run's directory, its last state)."""
     with jax.set_mesh(self.mesh):
       return self.run_on_mesh(self.home / name, n, stop, resume)
 

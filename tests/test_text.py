@@ -106,7 +106,7 @@ def test_data_is_needed(files, capsys):
 
 
 def test_a_file_that_does_not_import_shows_its_own_traceback(files):
-  """And exits before jax is imported."""
+  """Exit comes before jax is imported."""
   (files / 'broken.py').write_text('def f():\n  return undefined_name\n\nf()\n')
   argv = flags('--reward=broken.py:rhyme')
   code = (

@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
 @pytest.fixture(scope='module')
 def tiny():
-  """One layer: no law of the update is about two."""
+  """Case of one layer: no law of the update is about two."""
   return make_tiny(changed(CONFIG, layers=CONFIG.layers[:1]))
 
 
@@ -64,7 +64,7 @@ def reward(tiny):
 
 @pytest.fixture(scope='module')
 def run(tiny):
-  """run(Scored, algorithm, micro-batches, carries, columns) -> Found."""
+  """Runs (Scored, algorithm, micro-batches, carries, columns) -> Found."""
   compiled = {}
 
   def run(scored, algorithm=REINFORCE, parts=1, carries=None, length=9):
@@ -247,7 +247,7 @@ def test_other_rows_change_nothing(tiny, reward, run):
 
 @pytest.fixture(scope='module')
 def explicit(tiny):
-  """explicit(weight [B, T]) -> the gradient of -sum(weight log-prob)."""
+  """Returns explicit(weight [B, T]): the gradient of -sum(weight log-prob)."""
 
   def loss(params, weight):
     logp = evaluate(tiny.policy, params, tiny.rollout, tiny.rule).logp
@@ -385,7 +385,7 @@ def test_nothing_to_learn_is_no_gradient(tiny, reward, run, case):
   ids=lambda x: x if isinstance(x, str) else '',
 )
 def test_advantages_are_the_textbook_ones_for_outcomes(tiny, baseline, name):
-  """One R a sequence: A = R - b at every chosen token, in NumPy."""
+  """Outcome R of a sequence: A = R - b at every chosen token, in NumPy."""
   mask = np.asarray(tiny.rollout.mask)
   R = np.random.default_rng(0).normal(size=12)
   reward = np.zeros(mask.shape, np.float32)

@@ -1,8 +1,8 @@
 """Programs of a run: a step's functions, compiled before the first step.
 
 Every shape that a run can meet is known beforehand: the prompt lengths of the
-data's buckets, and the completion lengths of updates. So nothing is compiled
-once training has begun.
+data's buckets, and the completion lengths of updates. Training itself compiles
+nothing.
 """
 
 import dataclasses

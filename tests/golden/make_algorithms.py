@@ -8,8 +8,8 @@ rows and tokens in float64, from the papers' definitions and nothing else:
 1. reward_of      token rewards: the penalty for length, KL in the reward
 2. advantage_of   returns, GAE, baselines, division by std, whitening
 3. weights_of     how per-token losses become a scalar
-4. loss_of        the scalar. It reads the log-probs twice, the ones that may
-                  move and the ones that are held, to honour stop-gradients
+4. loss_of        the scalar. Log-probs are read twice, the ones that may move
+                  and the ones that are held, to honour stop-gradients
 5. slope          the gradient, by central differences of 4.
 
 An entry that the policy did not choose is NaN here, so that a number which
@@ -24,7 +24,7 @@ used one would show. The file has
 * `togo`, `gae_*` and `vtrace_*` [B, T] of the dense reward, for the functions
   of one sequence, with the numbers that they were made with in `sequence`.
 
-It needs NumPy and neither jax nor the package. To rebuild the file:
+Needs NumPy, but neither jax nor the package. To rebuild the file:
 
   python tests/golden/make_algorithms.py
 """
@@ -244,7 +244,8 @@ def held_return(togo, columns) -> list:
 
 
 def gae(r, V, last, columns, gamma, lam):
-  """(A, A + V): delta_t = r_t + gamma V_{t+1} - V_t, A = delta + gamma lam A'.
+  """GAE (A, A + V): delta_t = r_t + gamma V_{t+1} - V_t,
+  A = delta + gamma lam A'.
 
   The next state is the one before the next chosen token; `last` is its value
   after the last chosen token.
@@ -260,7 +261,7 @@ def gae(r, V, last, columns, gamma, lam):
 
 
 def vtrace(r, V, last, log_rho, columns, numbers):
-  """(policy-gradient advantage, target), as IMPALA and rlax write them.
+  """V-trace's (policy-gradient advantage, target), as in IMPALA and rlax.
 
   target_t = V_t + rho_t delta_t + gamma c_t (target_{t+1} - V_{t+1}) with
   rho_t = min(rho_bar, rho), c_t = lam min(c_bar, rho); the advantage is
@@ -315,7 +316,7 @@ def baseline_of(case, data, held, b, t) -> float:
 
 
 def advantage_of(case, data):
-  """(advantage, value target, EMA afterwards); 0 where not chosen."""
+  """Returns (advantage, value target, EMA afterwards); 0 where not chosen."""
   reward = reward_of(case, data)
   advantage = np.zeros((B, T))
   target = np.zeros((B, T))
@@ -377,7 +378,7 @@ def weights_of(aggregate) -> list:
 
 
 def clipped(A, ratio, case) -> float:
-  """max(-A rho, -A clip(rho)), and for A < 0 never above -c A."""
+  """Clipped loss max(-A rho, -A clip(rho)), for A < 0 never above -c A."""
   within = min(max(ratio, 1 - case['low']), 1 + case['high'])
   loss = max(-A * ratio, -A * within)
   if case['dual_clip'] and A < 0:

@@ -1,4 +1,4 @@
-"""Makes tests/golden/families: tiny checkpoints with what torch says of them.
+"""Makes tests/golden/families: tiny checkpoints with torch's outputs.
 
 Each fixture is a Hugging Face directory of a small model with random weights,
 saved by save_pretrained, with the repository's byte tokenizer and expected.npz:
@@ -14,8 +14,8 @@ parameter is drawn from a seeded generator, so none has its initial value, and
 a seed is passed over where a choice (the best token, the experts of a token)
 is so close that rounding could turn it, or a continuation has under 4 tokens.
 
-It needs torch 2.13.0, transformers 5.23.0, peft 0.21, safetensors and numpy,
-and neither jax nor the package. To rebuild everything:
+Needs torch 2.13.0, transformers 5.23.0, peft 0.21, safetensors and numpy, but
+neither jax nor the package. To rebuild everything:
 
   python tests/golden/make_families.py
 
@@ -311,7 +311,7 @@ class BadSeed(Exception):
 
 
 def random_parameter(name, shape, config, rng):
-  """What to put in place of a parameter's initial value."""
+  """Draws a parameter in place of its initial value."""
   normal = torch.randn(shape, generator=rng)
   if name.endswith('bias'):
     return 0.3 * normal
@@ -396,7 +396,7 @@ def expect_classifier(model, tokens):
 
 
 def build_model(class_name, options, seed):
-  """A model with random weights, tokens for it, and what it says of them."""
+  """Builds a model with random weights, tokens for it, and its outputs."""
   model_class = getattr(transformers, class_name)
   config = model_class.config_class(**options)
   rng = torch.Generator().manual_seed(seed)
@@ -439,7 +439,7 @@ def build_adapter(base, targets, fan_in_fan_out, seed):
 
 
 def byte_tokenizer():
-  """As jaxrl_tok.data.byte_tokenizer, which cannot be had without jax."""
+  """Makes the tokenizer of jaxrl_tok.data.byte_tokenizer, without jax."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {symbol: i for i, symbol in enumerate(alphabet)}
   tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -485,7 +485,7 @@ def save_expected(folder, expected):
 
 
 def save_adapter(model, folder):
-  """As peft saves it, with the target modules in a fixed order."""
+  """Saves an adapter as peft does, its target modules in a fixed order."""
   model.save_pretrained(folder, save_embedding_layers=False)
   (folder / 'README.md').unlink()
   path = folder / 'adapter_config.json'

@@ -12,9 +12,9 @@ its samples are right, once where three quarters are. On shared samples of
    advantages and weights they make all methods' estimates at once.
 3. Noise and bias of the estimates, and their cosine with the reference.
 
-It writes gradient_lab.json and gradient_lab.svg. On 2 CPU cores: 2 minutes 20
-with the warm starts. With seed 0, the variance is to the default's
-(leave_one_out, seq_mean_token_sum) 0.80 and 0.80 with no baseline, 0.88 and
+Results are gradient_lab.json and gradient_lab.svg. On 2 CPU cores: 2 minutes 20
+with the warm starts. With seed 0, the variance over the default's
+(leave_one_out, seq_mean_token_sum) is 0.80 and 0.80 with no baseline, 0.88 and
 0.94 with the mean reward, 1.73 and 1.24 with greedy completions; 0.90 and 0.87
 under seq_mean_token_mean (measured before the order of the data changed).
 """

@@ -1,8 +1,8 @@
 """Methods, a credit under an aggregation each, and their gradients.
 
 A method's estimate is sum_bt w_bt grad l_bt, its weights the algorithm's own
-advantages times its own aggregation. So the gradients of the tokens are made
-once, and all methods' estimates are one product with them.
+advantages times its own aggregation. Gradients of the tokens are made once, and
+all methods' estimates are one product with them.
 """
 
 import itertools
