@@ -166,8 +166,8 @@ def late_letters(completions, completion_ids, **columns) -> list[float]:
 
 @pytest.fixture
 def train_fixture(tmp_path, monkeypatch):
-  """train(fixture's name, mesh, *flags) -> (run directory, its train rows):
-  a small run on made-up records, by late_letters."""
+  """Fixture train(fixture's name, mesh, *flags) -> (run directory, its train
+  rows): a small run on made-up records, by late_letters."""
   records = [{'prompt': f'{i} and {i * i}:'} for i in range(20)]
   short = {
     'num_prompts': 8,

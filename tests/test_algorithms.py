@@ -395,7 +395,7 @@ def test_flags_that_are_certain_before_jax_are_refused_there(
 
 
 def sequence(seed=0):
-  """(TokenStats, Trajectory) of one sequence of four chosen tokens."""
+  """Sequence of four chosen tokens: (TokenStats, Trajectory)."""
   rng = np.random.default_rng(seed)
   logp, old, logp_roll, A = rng.normal(size=(4, T)).astype(np.float32)
   mask = jnp.arange(T) < 4

@@ -500,7 +500,7 @@ def test_endless_records_are_batched_in_order():
 
 
 def rare(seed: int, index: int) -> dict:
-  """One prompt in 5,000 is long."""
+  """Record of a prompt; one in 5,000 is long."""
   return {'prompt': f'{index}'.rjust(200 if index % 5000 == 4999 else 20, 'x')}
 
 

@@ -67,7 +67,7 @@ def words(settings: dict) -> list[str]:
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-  """(Task, Result) of a library call beside a foreign command line."""
+  """Trains by a library call, beside a foreign command line: (Task, Result)."""
   task = Task(
     records(0, 40), {short: 1.0, named: 0.5}, held_out=8, metrics=[distinct]
   )
@@ -112,7 +112,7 @@ def test_a_result_has_metrics_and_samples(ran):
 
 
 def test_evaluations_are_a_list(ran):
-  """Each of its own data, rewards, metrics, number of samples and steps."""
+  """Evaluations differ in data, rewards, metrics, samples and steps."""
   _, result = ran
   found = {}
   for row in phases(result, 'eval'):

@@ -324,7 +324,7 @@ def test_garbage_changes_nothing(preset, share, cut, valid, garbage, seed):
 @by(PRESETS)
 @pytest.mark.parametrize('left_out', [(1,), (0, 3)])
 def test_rows_that_are_not_valid_might_as_well_not_be_there(preset, left_out):
-  """One group of five: loss, advantages and gradients of the others are those
+  """Group of five: loss, advantages and gradients of the others are those
   of a batch that never had the rows."""
   algorithm, run = solver(preset)
   rng = np.random.default_rng(5)

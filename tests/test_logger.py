@@ -249,8 +249,8 @@ def test_trim_of_no_file_makes_none(tmp_path):
 
 
 def scalars(directory):
-  """{(tag, step): value} of the event files: records of length, checksum,
-  data, checksum."""
+  """Reads event files, records of length, checksum, data, checksum, to
+  {(tag, step): value}."""
   from tensorboardX.proto import event_pb2
 
   found = {}

@@ -15,7 +15,7 @@ from jaxrl_tok.run.task import Caller, Task
 
 @pytest.fixture
 def setup_of(tmp_path, monkeypatch):
-  """setup_of(flag=value ...) of arithmetic, with a cache of its own."""
+  """Fixture setup_of(flag=value ...) of arithmetic, with its own cache."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
 
   def make(**given):
@@ -30,7 +30,7 @@ def setup_of(tmp_path, monkeypatch):
 
 
 def test_where_a_critic_is_to_come_the_policy_is_kept(setup_of, capsys):
-  """And read again as it was."""
+  """Policies are read again as they were."""
   setup = setup_of(
     algorithm='a2c', warm_start_max_steps=1, warm_start_check_every=1
   )
@@ -144,7 +144,7 @@ def test_what_cannot_be_kept_is_a_warning(setup_of, tmp_path, capsys):
 
 
 def test_another_run_may_be_first(setup_of, tmp_path):
-  """Its warm start stays, and nothing is left over."""
+  """Warm start of the first run stays, and nothing is left over."""
   setup = setup_of()
   params = jax.jit(setup.policy.init)(jax.random.key(0))
   where = tmp_path / 'kept' / 'warm'
@@ -157,7 +157,7 @@ def test_another_run_may_be_first(setup_of, tmp_path):
 
 @pytest.fixture
 def no_programs(monkeypatch):
-  """As users begin: no directory of programs was named."""
+  """Leaves out the directory of compiled programs, as users begin."""
   names = (
     'jax_compilation_cache_dir',
     'jax_persistent_cache_min_compile_time_secs',

@@ -25,8 +25,8 @@ class RunSettings:
   stop_at_reward: float | None = None
   """Stop when the held-out reward (greedy) is this or more."""
   patience: int = 0
-  """Evaluations without a better held-out reward that end the run; 0: none
-  do."""
+  """Evaluations in a row without a better held-out reward that end the run; 0:
+  no limit."""
   eval_every: int = 50
   """Steps between evaluations on held-out data; 0: only before the first step
   and after the last."""
@@ -147,7 +147,8 @@ class DataSettings:
   max_prompt_length: int | None = None
   """Tokens in a prompt at most (P); default: those of the longest one."""
   long_prompts: Literal['error', 'drop', 'cut_left', 'cut_right'] = 'error'
-  """Treatment of longer prompts: refuse, leave out, or cut at an end."""
+  """Treatment of longer prompts: refuse the data, drop the prompt, or cut its
+  left or right end."""
 
 
 @dataclasses.dataclass(frozen=True)
