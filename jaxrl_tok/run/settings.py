@@ -156,7 +156,7 @@ class OptimizerSettings:
   """The optimizer."""
 
   learning_rate: float = 1e-3
-  """Peak learning rate."""
+  """Peak learning rate; for a pretrained model 1e-6 to 1e-5 is usual."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
   """Learning rate after the warm-up; linear and cosine end at a tenth of it, at
   max_steps."""

@@ -1,5 +1,5 @@
-"""Supervised learning of right answers: -log-prob of their tokens, through the
-`evaluate` that reinforcement learning uses."""
+"""Supervised learning of right answers, by -log-prob of their tokens. The
+log-probs are those of `evaluate`, as in reinforcement learning."""
 
 from collections.abc import Callable
 
