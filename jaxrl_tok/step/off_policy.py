@@ -2,7 +2,7 @@
 
 The algorithm must know how far the policy has moved since: V-trace, truncated
 importance weights (importance_cap), or a ratio to the sampler's log-probs
-(Passes.old_logp = 'sampler'). Rollout.version has the age of a row.
+(Passes.old_logp = 'sampler'). Rollout.version dates each row, in updates.
 """
 
 from collections.abc import Callable
