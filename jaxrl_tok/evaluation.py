@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet
+from jaxrl_tok.rewards import accepted, get_name
 from jaxrl_tok.sharding import put_rows
 from jaxrl_tok.step.collectors import (
   Scorer,
@@ -16,6 +17,9 @@ from jaxrl_tok.step.collectors import (
   valid_rows,
 )
 from jaxrl_tok.step.device_steps import StepBatch
+
+# names of an evaluation's own numbers
+OWN_METRICS = ('reward', 'mean_length', 'clipped_ratio')
 
 
 class Due(NamedTuple):
@@ -115,10 +119,17 @@ def corpus_metrics(metrics, examples: list[dict], completions: list) -> dict:
   names = dict.fromkeys(name for e in examples for name in e)
   columns = {name: [e.get(name) for e in examples] for name in names}
   prompts, found = columns.pop('prompt'), {}
+  given = columns | {'prompts': prompts, 'completions': completions}
   for metric in metrics:
-    value = metric(prompts=prompts, completions=completions, **columns)
+    value = metric(**accepted(metric).choose(given))
     if not isinstance(value, dict):
-      value = {getattr(metric, '__name__', type(metric).__name__): value}
+      value = {get_name(metric): value}
+    taken = {*OWN_METRICS, *found} & value.keys()
+    if taken:
+      raise ValueError(
+        f'the metric {get_name(metric)} gives {min(taken)}, which is there '
+        'already; name it otherwise'
+      )
     found |= {k: float(v) for k, v in value.items()}
   return found
 

@@ -428,6 +428,98 @@ def test_what_cannot_be_is_one_line(name, tmp_path, capsys):
     assert said == f'error: {refused.value}\n'
 
 
+# --- stopped and resumed
+
+
+def test_an_evaluation_at_the_end_is_logged_where_a_run_ends_early(tmp_path):
+  result = jaxrl_tok.train(
+    Task(records(0, 40), short, held_out=8),
+    output_dir=tmp_path / 'run',
+    evaluations=[Evaluation('last', records(500, 3), every=0)],
+    stop_at_reward=-100.0,
+    **TINY | {'max_steps': 4, 'eval_every': 1},
+  )
+  found = [
+    (row['step'], name)
+    for row in phases(result, 'eval')
+    for name in ('eval/reward', 'eval/last/reward')
+    if name in row
+  ]
+  names = 'eval/reward', 'eval/last/reward'
+  assert found == [(step, name) for step in (0, 1) for name in names]
+
+
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+  """Directory of a run of 3 steps with a replay buffer of 16 groups."""
+  out = tmp_path_factory.mktemp('runs') / 'run'
+  task = Task(records(0, 40), short, held_out=8)
+  settings = {'max_steps': 3, 'replay_groups': 8, 'importance_cap': 2.0}
+  jaxrl_tok.train(task, output_dir=out, replay_capacity=16, **TINY | settings)
+  return out
+
+
+@pytest.mark.parametrize(
+  ('settings', 'fact'),
+  [
+    ({}, 'is of a run with other collectors; resume with the --ahead'),
+    (
+      {'replay_groups': 8, 'importance_cap': 2.0, 'replay_capacity': 64},
+      'holds 16 groups; pass --replay_capacity 16',
+    ),
+  ],
+)
+def test_another_collector_cannot_go_on(stopped, settings, fact):
+  with pytest.raises(ValueError, match=fact) as refused:
+    jaxrl_tok.train(
+      Task(records(0, 40), short, held_out=8),
+      output_dir=stopped,
+      resume='auto',
+      **TINY | {'max_steps': 6} | settings,
+    )
+  assert '\n' not in str(refused.value)
+
+
+def test_calls_of_several_steps_go_on_from_a_multiple(tmp_path):
+  task = Task(records(0, 40), letters, held_out=8)
+  out = {'output_dir': tmp_path / 'run', 'save_every': 0}
+  jaxrl_tok.train(task, **out, **TINY | {'max_steps': 3, 'eval_every': 0})
+  with pytest.raises(ValueError, match='cannot go on from step 3'):
+    jaxrl_tok.train(
+      task, **out, resume='auto', steps_per_call=2, **TINY | {'max_steps': 8}
+    )
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+  """The rows that it left are not those of the run that takes its place."""
+
+  def stops(completions, trainer_state):
+    if trainer_state.global_step == 1:
+      raise RuntimeError('no more')
+    return short(completions)
+
+  out = {'output_dir': tmp_path / 'run', 'save_every': 0}
+  with pytest.raises(ValueError, match='no more'):
+    jaxrl_tok.train(Task(records(0, 40), stops, held_out=8), **out, **TINY)
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_text()
+  result = jaxrl_tok.train(
+    Task(records(0, 40), short, held_out=8), **out, resume='auto', **TINY
+  )
+  assert [row['step'] for row in phases(result, 'train')] == [1, 2]
+  assert [row['step'] for row in phases(result, 'eval')] == [0, 2]
+
+
+def test_columns_are_renamed_for_a_later_evaluation_too(tmp_path):
+  task = Task(
+    [{'asked': r['prompt']} for r in records(0, 40)], short, held_out=8
+  )
+  result = jaxrl_tok.train(
+    task, output_dir=tmp_path / 'run', rename=['asked=prompt'], **TINY
+  )
+  last = phases(result, 'eval')[-1]
+  assert result.evaluate(task)['eval/reward'] == last['eval/reward']
+
+
 # --- commands
 
 COUPLETS = """

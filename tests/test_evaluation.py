@@ -134,3 +134,23 @@ def test_evaluations_are_due_by_step_and_at_the_end():
     ['a', 'b'],
     ['a', 'b', 'c'],
   ]
+
+
+def test_a_metric_gets_what_it_names_and_has_a_name_of_its_own():
+  examples = [{'prompt': 'a', 'word': 'b'}, {'prompt': 'c'}]
+
+  def longest(completions):
+    return max(map(len, completions))
+
+  def words(prompts, word):
+    return len(prompts) + word.count('b')
+
+  found = corpus_metrics([longest, words], examples, ['xx', 'y'])
+  assert found == {'longest': 2.0, 'words': 3.0}
+
+  def reward(completions):
+    return 100.0
+
+  for metrics in ([reward], [longest, longest]):
+    with pytest.raises(ValueError, match='which is there already'):
+      corpus_metrics(metrics, examples, ['xx', 'y'])

@@ -19,7 +19,12 @@ import yaml
 
 from jaxrl_tok import Interrupted, checkpoint
 from jaxrl_tok.credit import losses
-from jaxrl_tok.evaluation import Due, credit_rows, evaluate_held_out
+from jaxrl_tok.evaluation import (
+  Due,
+  credit_rows,
+  due,
+  evaluate_held_out,
+)
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import fingerprint, read_params
 from jaxrl_tok.policy import evaluate as evaluate_rollout
@@ -123,6 +128,9 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
   """Begins or resumes: (setup with the run's logger, state, cursor or None,
   progress)."""
   restored = restore(setup, run_dir, checkpoints)
+  if restored is None and jax.process_index() == 0:
+    for name in ('metrics', 'samples'):  # of a run without a checkpoint
+      (run_dir / f'{name}.jsonl').unlink(missing_ok=True)
   logger = Logger(
     run_dir,
     setup.settings.run.report_to,
@@ -237,6 +245,28 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
   return off_policy.ahead(collector) if sampling.ahead else collector
 
 
+def check_cursor(setup: Setup, collector: Collector, cursor, step: int) -> None:
+  """Refuses to go on where another collector, or another number of steps in a
+  call, stopped."""
+  n, sampling = setup.settings.run.steps_per_call, setup.settings.sampling
+  if collector.init().keys() - cursor.keys():
+    raise ValueError(
+      f'checkpoint {step} is of a run with other collectors; resume with the '
+      '--ahead and --replay_groups that the run was started with (config.yaml)'
+    )
+  held = len(cursor.get('positions', range(sampling.replay_capacity)))
+  if held != sampling.replay_capacity:
+    raise ValueError(
+      f'the replay buffer of checkpoint {step} holds {held} groups; pass '
+      f'--replay_capacity {held}'
+    )
+  if n and step % n:
+    raise ValueError(
+      f'--steps_per_call {n} cannot go on from step {step}, which is no '
+      'multiple of it; pass --steps_per_call 0'
+    )
+
+
 def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
   """Runs an evaluation: (metrics, rows)."""
   name = e.evaluation.name
@@ -276,23 +306,44 @@ def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
       metrics, _ = evaluate(setup, programs, e, state, step)
       return metrics, []
 
-    asked = e.evaluation.every
-    return Due(e.evaluation.name, every if asked is None else asked, run)
+    return Due(e.evaluation.name, every_steps(setup, e), run)
 
   return [Due('train', every, own_batch), *map(of, setup.evaluations)]
 
 
+def every_steps(setup: Setup, e: EvalSetup) -> int:
+  """Steps between runs of an evaluation; 0: at the end only."""
+  asked = e.evaluation.every
+  return setup.settings.run.eval_every if asked is None else asked
+
+
+def not_logged(setup: Setup, step: int) -> set[str]:
+  """Names of evaluations that the loop does not run after its last step."""
+  every = [
+    Due(e.evaluation.name, every_steps(setup, e), None)
+    for e in setup.evaluations
+  ]
+  ran = due(every, step, setup.settings.run.max_steps)
+  return {e.name for e in every} - {e.name for e in ran}
+
+
 def evaluate_all(
-  setup: Setup, programs: Programs, state, step: int, split: str
+  setup: Setup,
+  programs: Programs,
+  state,
+  step: int,
+  split: str,
+  logged: set[str],
 ):
-  """Runs all evaluations and records them as 'before' or 'after'. Returns
-  (metrics, rows) of the task's held-out data."""
+  """Evaluates everything, and records samples as 'before' or 'after' and the
+  metrics of the evaluations named in `logged`. Returns the (metrics, rows) of
+  the task's held-out data."""
   first = None
   for e in setup.evaluations:
     metrics, rows = evaluate(setup, programs, e, state, step)
     at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
     setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
-    if split == 'before':
+    if e.evaluation.name in logged:
       setup.logger.metrics('eval', step, metrics)
     first = first or (metrics, rows)
   return first
@@ -352,11 +403,14 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       programs = compiling.result()
   collector = make_collector(setup, programs)
   cursor = collector.init() if cursor is None else cursor
+  check_cursor(setup, collector, cursor, progress.step)
   if progress.step == 0:
-    metrics, _ = evaluate_all(setup, programs, state, 0, 'before')
+    names = {e.evaluation.name for e in setup.evaluations}
+    metrics, _ = evaluate_all(setup, programs, state, 0, 'before', names)
     first = metrics['eval/reward']
     setup.logger.message(f'held-out reward before: {first:.3f}')
     progress = dataclasses.replace(progress, first_reward=first)
+  begun = progress.step
   config = LoopConfig(
     run.max_steps, run.save_every, run.stop_at_reward, run.patience
   )
@@ -382,7 +436,9 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   finally:
     checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
-  metrics, rows = evaluate_all(setup, programs, state, progress.step, 'after')
+  step = progress.step
+  logged = not_logged(setup, step) if step > begun else set()
+  metrics, rows = evaluate_all(setup, programs, state, step, 'after', logged)
   reward = metrics['eval/reward']
   return Finished(setup, programs, state, progress, reward, rows)
 

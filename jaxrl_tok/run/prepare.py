@@ -126,9 +126,14 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
   return found
 
 
+def renames(settings: Settings) -> dict[str, str]:
+  """Columns {old: new} that --rename names."""
+  return dict(pair.split('=') for pair in settings.data.rename)
+
+
 def open_task(task: Task, settings: Settings) -> data.Split:
   """Opens training and held-out records, disjoint."""
-  columns = dict(pair.split('=') for pair in settings.data.rename)
+  columns = renames(settings)
   opened = data.open_records(task.train, settings.run.seed, columns)
   count, held_out = settings.run.held_out, task.held_out
   if isinstance(held_out, int):
@@ -332,7 +337,7 @@ def make_evaluations(
   own = Evaluation(
     'held_out', held_out, task.eval_rewards, metrics=task.metrics
   )
-  columns = dict(pair.split('=') for pair in settings.data.rename)
+  columns = renames(settings)
   shards, names, found = sharding.row_shards(mesh), set(), []
   for e in (own, *task.evaluations):
     check_evaluation(e, names, settings.run.steps_per_call)

@@ -14,7 +14,7 @@ from jaxrl_tok import data, sharding
 from jaxrl_tok.evaluation import evaluate_held_out
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
-from jaxrl_tok.run.prepare import Setup, make_evaluations
+from jaxrl_tok.run.prepare import Setup, make_evaluations, renames
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.device_rewards import make_device_scorer
@@ -102,7 +102,9 @@ class Result:
     s, found = self._setup, {}
     held_out = task.held_out
     if isinstance(held_out, int):
-      opened = data.open_records(task.train, s.settings.run.seed)
+      opened = data.open_records(
+        task.train, s.settings.run.seed, renames(s.settings)
+      )
       held_out = data.split(opened, held_out).held_out
     evaluations = make_evaluations(
       task, s.settings, s.model, held_out, s.config, s.mesh
