@@ -340,7 +340,36 @@ REFUSALS = {
   'a maker of an algorithm': (
     Task(records(0, 40), short),
     {'algorithm': algorithms.grpo},
-    'algorithm is a function, not an Algorithm; call its maker',
+    'algorithm is a function, not a jaxrl_tok.Algorithm; call its maker',
+  ),
+  'a maker of an optimizer': (
+    Task(records(0, 40), short),
+    {'optimizer': optax.adam},
+    'optimizer is a function, not an optax.GradientTransformation; call its',
+  ),
+  'a loss': (
+    Task(records(0, 40), short),
+    {'loss': lambda stats, trajectory: stats.logp.sum()},
+    'gave rank 0, float32 [], expected [T] of float with T=4',
+  ),
+  'a credit': (
+    Task(records(0, 40), short),
+    {'credit': lambda inputs, carries: inputs.reward.sum()},
+    'gave rank 0, float32 [], expected [B, T] of float with B=16, T=4',
+  ),
+  'an evaluation of JAX': (
+    Task(
+      records(0, 40),
+      short,
+      eval_rewards=on_device(lambda rollout: rollout.mask[:, :2]),
+    ),
+    {},
+    'it must return an array',
+  ),
+  'micro-batches': (
+    Task(records(0, 40), short),
+    {'algorithm': algorithms.grpo(mini_batches=4), 'micro_batch': 16},
+    '--micro_batch 16 must divide the 4 completions of a mini-batch',
   ),
   "the critic's rate": (
     Task(records(0, 40), short),
@@ -435,7 +464,7 @@ def test_an_evaluation_at_the_end_is_logged_where_a_run_ends_early(tmp_path):
   result = jaxrl_tok.train(
     Task(records(0, 40), short, held_out=8),
     output_dir=tmp_path / 'run',
-    evaluations=[Evaluation('last', records(500, 3), every=0)],
+    evaluations=Evaluation('last', records(500, 3), every=0),
     stop_at_reward=-100.0,
     **TINY | {'max_steps': 4, 'eval_every': 1},
   )

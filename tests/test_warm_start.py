@@ -110,6 +110,11 @@ def test_an_endless_answer_that_cannot_be_learnt_is_named(later, fact):
   assert '\n' not in str(refused.value)
 
 
+def test_batches_are_shared_by_the_devices(setup_of):
+  with pytest.raises(ValueError, match='pass --warm_start_batch_size 16'):
+    setup_of(warm_start_batch_size=9)
+
+
 def test_a_damaged_one_is_made_anew(setup_of, capsys):
   setup = setup_of(warm_start_max_steps=1, warm_start_check_every=1)
   with jax.set_mesh(setup.mesh):

@@ -67,7 +67,9 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
   """Sorts arguments into settings (a word or None) and values of the user's
   own. Raises ValueError for a name that is neither."""
   given = dict(given)
-  evaluations = tuple(given.pop('evaluations', ()))
+  evaluations = given.pop('evaluations', None) or ()
+  if not isinstance(evaluations, list | tuple):
+    evaluations = (evaluations,)
   own = {
     VALUES[name]: value
     for name, value in given.items()
@@ -85,7 +87,7 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
         'transformation)'
       )
   check_names(words, {*flatten(Settings()), *VALUES})
-  return Arguments(words, own, evaluations)
+  return Arguments(words, own, tuple(evaluations))
 
 
 def check_replaced(own: dict, typed) -> None:

@@ -8,7 +8,7 @@ import optax
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.step.passes import param_labels
-from jaxrl_tok.types import Algorithm
+from jaxrl_tok.types import Algorithm, Policy
 
 
 class Own(NamedTuple):
@@ -28,6 +28,25 @@ class Own(NamedTuple):
     names = 'credit', 'baseline', 'loss', 'aggregate'
     found = {name: getattr(self, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+_KINDS = (
+  ('algorithm', Algorithm, 'jaxrl_tok', 'as algorithms.grpo()'),
+  ('policy', Policy, 'jaxrl_tok', 'or fill in the record'),
+  ('optimizer', optax.GradientTransformation, 'optax', 'as optax.adam(1e-3)'),
+)
+
+
+def check_own(own: Own) -> None:
+  """Refuses values of another type, such as a function that makes one."""
+  for name, kind, home, cure in _KINDS:
+    value = getattr(own, name)
+    if value is not None and not isinstance(value, kind):
+      raise ValueError(
+        f'{name} is a {type(value).__name__}, not '
+        f'{"an" if home == "optax" else "a"} {home}.{kind.__name__}; call its '
+        f'maker, {cure}'
+      )
 
 
 # settings of the algorithm's group that are no choice of algorithms.compose
@@ -81,11 +100,6 @@ def make_algorithm(settings: Settings, own: Own, max_length: int) -> Algorithm:
   f, G = settings.algorithm, settings.sampling.num_generations
   changes = choices_of(settings) | own.parts
   if own.algorithm is not None:
-    if not isinstance(own.algorithm, Algorithm):
-      raise ValueError(
-        f'algorithm is a {type(own.algorithm).__name__}, not an Algorithm; '
-        "call its maker (algorithms.grpo()), or give its name ('grpo')"
-      )
     if changes:
       raise ValueError(
         f'{", ".join(changes)} would change an algorithm that is given as a '

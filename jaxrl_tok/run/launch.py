@@ -8,6 +8,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import yaml
 
 from jaxrl_tok import Interrupted, checkpoint
@@ -32,7 +34,6 @@ from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import Logger, duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.run import compat, record
-from jaxrl_tok.run.models import OwnModel
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.run.result import Result, show_samples
 from jaxrl_tok.run.settings import flatten
@@ -53,7 +54,9 @@ from jaxrl_tok.step.programs import (
   compile_programs,
 )
 from jaxrl_tok.step.state import make_state
+from jaxrl_tok.step.update import make_update
 from jaxrl_tok.train import LoopConfig, Progress, train
+from jaxrl_tok.types import Scored
 
 SHOWN = 20  # held-out completions in samples.jsonl
 
@@ -353,24 +356,48 @@ def evaluate_all(
 
 
 def check_shapes(setup: Setup) -> None:
-  """Checks shapes of a user's own policy and device rewards by tracing them,
-  before the run begins. Must run under jax.set_mesh."""
-  policy, functions = setup.policy, setup.rewards.device
-  if not functions and not isinstance(setup.model, OwnModel):
+  """Checks shapes of a user's own functions by tracing a step with them, before
+  the run begins. Must run under jax.set_mesh."""
+  own = any(value is not None for value in setup.own)
+  judged = [(setup.rewards, setup.data)]
+  judged += [(e.rewards, e.data) for e in setup.evaluations]
+  if not own and not any(rewards.device for rewards, _ in judged):
     return
-  state = new_state(setup, *setup.trainable.structs())
-  examples = [setup.data.records[0]] * setup.config.num_prompts
-  prompts, columns = setup.data.batch(examples, setup.data.buckets[-1])
+  state, found = new_state(setup, *setup.trainable.structs()), []
+  for rewards, prompts in judged:
+    examples = [prompts.records[0]] * setup.config.num_prompts
+    batch, columns = prompts.batch(examples, prompts.buckets[-1])
+    rollout = jax.eval_shape(
+      functools.partial(trace_rollout, setup), state, batch
+    )
+    score = device_rewards.make_device_scorer(rewards.device)
+    found.append((rollout, *jax.eval_shape(score, None, rollout, columns)))
+  if own:
+    jax.eval_shape(functools.partial(trace_update, setup), state, *found[0])
 
-  def trace(policy_params, key, prompts, columns):
-    params = policy.merge_params(*policy_params)
-    sample = make_sampler(policy, setup.config.sampler)
-    rollout = sample(params, key, prompts, setup.rule)
-    evaluate_rollout(policy, params, rollout, setup.rule)
-    score = device_rewards.make_device_scorer(functions)
-    return score(None, rollout, columns)
 
-  jax.eval_shape(trace, state.policy_params, state.key, prompts, columns)
+def trace_rollout(setup: Setup, state, prompts):
+  """Rollout of prompts, evaluated, too."""
+  params = setup.policy.merge_params(*state.policy_params)
+  sample = make_sampler(setup.policy, setup.config.sampler)
+  rollout = sample(params, state.key, prompts, setup.rule)
+  evaluate_rollout(setup.policy, params, rollout, setup.rule)
+  return rollout
+
+
+def trace_update(setup: Setup, state, rollout, rewards: dict, applies: dict):
+  """State after an update by the device's rewards, and zeros for the host's."""
+  B, C = len(rollout.mask), len(rollout.prompts.length)
+  names = setup.rewards.host
+  rewards = rewards | dict.fromkeys(names, jnp.zeros(rollout.mask.shape))
+  applies = applies | dict.fromkeys(names, jnp.ones(B, bool))
+  weights = dict.fromkeys(rewards, jnp.float32(1))
+  greedy = jnp.zeros(C) if setup.algorithm.greedy else None
+  update = make_update(
+    setup.policy, with_log_kl(setup), setup.optimizer, critic=setup.critic
+  )
+  scored = Scored(rollout, rewards, applies, weights, greedy)
+  return update(state, scored, setup.rule)[0]
 
 
 class Finished(NamedTuple):

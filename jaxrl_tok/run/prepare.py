@@ -4,6 +4,7 @@ run is made of, checked and placed, not yet compiled."""
 import dataclasses
 import functools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
 
   caller: Caller
   settings: Settings
+  own: Own  # values in place of settings
   task_flags: dict  # of the task's own function
   task: Task
   model: Any  # hub.model.Model or models.OwnModel
@@ -136,7 +138,7 @@ def open_task(task: Task, settings: Settings) -> data.Split:
   columns = renames(settings)
   opened = data.open_records(task.train, settings.run.seed, columns)
   count, held_out = settings.run.held_out, task.held_out
-  if isinstance(held_out, int):
+  if isinstance(held_out, Integral):
     return data.split(opened, count or held_out)
   held_out = data.open_records(held_out, settings.run.seed, columns)
   if count and held_out.num_records and count < held_out.num_records:
@@ -206,13 +208,32 @@ def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
     )
 
 
+def check_warm_start(task: Task, settings: Settings, model, mesh) -> None:
+  """Refuses batches of a supervised start that the mesh cannot split."""
+  shards = sharding.row_shards(mesh)
+  n = settings.warm_start.warm_start_batch_size
+  starts = task.answers and model.directory is None and model.hf_config
+  if starts and n % shards:
+    raise ValueError(
+      f'--warm_start_batch_size {n} prompts cannot be shared equally by the '
+      f'{shards} devices of data x fsdp; pass --warm_start_batch_size '
+      f'{-(-n // shards) * shards}'
+    )
+
+
 def micro_batches(settings: Settings, mini_batches: int) -> int | None:
   """Number of micro-batches of a mini-batch; None: chosen by memory."""
   sampling, wanted = settings.sampling, settings.model.micro_batch
   if wanted == 'auto':
     return None
   C = sampling.num_prompts + sampling.replay_groups
-  rows = C * sampling.num_generations // mini_batches
+  G = sampling.num_generations
+  rows = C * G // mini_batches
+  if wanted and (rows % wanted or wanted % G):
+    raise ValueError(
+      f'--micro_batch {wanted} must divide the {rows} completions of a '
+      f'mini-batch into whole groups of {G}; pass --micro_batch {G}'
+    )
   return rows // wanted if wanted else 1
 
 
@@ -410,6 +431,7 @@ def prepare(
 
   Raises ValueError or OSError, in one line.
   """
+  build.check_own(own)
   cache.keep_programs()
   sharding.split_cpu(settings.model.cpu_devices)
   mesh = sharding.make_mesh(settings.model.mesh)
@@ -421,6 +443,7 @@ def prepare(
   algorithm = build.make_algorithm(settings, own, T)
   passes = algorithm.passes
   check_devices(settings, mesh, passes.mini_batches)
+  check_warm_start(task, settings, model, mesh)
   train = prompt_set(
     settings, model, found, split.train, task, T, 'training prompt'
   )
@@ -442,6 +465,7 @@ def prepare(
   return Setup(
     caller,
     settings,
+    own,
     task_flags,
     task,
     model,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Result:
     """Metrics of the policy on the held-out data of a task."""
     s, found = self._setup, {}
     held_out = task.held_out
-    if isinstance(held_out, int):
+    if isinstance(held_out, Integral):
       opened = data.open_records(
         task.train, s.settings.run.seed, renames(s.settings)
       )
