@@ -2,7 +2,7 @@ r"""RL on tokens of any model, with your own data and rewards.
 
   python -m experiments.text --model Qwen/Qwen2.5-0.5B-Instruct \
     --data prompts.jsonl --reward my_rewards.py:rhyme \
-    --reward my_rewards.py:short=0.2 --held_out 100 --learning_rate 1e-5
+    --reward my_rewards.py:short=0.2 --held_out 100
 
 prompts.jsonl has a prompt a line, text or messages, and the columns that the
 rewards read; my_rewards.py is the only Python to write:

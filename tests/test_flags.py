@@ -533,3 +533,19 @@ def test_help_names_every_flag():
   words = set(found.stdout.replace(',', ' ').split())
   for name in ('digits', 'data', *flatten(Settings())):
     assert f'--{name}' in words
+
+
+@pytest.mark.parametrize(
+  ('values', 'rate'),
+  [
+    ({}, 1e-3),
+    ({'model': 'some/model'}, 1e-5),
+    ({'model': 'some/model', 'lora_rank': 4}, 1e-4),
+    ({'model': 'some/model', 'learning_rate': 0.5}, 0.5),
+  ],
+)
+def test_the_default_learning_rate_is_of_the_kind_of_policy(values, rate):
+  from jaxrl_tok.run.build import peak_learning_rate
+  from jaxrl_tok.run.settings import Settings, with_values
+
+  assert peak_learning_rate(with_values(Settings(), values)) == rate

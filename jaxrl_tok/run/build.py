@@ -212,6 +212,16 @@ def check_algorithm(settings: Settings, own: Own, algorithm: Algorithm) -> None:
     )
 
 
+def peak_learning_rate(settings: Settings):
+  """Peak learning rate: as given, or by kind of policy."""
+  given, model = settings.optimizer.learning_rate, settings.model
+  if given is not None:
+    return given
+  if model.model is None:
+    return 1e-3
+  return 1e-4 if model.lora_rank or model.lora_adapter else 1e-5
+
+
 def make_optimizer(settings: Settings, own: Own, algorithm: Algorithm):
   """Makes (optax chain of TrainState.trained, learning rate by step or None).
 
@@ -235,10 +245,11 @@ def make_optimizer(settings: Settings, own: Own, algorithm: Algorithm):
       optax.adamw(schedule, b2=f.adam_b2, weight_decay=f.weight_decay),
     )
 
-  schedule = schedule_to(f.learning_rate)
+  peak = peak_learning_rate(settings)
+  schedule = schedule_to(peak)
   optimizer = chain(schedule)
   if algorithm.value_loss is not None:
-    rate = settings.algorithm.critic_learning_rate or f.learning_rate
+    rate = settings.algorithm.critic_learning_rate or peak
     both = {'policy': optimizer, 'critic': chain(schedule_to(rate))}
     optimizer = optax.multi_transform(both, param_labels)
   return optimizer, lambda step: schedule(step * passes)

@@ -16,6 +16,7 @@ from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.report.files import atomic_write
 from jaxrl_tok.run import models
+from jaxrl_tok.run.build import peak_learning_rate
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.settings import RunSettings, flatten
 
@@ -95,6 +96,7 @@ def settings_of_run(setup: Setup) -> dict:
     **setup.task_flags,
     **flatten(setup.settings),
     'max_completion_length': setup.config.max_completion_length,
+    'learning_rate': peak_learning_rate(setup.settings),
     'algorithm_resolved': algorithms.described(setup.algorithm),
     'rewards': setup.rewards.weights,
     'reward_unit': setup.task.reward_unit,

@@ -155,8 +155,9 @@ class DataSettings:
 class OptimizerSettings:
   """The optimizer."""
 
-  learning_rate: float = 1e-3
-  """Peak learning rate; for a pretrained model 1e-6 to 1e-5 is usual."""
+  learning_rate: float | None = None
+  """Peak learning rate; default: 1e-5 of a --model, 1e-4 of its adapters, 1e-3
+  of a new policy."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
   """Learning rate after the warm-up; linear and cosine end at a tenth of it, at
   max_steps."""
