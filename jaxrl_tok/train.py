@@ -139,7 +139,7 @@ class StepLog:
     """Returns progress after the batch; metrics may still be on the device."""
     counts = batch.counts
     if counts.generated is None:  # many steps in one call, over already
-      return self._write_many(progress, batch, jax.device_get(metrics))
+      return self._hold_last(progress, batch, jax.device_get(metrics))
     times = {'time/score': batch.metrics['time/score']}
     times['time/rollout'] = self._elapsed() - times['time/score']
     rate = self._learning_rate(progress.step)
@@ -165,10 +165,12 @@ class StepLog:
     held, self._held = self._held, None
     progress, generated, metrics, found, times = held
     metrics = jax.device_get(metrics) | jax.device_get(found)
-    times['time/update'] = self._elapsed()
+    if 'time/step' not in times:
+      times['time/update'] = self._elapsed()
     self._write(progress, generated, metrics, times)
 
-  def _write_many(self, progress: Progress, batch: Batch, metrics: dict):
+  def _hold_last(self, progress: Progress, batch: Batch, metrics: dict):
+    """Writes all steps of a call but the last, and holds that one."""
     n, read = len(batch.counts.read), batch.counts.read
     taken = self._elapsed() / n
     for i in range(n):
@@ -182,7 +184,8 @@ class StepLog:
         step=progress.step + 1,
         num_tokens=progress.num_tokens + generated + int(read[i]),
       )
-      self._write(progress, generated, row, {'time/step': taken})
+      self.flush()
+      self._held = progress, generated, row, {}, {'time/step': taken}
     return progress
 
   def _write(

@@ -213,6 +213,8 @@ def test_a_device_reward_with_a_column_is_learnt(tmp_path, steps_per_call):
   steps = phases(result, 'train')
   assert [row['step'] for row in steps] == list(range(1, 41))
   assert all('rewards/letters/mean' in row for row in steps)
+  # the KL to the reference is measured with each evaluation
+  assert [row['step'] for row in steps if 'kl' in row] == [20, 40]
 
 
 def test_replayed_groups_are_of_any_prompt_length(tmp_path):
@@ -603,3 +605,14 @@ def test_command_txt_repeats_the_run(kind, tmp_path, monkeypatch):
   config = yaml.safe_load(Path('run/config.yaml').read_text())
   name = 'my couplets' if kind == 'file' else 'arithmetic'
   assert config['experiment'] == name
+
+
+def test_other_prompts_under_a_resume_are_said(tmp_path, capsys):
+  given = {'output_dir': tmp_path / 'run'} | TINY
+  jaxrl_tok.train(
+    Task(records(0, 40), short, held_out=8), **given | {'max_steps': 1}
+  )
+  again = given | {'max_steps': 2, 'resume': 'auto'}
+  capsys.readouterr()
+  jaxrl_tok.train(Task(records(7, 47), short, held_out=8), **again)
+  assert 'not those that the run began with' in capsys.readouterr().out

@@ -21,6 +21,7 @@ import yaml
 
 from jaxrl_tok import Interrupted, checkpoint
 from jaxrl_tok.credit import losses
+from jaxrl_tok.data import data_fingerprint
 from jaxrl_tok.evaluation import (
   Due,
   credit_rows,
@@ -59,6 +60,7 @@ from jaxrl_tok.train import LoopConfig, Progress, train
 from jaxrl_tok.types import Scored
 
 SHOWN = 20  # held-out completions in samples.jsonl
+DATA = 'data_fingerprint'
 
 
 # --- state -------------------------------------------------------------------
@@ -84,7 +86,7 @@ def with_log_kl(setup: Setup):
   if not f.log_kl or algorithm.kl is not None:
     return algorithm
   dtype = None if f.reference_dtype == 'auto' else f.reference_dtype
-  carries = algorithm.carries | {'reference': losses.reference(0, dtype)}
+  carries = {'reference': losses.reference(0, dtype)} | algorithm.carries
   return algorithm._replace(carries=carries)
 
 
@@ -149,7 +151,12 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
   state, cursor, progress, old = restored
   logger.message(f'resumed from step {progress.step}')
   new = saved_settings(setup)
-  for name in sorted(new.keys() & old.keys() - {'resume'}):
+  if old.get(DATA, new[DATA]) != new[DATA]:
+    logger.warn(
+      'the training prompts are not those that the run began with; it goes on '
+      'at their place in the order'
+    )
+  for name in sorted(new.keys() & old.keys() - {'resume', DATA}):
     if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
       logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
   return setup, state, cursor, progress
@@ -158,6 +165,7 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
 def saved_settings(setup: Setup) -> dict:
   """Settings in a checkpoint, as JSON has them."""
   found = setup.task_flags | flatten(setup.settings)
+  found[DATA] = data_fingerprint(setup.data.records)
   return json.loads(json.dumps(found, default=str))
 
 

@@ -156,7 +156,8 @@ def completion_length(task: Task, settings: Settings, model, split) -> int:
   """Length T of completions: as given, else that of the longest answer if a
   supervised start learns them, else DEFAULT_LENGTH."""
   given, column = settings.sampling.max_completion_length, task.answers
-  learns = column is not None and model.directory is None
+  new = model.directory is None and model.hf_config is not None
+  learns = column is not None and new
   if not learns or split.train.num_records is None:
     return given or DEFAULT_LENGTH
   need = 0

@@ -265,16 +265,23 @@ def sampling_jobs(run: _Run, P: int) -> dict:
   return jobs
 
 
+def reference_kl_job(run: _Run, rollout: Rollout) -> dict:
+  """Job {name: Job} that measures the KL to the reference, where asked for."""
+  n, config = run.networks, run.config
+  if not config.reference_kl:
+    return {}
+  measure = make_reference_kl(n.policy, config.logits_chunk)
+  job = jax.jit(measure, out_shardings=run.shapes.whole)
+  args = run.state.reference_params, rollout, n.rule
+  return {('reference_kl', rollout.prompts.tokens.shape[1]): Job([job], args)}
+
+
 def update_jobs(run: _Run, P: int) -> dict:
   """Jobs {name: Job} of updates by batches whose prompts are of length P."""
   n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
   C = config.num_prompts + config.replay_groups
   _, rollout = run.sampled(C, P, config.sampler)
-  if config.reference_kl:
-    measure = make_reference_kl(n.policy, config.logits_chunk)
-    job = jax.jit(measure, out_shardings=shapes.whole)
-    args = run.state.reference_params, rollout, n.rule
-    jobs['reference_kl', P] = Job([job], args)
+  jobs |= reference_kl_job(run, rollout)
   scored = shapes.scored(rollout, list(n.weights), n.algorithm.greedy, C)
   # the state comes out placed as it went in: no compilation at step 2
   placed = jax.tree.map(lambda x: x.sharding, run.state)
@@ -352,6 +359,8 @@ def compile_programs(
   if config.steps_per_call:
     table = Table(*data.table())
     jobs['steps'] = many_steps_job(run, table)
+    _, rollout = run.sampled(C, table.tokens.shape[1], config.sampler)
+    jobs |= reference_kl_job(run, rollout)
   else:
     for P in data.buckets:
       jobs |= sampling_jobs(run, P)
