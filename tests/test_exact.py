@@ -235,7 +235,7 @@ def test_ema_scores_before_it_learns():
   assert before == 0
   out = algorithm.advantage(inputs, {'ema_baseline': before + 2})
   np.testing.assert_allclose(np.asarray(out.advantage)[rollout.mask], 2.0)
-  after = ema.after(jnp.float32(2), None, out.metrics)
+  after = ema.after(jnp.float32(2), None, out.metrics | {'rows': 4})
   assert float(after) == pytest.approx(0.75 * 2 + 0.25 * 4)
 
 

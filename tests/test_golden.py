@@ -136,7 +136,9 @@ def solve(
   carry = None
   if 'ema_baseline' in algorithm.carries:
     ema = algorithm.carries['ema_baseline']
-    carry = ema.after(carries['ema_baseline'], None, credit.metrics)
+    carry = ema.after(
+      carries['ema_baseline'], None, credit.metrics | {'rows': mask.shape[0]}
+    )
   return {
     'loss': total,
     'advantage': credit.advantage,
