@@ -128,7 +128,7 @@ def name_of(module: ModuleType) -> str:
   if spec is not None and spec.name != '__main__':
     return spec.name.removesuffix('.__main__').rpartition('.')[2]
   file = getattr(module, '__file__', None)
-  return Path(file).stem if file else 'run'
+  return Path(file).stem if file and Path(file).is_file() else 'run'
 
 
 # --- train, main -------------------------------------------------------------
