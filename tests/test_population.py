@@ -10,7 +10,7 @@ import pytest
 from test_train import TINY, cache  # noqa: F401
 
 from experiments.studies import population
-from jaxrl_tok.run import launch
+from jaxrl_tok.run import begin
 
 SHARED = (
   'digits d_model num_layers num_heads num_kv_heads d_ff num_prompts '
@@ -32,7 +32,7 @@ def grown(cache, tmp_path_factory):  # noqa: F811
 def test_a_run_of_a_population_is_the_run_alone(grown):
   setup = population.prepare_population(population.parse(GIVEN))
   with jax.set_mesh(setup.mesh):
-    params, _ = launch.first_params(setup)
+    params, _ = begin.first_params(setup)
   train = jax.jit(population.make_train(setup))
   start = jax.device_get(params), *population.tables(setup)
   for run in grown.runs[1:3]:  # the other seed, the other rate

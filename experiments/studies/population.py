@@ -38,7 +38,7 @@ from jaxrl_tok import sharding
 from jaxrl_tok.data import record_indices
 from jaxrl_tok.report.charts import COLOURS, Curve, chart
 from jaxrl_tok.report.files import atomic_write
-from jaxrl_tok.run import build, compat, launch
+from jaxrl_tok.run import begin, build, compat
 from jaxrl_tok.run import flags as flag_layer
 from jaxrl_tok.run.api import Caller
 from jaxrl_tok.run.prepare import Setup, prepare, prompt_set, split_rewards
@@ -298,7 +298,7 @@ def run_population(setup: Setup) -> list[Run]:
     logger.warn(line)
   out = claim_output_dir(run, 'population', resumable=False)
   with jax.set_mesh(setup.mesh):
-    params, _ = launch.first_params(setup)
+    params, _ = begin.first_params(setup)
   pairs = [(seed, rate) for rate in grid.learning_rates for seed in grid.seeds]
   runs = grow(setup, params, pairs)
   write(out, setup, runs)

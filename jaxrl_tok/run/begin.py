@@ -1,0 +1,180 @@
+"""State of a run at its beginning: resumed, supervised, loaded or random.
+
+`check_shapes` traces a step first, so that a user's own functions are refused
+before anything is written.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from jaxrl_tok import checkpoint
+from jaxrl_tok.credit import losses
+from jaxrl_tok.data import data_fingerprint
+from jaxrl_tok.hub.weights import fingerprint
+from jaxrl_tok.policy import evaluate as evaluate_rollout
+from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.run import record
+from jaxrl_tok.run.prepare import Setup
+from jaxrl_tok.run.settings import flatten
+from jaxrl_tok.run.warm_start import warm_start
+from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.state import make_state
+from jaxrl_tok.step.update import make_update
+from jaxrl_tok.train import Progress
+from jaxrl_tok.types import Scored
+
+DATA = 'data_fingerprint'  # in a checkpoint's settings
+
+
+def new_state(setup: Setup, params, frozen):
+  """TrainState around trained (None: random) and frozen parameters."""
+  return make_state(
+    setup.policy,
+    with_log_kl(setup),
+    setup.optimizer,
+    setup.mesh,
+    setup.settings.run.seed,
+    params,
+    frozen,
+    setup.critic,
+  )
+
+
+def with_log_kl(setup: Setup):
+  """Adds a reference to the algorithm, if the KL is measured for the log."""
+  algorithm, f = setup.algorithm, setup.settings.algorithm
+  if not f.log_kl or algorithm.kl is not None:
+    return algorithm
+  dtype = None if f.reference_dtype == 'auto' else f.reference_dtype
+  carries = {'reference': losses.reference(0, dtype)} | algorithm.carries
+  return algorithm._replace(carries=carries)
+
+
+def measures_kl(setup: Setup) -> bool:
+  """Tells whether the KL to the reference is measured beside the update."""
+  return setup.settings.algorithm.log_kl and setup.algorithm.kl is None
+
+
+def first_params(setup: Setup) -> tuple:
+  """Parameters (trained, frozen) at step 0."""
+  if setup.model.directory is None:
+    if setup.task.answers and setup.model.hf_config:
+      return warm_start(setup), None
+    return None, None
+  with setup.logger.doing(f'reading {setup.model.origin}'):
+    return setup.trainable.load(setup.mesh)
+
+
+def restore(setup: Setup, run_dir: Path, checkpoints):
+  """Restores the checkpoint that --resume names: (state, cursor, progress, old
+  settings); None without one."""
+  resume = setup.settings.run.resume
+  if resume == 'never':
+    return None
+  step = checkpoint.choose_step(checkpoints, resume)
+  if step is None:
+    return None
+  like = new_state(setup, *setup.trainable.structs())
+  state, cursor, meta = checkpoint.restore(checkpoints, step, like)
+  if like.frozen is not None:  # it is not in the checkpoint
+    old = yaml.safe_load((run_dir / 'config.yaml').read_text())
+    if old['model_fingerprint'] != fingerprint(setup.model):
+      cure = f'--revision {old["model_commit"]}'
+      raise ValueError(
+        f'{setup.model.origin} is not the model that the run began with; pass '
+        + (cure if old['model_commit'] else '--model as it was')
+      )
+    frozen = setup.trainable.load_frozen(setup.mesh)
+    state = state.replace(frozen=frozen)
+  return state, cursor, Progress(**meta['progress']), meta['settings']
+
+
+def begin(setup: Setup, run_dir: Path, checkpoints):
+  """Begins or resumes: (setup with the run's logger, state, cursor or None,
+  progress)."""
+  restored = restore(setup, run_dir, checkpoints)
+  if restored is None and jax.process_index() == 0:
+    for name in ('metrics', 'samples'):  # of a run without a checkpoint
+      (run_dir / f'{name}.jsonl').unlink(missing_ok=True)
+  logger = Logger(
+    run_dir,
+    setup.settings.run.report_to,
+    restored[2].step if restored else None,
+    is_main=jax.process_index() == 0,
+  )
+  logger.message(f'run directory: {run_dir}')
+  setup = setup._replace(logger=logger)
+  if restored is None:
+    record.write_run_files(setup, run_dir)
+    state = new_state(setup, *first_params(setup))
+    return setup, state, None, Progress()
+  state, cursor, progress, old = restored
+  logger.message(f'resumed from step {progress.step}')
+  new = saved_settings(setup)
+  if old.get(DATA, new[DATA]) != new[DATA]:
+    logger.warn(
+      'the training prompts are not those that the run began with; it goes on '
+      'at their place in the order'
+    )
+  for name in sorted(new.keys() & old.keys() - {'resume', DATA}):
+    if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
+      logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
+  return setup, state, cursor, progress
+
+
+def saved_settings(setup: Setup) -> dict:
+  """Settings in a checkpoint, as JSON has them."""
+  found = setup.task_flags | flatten(setup.settings)
+  found[DATA] = data_fingerprint(setup.data.records)
+  return json.loads(json.dumps(found, default=str))
+
+
+def check_shapes(setup: Setup) -> None:
+  """Checks shapes of a user's own functions by tracing a step with them, before
+  the run begins. Must run under jax.set_mesh."""
+  own = any(value is not None for value in setup.own)
+  judged = [(setup.rewards, setup.data)]
+  judged += [(e.rewards, e.data) for e in setup.evaluations]
+  if not own and not any(rewards.device for rewards, _ in judged):
+    return
+  state, found = new_state(setup, *setup.trainable.structs()), []
+  for rewards, prompts in judged:
+    examples = [prompts.records[0]] * setup.config.num_prompts
+    batch, columns = prompts.batch(examples, prompts.buckets[-1])
+    rollout = jax.eval_shape(
+      functools.partial(trace_rollout, setup), state, batch
+    )
+    score = device_rewards.make_device_scorer(rewards.device)
+    found.append((rollout, *jax.eval_shape(score, None, rollout, columns)))
+  if own:
+    jax.eval_shape(functools.partial(trace_update, setup), state, *found[0])
+
+
+def trace_rollout(setup: Setup, state, prompts):
+  """Rollout of prompts, evaluated, too."""
+  params = setup.policy.merge_params(*state.policy_params)
+  sample = make_sampler(setup.policy, setup.config.sampler)
+  rollout = sample(params, state.key, prompts, setup.rule)
+  evaluate_rollout(setup.policy, params, rollout, setup.rule)
+  return rollout
+
+
+def trace_update(setup: Setup, state, rollout, rewards: dict, applies: dict):
+  """State after an update by the device's rewards, and zeros for the host's."""
+  B, C = len(rollout.mask), len(rollout.prompts.length)
+  names = setup.rewards.host
+  rewards = rewards | dict.fromkeys(names, jnp.zeros(rollout.mask.shape))
+  applies = applies | dict.fromkeys(names, jnp.ones(B, bool))
+  weights = dict.fromkeys(rewards, jnp.float32(1))
+  greedy = jnp.zeros(C) if setup.algorithm.greedy else None
+  update = make_update(
+    setup.policy, with_log_kl(setup), setup.optimizer, critic=setup.critic
+  )
+  scored = Scored(rollout, rewards, applies, weights, greedy)
+  return update(state, scored, setup.rule)[0]

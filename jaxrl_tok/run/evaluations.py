@@ -1,0 +1,111 @@
+"""Evaluations of a run: held-out data, other data sets, a step's own batch."""
+
+import jax
+
+from jaxrl_tok.evaluation import (
+  Due,
+  credit_rows,
+  due,
+  evaluate_held_out,
+)
+from jaxrl_tok.run.prepare import EvalSetup, Setup
+from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.programs import (
+  EvaluationShape,
+  Programs,
+)
+
+SHOWN = 20  # held-out completions in samples.jsonl
+
+
+def evaluation_shape(e: EvalSetup) -> EvaluationShape:
+  """Sizes of an evaluation's program, and the rewards that it runs."""
+  if not e.rewards.device:
+    return EvaluationShape(e.num_prompts, e.data.buckets[-1], e.sampler)
+  score = device_rewards.make_device_scorer(e.rewards.device)
+  _, columns = e.data.batch([e.data.records[0]], e.data.buckets[-1])
+  return EvaluationShape(
+    e.num_prompts, e.data.buckets[-1], e.sampler, (score, None), columns
+  )
+
+
+def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
+  """Runs an evaluation: (metrics, rows)."""
+  name = e.evaluation.name
+  device = programs.evaluation_scores.get(name)
+  key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
+
+  def sample(number, prompts):
+    at = jax.random.fold_in(key, number)
+    return programs.evaluations[name](state, at, prompts)
+
+  return evaluate_held_out(
+    sample,
+    setup.scorer(e.rewards, device),
+    e.data,
+    e.num_prompts,
+    e.data.buckets[-1],
+    step,
+    e.evaluation.metrics,
+    name,
+  )
+
+
+def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
+  """Evaluations while training: the step's batch by token, and the task's."""
+  every = setup.settings.run.eval_every
+
+  def own_batch(state, step, batch, last):
+    rows = credit_rows(last, batch, setup.decode)
+    found = {}
+    if programs.reference_kl is not None:
+      found['kl'] = programs.reference_kl(state, last.scored.rollout)
+    at = {'step': step, 'split': 'train'}
+    return found, [{**at, **row} for row in rows]
+
+  def of(e: EvalSetup) -> Due:
+    def run(state, step, batch, last):
+      metrics, _ = evaluate(setup, programs, e, state, step)
+      return metrics, []
+
+    return Due(e.evaluation.name, every_steps(setup, e), run)
+
+  return [Due('train', every, own_batch), *map(of, setup.evaluations)]
+
+
+def every_steps(setup: Setup, e: EvalSetup) -> int:
+  """Steps between runs of an evaluation; 0: at the end only."""
+  asked = e.evaluation.every
+  return setup.settings.run.eval_every if asked is None else asked
+
+
+def not_logged(setup: Setup, step: int) -> set[str]:
+  """Names of evaluations that the loop does not run after its last step."""
+  every = [
+    Due(e.evaluation.name, every_steps(setup, e), None)
+    for e in setup.evaluations
+  ]
+  ran = due(every, step, setup.settings.run.max_steps)
+  return {e.name for e in every} - {e.name for e in ran}
+
+
+def evaluate_all(
+  setup: Setup,
+  programs: Programs,
+  state,
+  step: int,
+  split: str,
+  logged: set[str],
+):
+  """Evaluates everything, and records samples as 'before' or 'after' and the
+  metrics of the evaluations named in `logged`. Returns the (metrics, rows) of
+  the task's held-out data."""
+  first = None
+  for e in setup.evaluations:
+    metrics, rows = evaluate(setup, programs, e, state, step)
+    at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
+    setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
+    if e.evaluation.name in logged:
+      setup.logger.metrics('eval', step, metrics)
+    first = first or (metrics, rows)
+  return first
