@@ -40,7 +40,10 @@ VALUES = {
 }
 # settings that a value replaces, beside the one of its name
 REPLACED = {
-  'policy': [f.name for f in dataclasses.fields(SizeSettings)],
+  'policy': [
+    *(f.name for f in dataclasses.fields(SizeSettings)),
+    *('dtype', 'remat', 'attention'),
+  ],
   'optimizer': [
     *(f.name for f in dataclasses.fields(OptimizerSettings)),
     'critic_learning_rate',

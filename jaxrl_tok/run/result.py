@@ -64,6 +64,7 @@ class Result:
     """The policy's parameters, adapters merged in."""
     return self._setup.policy.merge_params(*self.state.policy_params)
 
+  @functools.cache  # noqa: B019  a program for each kind of sampling
   def _sampler(self, config: SamplerConfig):
     return jax.jit(make_sampler(self._setup.policy, config))
 
