@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -616,3 +617,29 @@ def test_other_prompts_under_a_resume_are_said(tmp_path, capsys):
   capsys.readouterr()
   jaxrl_tok.train(Task(records(7, 47), short, held_out=8), **again)
   assert 'not those that the run began with' in capsys.readouterr().out
+
+
+def test_no_prompt_length_compiles_later(tmp_path):
+  """Two lengths, the longer one met late: its programs were there before."""
+  mixed, compiled, at_step = records(0, 80), [], []
+  mixed[::40] = [r | {'prompt': r['prompt'] * 30} for r in mixed[::40]]
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if 'compile' in name else None
+  )
+
+  def counted(prompts, completions, **columns):
+    at_step.append((max(map(len, prompts)), len(compiled)))
+    return [float(len(c)) for c in completions]
+
+  result = jaxrl_tok.train(
+    Task(mixed, counted, held_out=8, eval_rewards=short),
+    output_dir=tmp_path / 'run',
+    **TINY | {'max_steps': 24, 'eval_every': 12, 'save_every': 0},
+  )
+  config = yaml.safe_load((result.run_dir / 'config.yaml').read_text())
+  assert len(config['prompt_lengths']) == 2
+  lengths, counts = zip(*at_step)
+  assert set(lengths[:3]) == {3}
+  assert 90 in lengths[3:]
+  assert counts[0] > 0
+  assert counts[2] == counts[-1]
