@@ -131,6 +131,7 @@ class StepLog:
     self._clock = time.monotonic()
 
   def _elapsed(self) -> float:
+    """Seconds since the last mark; marks the time."""
     now = time.monotonic()
     elapsed, self._clock = now - self._clock, now
     return elapsed
@@ -160,6 +161,7 @@ class StepLog:
       self._held[3].update(metrics)
 
   def flush(self) -> None:
+    """Waits for the step that is held, and writes its row."""
     if self._held is None:
       return
     held, self._held = self._held, None
