@@ -1,5 +1,8 @@
 """Evaluations of a run: held-out data, other data sets, a step's own batch."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 
 from jaxrl_tok.evaluation import (
@@ -29,26 +32,48 @@ def evaluation_shape(e: EvalSetup) -> EvaluationShape:
   )
 
 
-def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
-  """Runs an evaluation: (metrics, rows)."""
-  name = e.evaluation.name
-  device = programs.evaluation_scores.get(name)
+def run_evaluation(
+  setup: Setup,
+  e: EvalSetup,
+  sample: Callable,
+  device: Callable | None,
+  step: int = 0,
+):
+  """Runs an evaluation by any sampler: (metrics, rows).
+
+  Args:
+    sample: (key, Prompts) -> Rollout.
+    device: scorer of its rewards on the device, compiled; None without any.
+    step: updates that the policy has had.
+  """
   key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
-
-  def sample(number, prompts):
-    at = jax.random.fold_in(key, number)
-    return programs.evaluations[name](state, at, prompts)
-
   return evaluate_held_out(
-    sample,
+    lambda number, prompts: sample(jax.random.fold_in(key, number), prompts),
     setup.scorer(e.rewards, device),
     e.data,
     e.num_prompts,
     e.data.buckets[-1],
     step,
     e.evaluation.metrics,
-    name,
+    e.evaluation.name,
   )
+
+
+def jit_scorer(e: EvalSetup) -> Callable | None:
+  """Scorer of an evaluation's rewards on the device, compiled when it is used;
+  None without any."""
+  if not e.rewards.device:
+    return None
+  score = jax.jit(device_rewards.make_device_scorer(e.rewards.device))
+  return functools.partial(score, None)
+
+
+def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
+  """Runs an evaluation by the run's programs: (metrics, rows)."""
+  name = e.evaluation.name
+  sample = functools.partial(programs.evaluations[name], state)
+  device = programs.evaluation_scores.get(name)
+  return run_evaluation(setup, e, sample, device, step)
 
 
 def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:

@@ -404,8 +404,8 @@ def message_counts(logger: Logger, asked, split, train, held_out) -> None:
   counts = split.counts
   if isinstance(asked, int) and counts['held_out'] < asked:
     logger.message(
-      f'data: {counts["held_out"]:,} prompts are held out, not {asked:,}: a '
-      'fifth of the different ones'
+      f'data: {counts["held_out"]:,} prompts are held out, not {asked:,}: '
+      'all that were given, or a fifth of the different ones'
     )
   if counts['removed'] or counts['repeated']:
     logger.message(

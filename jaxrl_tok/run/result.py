@@ -12,13 +12,12 @@ import rich.table
 import rich.text
 
 from jaxrl_tok import data, sharding
-from jaxrl_tok.evaluation import evaluate_held_out
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
+from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
 from jaxrl_tok.run.prepare import Setup, make_evaluations, renames
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.step.device_rewards import make_device_scorer
 
 
 class Result:
@@ -113,26 +112,12 @@ class Result:
     )
     with jax.set_mesh(s.mesh):
       for e in evaluations:
-        sample = self._sampler(e.sampler)
-        key = jax.random.key(s.settings.run.seed)
+        draw = self._sampler(e.sampler)
 
-        def completions(number, prompts, sample=sample, key=key):
-          at = jax.random.fold_in(key, number)
-          return sample(self.params, at, prompts, s.rule)
+        def sample(key, prompts, draw=draw):
+          return draw(self.params, key, prompts, s.rule)
 
-        device = None
-        if e.rewards.device:
-          score = jax.jit(make_device_scorer(e.rewards.device))
-          device = functools.partial(score, None)
-        metrics, _ = evaluate_held_out(
-          completions,
-          s.scorer(e.rewards, device),
-          e.data,
-          e.num_prompts,
-          e.data.buckets[-1],
-          metrics=e.evaluation.metrics,
-          name=e.evaluation.name,
-        )
+        metrics, _ = run_evaluation(s, e, sample, jit_scorer(e))
         found |= metrics
     return found
 

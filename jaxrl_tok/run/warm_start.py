@@ -16,13 +16,12 @@ import numpy as np
 import optax
 
 from jaxrl_tok import __version__, data, sharding
-from jaxrl_tok.evaluation import evaluate_held_out
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.cache import user_cache
+from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
 from jaxrl_tok.run.prepare import Setup, answer_ids, make_networks
 from jaxrl_tok.sampler import make_sampler
-from jaxrl_tok.step.device_rewards import make_device_scorer
 from jaxrl_tok.step.supervised import make_supervised_step
 from jaxrl_tok.types import Prompts
 
@@ -123,24 +122,15 @@ def batch_at(setup: Setup, number: int) -> tuple:
 def make_judge(setup: Setup):
   """Returns evaluate(params) -> held-out reward of greedy completions."""
   e = setup.evaluations[0]
-  sample = jax.jit(make_sampler(plain_policy(setup), setup.config.greedy))
-  device = None
-  if e.rewards.device:
-    score = jax.jit(make_device_scorer(e.rewards.device))
-
-    def device(rollout, columns):
-      return score(None, rollout, columns)
-
-  scorer = setup.scorer(e.rewards, device)
+  own = dataclasses.replace(e.evaluation, metrics=())  # the reward alone
+  e, device = e._replace(evaluation=own), jit_scorer(e)
+  draw = jax.jit(make_sampler(plain_policy(setup), setup.config.greedy))
 
   def evaluate(params) -> float:
-    def completions(_, prompts: Prompts):
-      return sample(params, jax.random.key(0), prompts, setup.rule)
+    def sample(key, prompts: Prompts):
+      return draw(params, key, prompts, setup.rule)
 
-    found, _ = evaluate_held_out(
-      completions, scorer, e.data, e.num_prompts, e.data.buckets[-1]
-    )
-    return found['eval/reward']
+    return run_evaluation(setup, e, sample, device)[0]['eval/reward']
 
   return evaluate
 
