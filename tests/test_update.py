@@ -22,13 +22,12 @@ from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.groups import merge_rows, split_groups, split_rows
+from jaxrl_tok.step.metrics import length_metrics, reward_metrics
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import (
   check_scored,
   columns_needed,
-  length_metrics,
   make_update,
-  reward_metrics,
   shortened,
 )
 from jaxrl_tok.types import Prompts, Scored
