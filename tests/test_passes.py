@@ -16,13 +16,12 @@ from conftest import (
   sharpened,
 )
 
-from jaxrl_tok import checkpoint, distribution, masked
+from jaxrl_tok import checkpoint, distribution
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate, values
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.step.metrics import value_metrics
 from jaxrl_tok.step.passes import param_labels
 from jaxrl_tok.step.state import init_state, with_value_head
 from jaxrl_tok.step.update import (
@@ -272,17 +271,3 @@ def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
   assert num_kept[mask].min() >= 1
   one = np.exp(np.asarray(alone.logp))[mask & (num_kept == 1)]
   assert (one >= 0.8 - 1e-5).all()
-
-
-def test_value_metrics():
-  rng = np.random.default_rng(0)
-  target = rng.normal(size=(4, 3)).astype(np.float32)
-  mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
-  value = np.where(mask, 0.5 * target, np.nan)
-  found = value_metrics(jnp.asarray(value), jnp.asarray(target), mask)
-  assert float(found['explained_variance']) == pytest.approx(0.75, abs=1e-5)
-  same = jnp.ones((4, 3))
-  assert float(value_metrics(same, same, mask)['explained_variance']) == 0
-  assert float(masked.mean(target, mask)) == pytest.approx(
-    target[mask].mean(), abs=1e-6
-  )

@@ -117,6 +117,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert {
       'reward',
       'reward_std',
+      'reward_group_std',
       'rewards/exact_match/mean',
       'frac_reward_zero_std',
       'surrogate',

@@ -22,7 +22,6 @@ from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.groups import merge_rows, split_groups, split_rows
-from jaxrl_tok.step.metrics import length_metrics, reward_metrics
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import (
   check_scored,
@@ -298,9 +297,11 @@ def test_rows_that_are_not_valid_are_in_no_group(
   assert all(np.isfinite(v) for v in metrics.values())
   assert metrics['frac_not_valid'] == pytest.approx(0.5)
   assert metrics['reward'] == pytest.approx(R[VALID].mean(), rel=1e-5)
-  # of the groups that have a valid row; one with a single row has no spread
-  std = [R[[0, 2]].std(ddof=1), R[6:9].std(ddof=1), 0]
-  assert metrics['reward_std'] == pytest.approx(np.mean(std), rel=1e-5)
+  # a group with a single row has no spread, and is of equal rewards
+  std = [R[[0, 2]].std(ddof=1), R[6:9].std(ddof=1)]
+  assert metrics['reward_group_std'] == pytest.approx(np.mean(std), rel=1e-5)
+  whole = R[VALID].std(ddof=1)
+  assert metrics['reward_std'] == pytest.approx(whole, rel=1e-5)
   assert metrics['frac_reward_zero_std'] == pytest.approx(1 / 3)
 
 
@@ -504,7 +505,8 @@ def test_metrics(tiny, run, reward, batch):
   R = reward.sum(1)
   assert metrics['reward'] == pytest.approx(R.mean(), abs=1e-5)
   std = R.reshape(4, 3).std(1, ddof=1).mean()
-  assert metrics['reward_std'] == pytest.approx(std, abs=1e-5)
+  assert metrics['reward_group_std'] == pytest.approx(std, abs=1e-5)
+  assert metrics['reward_std'] == pytest.approx(R.std(ddof=1), abs=1e-5)
   assert metrics['sampler_logp_gap'] < 1e-5
   stale = tiny.rollout._replace(logp=tiny.rollout.logp.at[5, 0].add(-0.25))
   others = run(make_scored(stale, reward)).metrics
@@ -516,25 +518,6 @@ def test_metrics(tiny, run, reward, batch):
   )
   surrogate = (np.asarray(advantage) * np.asarray(stats.logp)).sum() / 12
   assert metrics['surrogate'] == pytest.approx(surrogate, abs=1e-5)
-
-
-def test_length_metrics(tiny):
-  found = length_metrics(tiny.rollout)
-  mask = np.asarray(tiny.rollout.mask)
-  lengths = mask.sum(1)
-  assert found['completions/mean_length'] == pytest.approx(lengths.mean())
-  assert found['completions/tokens'] == lengths.sum()
-  ends = np.isin(np.asarray(tiny.rollout.tokens)[:, -1], [9, 10])
-  cut = (mask[:, -1] & ~ends).mean()
-  assert 0 < cut < 1
-  assert found['completions/clipped_ratio'] == pytest.approx(cut)
-
-
-def test_one_sample_a_prompt_has_the_spread_of_the_batch(tiny, reward):
-  prompts = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), tiny.prompts)
-  alone = make_scored(tiny.rollout._replace(prompts=prompts), reward)
-  std = reward.sum(1).std(ddof=1)
-  assert reward_metrics(alone)['reward_std'] == pytest.approx(std, abs=1e-5)
 
 
 # --- refusals ----------------------------------------------------------------
