@@ -31,12 +31,6 @@ def std(x: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.sqrt(masked.var(x, mask, ddof=1))
 
 
-def all_equal(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Tells whether all chosen values are equal, to the last bit."""
-  largest = masked.fill(x, mask, -jnp.inf).max()
-  return largest <= masked.fill(x, mask, jnp.inf).min()
-
-
 def reward_metrics(scored: Scored) -> dict:
   """Statistics of each row's summed reward, over valid rows.
 
@@ -53,7 +47,7 @@ def reward_metrics(scored: Scored) -> dict:
     'reward_std': std(rows_CxG, valid_CxG),
     'reward_group_std': masked.mean(jax.vmap(std)(groups, on), on.sum(1) > 1),
     'frac_reward_zero_std': masked.mean(
-      jax.vmap(all_equal)(groups, on), jnp.any(on, axis=1)
+      masked.all_equal(groups, on, axis=1), jnp.any(on, axis=1)
     ),
     'frac_not_valid': 1.0 - valid_CxG.mean(),
   }
