@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jaxrl_tok.sharding import path_name
 from jaxrl_tok.types import TrainState
 
-FORMAT = 3
+FORMAT = 4
 
 
 def open_checkpoints(

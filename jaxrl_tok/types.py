@@ -249,6 +249,7 @@ class TrainState:
   carries: dict  # {name: value}, see Carry
   critic: Any = None  # parameters of a critic of its own
   frozen: Any = None  # parameters that no update changes: the base of adapters
+  skipped: Any = 0  # int32 []  updates in a row that were not finite
 
   @property
   def trained(self) -> tuple:

@@ -54,7 +54,7 @@ def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
     found, cursor, meta = checkpoint.restore(manager, 4, like)
   assert meta['progress'] == progress
   assert meta['settings'] == {'seed': 3}
-  assert meta['format'] == checkpoint.FORMAT == 3
+  assert meta['format'] == checkpoint.FORMAT == 4
   assert jax.tree.structure(cursor) == jax.tree.structure(CURSOR)
   for a, b in zip(jax.tree.leaves(cursor), jax.tree.leaves(CURSOR)):
     np.testing.assert_array_equal(a, b)
@@ -102,11 +102,11 @@ def test_another_optimizer_or_model_is_refused(tmp_path, state):
 
 def test_another_format_is_refused(tmp_path, state, monkeypatch):
   with checkpoint.open_checkpoints(tmp_path, 1) as manager:
-    monkeypatch.setattr(checkpoint, 'FORMAT', 2)
+    monkeypatch.setattr(checkpoint, 'FORMAT', 3)
     checkpoint.save(manager, state, CURSOR, {}, {})
     monkeypatch.undo()
     manager.wait_until_finished()
-    with pytest.raises(ValueError, match=r'has format 2 and .* reads 3'):
+    with pytest.raises(ValueError, match=r'has format 3 and .* reads 4'):
       checkpoint.restore(manager, 4, state)
 
 

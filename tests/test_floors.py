@@ -21,6 +21,7 @@ FLOORS = {
   'data': 1,
   'models': 2,
   'policy': 2,
+  'finite': 2,
   'checkpoint': 2,
   'sampler': 3,
   'hub': 3,

@@ -6,7 +6,8 @@
    without an advantage, groups that have none need no gradient.
 2. `make_passes`: epochs x mini-batches of optimizer steps. A single pass takes
    the prompts in order; several take groups in an order that is drawn for each
-   epoch, and may stop early when the policy has moved.
+   epoch, and may stop early when the policy has moved. A step that is not
+   finite changes nothing (`make_guarded_step`).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_tok import masked
+from jaxrl_tok import finite, masked
 from jaxrl_tok.credit import losses
 from jaxrl_tok.policy import evaluate, values
 from jaxrl_tok.sharding import path_name
@@ -33,8 +34,17 @@ from jaxrl_tok.types import (
 
 # folded into a step's key, whose numbers below B are the sampler's rows
 SHUFFLE = 2**31 - 1
-# metrics of the policy that sampled: an update's first pass has them
+# metrics of the policy that sampled: an update's first pass has them; any other
+# is the mean over the passes made
 AT_FIRST = ('entropy', 'kl', 'sampler_logp_gap')
+# metrics that tell whether a loss is finite
+OF_LOSS = ('surrogate', 'update_kl')
+# {name: (sign, metric)}: sign times the largest of sign times the metric's mean
+# over a row's tokens; TRL's names
+EXTREMES = {
+  'clip_ratio/low_min': (-1, losses.LOW),
+  'clip_ratio/high_max': (1, losses.HIGH),
+}
 
 
 class Fixed(NamedTuple):
@@ -53,14 +63,17 @@ def total_loss(
   value_weight: jax.Array,
   kl_coef: jax.Array,
 ):
-  """Loss sum(weight (L + kl_coef KL)) + sum(value_weight L_value), and token
-  metrics {name: [B, T]}; losses of one sequence are vmapped over the rows."""
+  """Loss sum(weight (L + kl_coef KL)) + sum(value_weight L_value), and metrics
+  {name: [B, T] of tokens or [B] of rows}; losses of one sequence are vmapped
+  over the rows. `kl` is rho k3, as in TRL: rho makes it an estimate for the
+  current policy on a rollout of an older one."""
   mask = trajectory.rollout.mask
   rows = trajectory._replace(rollout=trajectory.rollout._replace(prompts=None))
   loss, metrics = jax.vmap(algorithm.loss)(stats, rows)
   kl = algorithm.kl
   if kl is not None:
-    metrics['kl'] = losses.k3(losses.log_ratio(stats, rows))
+    k3 = losses.k3(losses.log_ratio(stats, rows))
+    metrics['kl'] = losses.ratio(stats, rows) * k3
     if losses.KL_FORMS[kl.form] is not None:
       pull = jax.vmap(losses.kl_loss, (None, 0, 0))(kl.form, stats, rows)
       loss = loss + kl_coef * pull
@@ -85,21 +98,56 @@ def sort_by_advantage(advantage: jax.Array, parts: int, num_prompts: int):
   return order.T.reshape(-1), count
 
 
-def _add_metrics(total, new):
-  """Sums of (sums, largest gap) of two micro-batches."""
-  (sums, gap), (sums_i, gap_i) = total, new
-  return jax.tree.map(jnp.add, sums, sums_i), jnp.maximum(gap, gap_i)
+class Totals(NamedTuple):
+  """Metrics of a part of a mini-batch, which add up to those of all of it."""
+
+  loss: jax.Array  # []
+  # {name: (sum, number of values)}: of chosen tokens, or of rows that have one
+  sums: dict
+  largest: dict  # {name: []}, -inf where no row chose a token
+
+  def add(self, other: 'Totals') -> 'Totals':
+    """Totals of both parts."""
+    largest = jax.tree.map(jnp.maximum, self.largest, other.largest)
+    added = jax.tree.map(jnp.add, self, other)
+    return added._replace(largest=largest)
+
+  def means(self) -> dict:
+    """Metrics {name: []}; 0 where there is no value."""
+    found = {k: x / jnp.maximum(n, 1) for k, (x, n) in self.sums.items()}
+    for name, x in self.largest.items():
+      sign = EXTREMES[name][0] if name in EXTREMES else 1
+      found[name] = jnp.where(x == -jnp.inf, 0.0, sign * x)
+    return found
+
+
+def _totals(loss: jax.Array, metrics: dict, gap, mask: jax.Array) -> Totals:
+  """Totals of metrics {name: [B, T] or [B]} over the chosen tokens, or over
+  the rows that have one; gap [B, T]: of the sampler's log-probs."""
+  rows = jnp.any(mask, axis=1)
+  sums = {}
+  for name, x in metrics.items():
+    on = rows if x.ndim == 1 else mask
+    sums[name] = masked.total(x, on), jnp.sum(on.astype(jnp.float32))
+  largest = {'sampler_logp_gap': jnp.max(gap, initial=-jnp.inf, where=mask)}
+  for name, (sign, of) in EXTREMES.items():
+    if of in metrics:
+      x = metrics[of]
+      x = x if x.ndim == 1 else masked.mean(x, mask, axis=1)
+      x = sign * x.astype(jnp.float32)
+      largest[name] = jnp.max(x, initial=-jnp.inf, where=rows)
+  return Totals(loss, sums, largest)
 
 
 class _Loss(NamedTuple):
   """A micro-batch's loss at fixed parameters."""
 
-  grad: Callable  # part -> (gradient, (sums, gap))
-  value: Callable  # part -> (sums, gap)
+  grad: Callable  # part -> (gradient, Totals)
+  value: Callable  # part -> Totals
 
 
 def _in_micro_batches(loss: _Loss, batch: tuple, parts: int, flat: bool):
-  """Returns (gradient summed over micro-batches, (sums, gap)) of a mini-batch.
+  """Returns (gradient summed over micro-batches, Totals) of a mini-batch.
 
   Args:
     batch: (Trajectory, weights), leaves [C, ...] or [B, ...].
@@ -116,23 +164,25 @@ def _in_micro_batches(loss: _Loss, batch: tuple, parts: int, flat: bool):
     return jax.tree.map(lambda x: x[i], split)
 
   def add(i, total):
-    (grads, metrics), (grads_i, metrics_i) = total, loss.grad(part(i))
+    (grads, totals), (grads_i, totals_i) = total, loss.grad(part(i))
     grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, grads_i)
-    return grads, _add_metrics(metrics, metrics_i)
+    return grads, totals.add(totals_i)
 
-  zeros = jax.tree.map(
+  grads, totals = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32),
     jax.eval_shape(lambda: loss.grad(part(0))),
   )
-  grads, metrics = jax.lax.fori_loop(0, count, add, zeros)
+  none = {name: jnp.float32(-jnp.inf) for name in totals.largest}
+  start = grads, totals._replace(largest=none)
+  grads, totals = jax.lax.fori_loop(0, count, add, start)
   if flat:
-    metrics = jax.lax.fori_loop(
+    totals = jax.lax.fori_loop(
       count,
       parts,
-      lambda i, metrics: _add_metrics(metrics, loss.value(part(i))),
-      metrics,
+      lambda i, totals: totals.add(loss.value(part(i))),
+      totals,
     )
-  return grads, metrics
+  return grads, totals
 
 
 def make_gradient(
@@ -145,6 +195,11 @@ def make_gradient(
   """Returns gradient(trained, Fixed, Trajectory, valid [B]) -> (metrics of
   the mini-batch, gradient), pure.
 
+  Metrics of tokens, `entropy` and `kl` among them, are means over the
+  mini-batch's chosen tokens of valid rows; metrics of a sequence, such as
+  `clip_ratio/*` of a loss with one ratio a sequence, are means over its valid
+  rows that chose a token.
+
   Args:
     micro_batches: parts that the gradient is computed in.
     logits_chunk: see policy.evaluate.
@@ -152,7 +207,7 @@ def make_gradient(
   """
 
   def micro_loss(trained, fixed: Fixed, trajectory: Trajectory, weights):
-    """A micro-batch's share of the loss, and sums over its tokens."""
+    """A micro-batch's share of the loss, and its Totals."""
     rollout = trajectory.rollout
     params, critic_params = trained
     merged = policy.merge_params(params, fixed.params)
@@ -163,10 +218,8 @@ def make_gradient(
     loss, metrics = total_loss(
       algorithm, stats, trajectory, *weights, fixed.kl_coef
     )
-    sums = {k: masked.total(v, rollout.mask) for k, v in metrics.items()}
-    sums |= {'loss': loss, 'tokens': rollout.mask.sum().astype(jnp.float32)}
-    gap = masked.fill(jnp.abs(stats.logp - rollout.logp), rollout.mask)
-    return loss, (sums, gap.max())
+    gap = jnp.abs(stats.logp - rollout.logp)
+    return loss, _totals(loss, metrics, gap, rollout.mask)
 
   def gradient(trained, fixed: Fixed, trajectory: Trajectory, valid):
     mask = trajectory.rollout.mask
@@ -174,22 +227,20 @@ def make_gradient(
     grad = jax.grad(micro_loss, has_aux=True)
     batch = trajectory, weights
     if micro_batches == 1:
-      grads, (sums, gap) = grad(trained, fixed, *batch)
+      grads, totals = grad(trained, fixed, *batch)
     else:
       loss = _Loss(
         lambda part: grad(trained, fixed, *part),
         lambda part: micro_loss(trained, fixed, *part)[1],
       )
-      grads, (sums, gap) = _in_micro_batches(
+      grads, totals = _in_micro_batches(
         loss, batch, micro_batches, algorithm.flat_without_advantage
       )
-    loss, tokens = sums.pop('loss'), jnp.maximum(sums.pop('tokens'), 1)
-    means = {name: value / tokens for name, value in sums.items()}
-    metrics = {
-      **means,
-      'surrogate': means.get('value_loss', 0.0) - loss,  # without the critic's
+    metrics = totals.means()
+    critic_loss = metrics.get('value_loss', 0.0)
+    metrics |= {
+      'surrogate': critic_loss - totals.loss,
       'grad_norm': optax.tree.norm(grads),
-      'sampler_logp_gap': gap,
     }
     return metrics, grads
 
@@ -214,7 +265,9 @@ def make_optimizer_step(
   optimizer: optax.GradientTransformation, critic_warmup_steps: int
 ) -> Callable:
   """Returns apply((trained, opt_state), gradient, step) -> both after one
-  optimizer step; the policy waits while the critic warms up."""
+  optimizer step; the policy waits while the critic warms up, and an optimizer
+  that takes extra arguments is told the training step."""
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def apply(moving: tuple, grads, step) -> tuple:
     trained, opt_state = moving
@@ -231,7 +284,8 @@ def make_optimizer_step(
       )
 
     grads = hold(grads) if critic_warmup_steps else grads
-    changes, opt_state = optimizer.update(grads, opt_state, trained)
+    more = {'step': step} if critic_warmup_steps else {}
+    changes, opt_state = optimizer.update(grads, opt_state, trained, **more)
     changes = hold(changes) if critic_warmup_steps else changes
     return optax.apply_updates(trained, changes), opt_state
 
@@ -247,18 +301,80 @@ def pass_order(key: jax.Array, passes: Passes, num_prompts: int) -> jax.Array:
   return order.reshape(passes.count, num_prompts // passes.mini_batches)
 
 
-def early_stop(one: Callable, limit: float) -> Callable:
-  """Early stopping, as a scan's body: a pass that finds the policy further than
-  `limit` nats a token changes nothing, and no pass follows it."""
+class Step(NamedTuple):
+  """Outcome of one optimizer step; a pass that never ran has zeros."""
+
+  ran: jax.Array  # bool []  its gradient was computed
+  made: jax.Array  # bool []  it changed the parameters
+  skipped: jax.Array  # bool []  it was not finite, and changed nothing
+  first: jax.Array  # int32 []  then its first such tensor: finite.tensor_names
+
+
+def batch_finite(trajectory: Trajectory, metrics: dict) -> list[jax.Array]:
+  """Tells of each tensor of finite.OF_BATCH, bool [], whether it is finite on
+  chosen tokens; one that is not there is."""
+  t = trajectory
+  tensors = [
+    None if x is None else masked.fill(x, t.rollout.mask)
+    for x in (
+      t.rollout.logp,
+      t.ref_logp,
+      t.old_logp,
+      t.reward,
+      t.old_value,
+      t.value_target,
+      t.advantage,
+    )
+  ]
+  tensors.append([metrics[k] for k in OF_LOSS if k in metrics])
+  return [jnp.isfinite(sum(finite.squares(x), 0.0)) for x in tensors]
+
+
+def make_guarded_step(apply: Callable) -> Callable:
+  """Returns step((trained, opt_state), gradient, number, metrics, Trajectory,
+  wanted bool []) -> (both after it, Step), pure.
+
+  The step is made where it is wanted and finite: every tensor of the batch, the
+  gradient's norm and every new parameter. Otherwise all stays, the optimizer's
+  count included.
+
+  A branch decides, not a selection of each number, which would hold the new
+  parameters and moments beside the old ones; the test computes the new
+  parameters without storing them.
+  """
+
+  def step(moving, grads, number, metrics, trajectory, wanted) -> tuple:
+    batch = batch_finite(trajectory, metrics)
+
+    def moved():
+      return apply(moving, grads, number)
+
+    fine = jnp.all(jnp.stack([*batch, jnp.isfinite(metrics['grad_norm'])]))
+    fine &= finite.all_finite(moved()[0])
+
+    def first():
+      return finite.first_tensor(batch, grads, moved()[0])
+
+    found = jax.lax.cond(fine, lambda: jnp.int32(0), first)
+    made = fine & wanted
+    moving = jax.lax.cond(made, moved, lambda: moving)
+    return moving, Step(jnp.bool_(True), made, ~fine, found)
+
+  return step
+
+
+def early_stop(one: Callable) -> Callable:
+  """Early stopping, as a scan's body: no pass follows one that was not wanted.
+
+  one: (moving, prompts) -> (moving, (metrics, Step, wanted bool [])).
+  """
 
   def body(carry, prompts):
     moving, going = carry
 
     def work():
-      moved, metrics = one(moving, prompts)
-      near = metrics['update_kl'] <= limit
-      found = jax.tree.map(lambda n, o: jnp.where(near, n, o), moved, moving)
-      return (found, near), metrics | {'passes': near.astype(jnp.float32)}
+      moved, (metrics, step, wanted) = one(moving, prompts)
+      return (moved, wanted), (metrics, step)
 
     def skip():
       shapes = jax.eval_shape(work)[1]
@@ -270,44 +386,71 @@ def early_stop(one: Callable, limit: float) -> Callable:
   return body
 
 
+def mean_metrics(stacked: dict, steps: Step) -> dict:
+  """Metrics of an update: means over the passes that were finite, or over all
+  that ran where none was; AT_FIRST of the first."""
+  counted = steps.ran & ~steps.skipped
+  counted = jnp.where(jnp.any(counted), counted, steps.ran)
+
+  def mean(name, values):
+    if name in AT_FIRST:
+      return values[0]
+    return masked.mean(values, counted)
+
+  return {name: mean(name, values) for name, values in stacked.items()}
+
+
 def make_passes(
   gradient: Callable, optimizer: optax.GradientTransformation, passes: Passes
 ) -> Callable:
   """Returns run(state, Fixed, Trajectory, valid [B]) -> ((trained, opt_state),
-  metrics), pure; early_stop may end the passes. gradient: see make_gradient."""
-  apply = make_optimizer_step(optimizer, passes.critic_warmup_steps)
+  metrics, Step), pure; early_stop may end the passes.
+
+  gradient: see make_gradient.
+
+  The Step's fields are arrays [passes]. A step is further than max_update_kl
+  where KL(old || new) > max_update_kl nats a token: it is not made, and no pass
+  follows it. None follows a KL that is no number either.
+  """
+  limit = passes.max_update_kl
+  guarded = make_guarded_step(
+    make_optimizer_step(optimizer, passes.critic_warmup_steps)
+  )
+
+  def one(state: TrainState, fixed: Fixed, moving, trajectory, valid):
+    """One pass: (moving, (metrics, Step, whether another may follow))."""
+    metrics, grads = gradient(moving[0], fixed, trajectory, valid)
+    near = jnp.bool_(True)
+    if limit is not None:
+      near = metrics['update_kl'] <= limit
+    moving, step = guarded(moving, grads, state.step, metrics, trajectory, near)
+    return moving, (metrics, step, near)
 
   def once(state: TrainState, fixed: Fixed, trajectory: Trajectory, valid):
-    metrics, grads = gradient(state.trained, fixed, trajectory, valid)
     moving = state.trained, state.opt_state
-    return apply(moving, grads, state.step), metrics
+    moving, (metrics, step, _) = one(state, fixed, moving, trajectory, valid)
+    return moving, metrics, jax.tree.map(lambda x: x[None], step)
 
   def several(state: TrainState, fixed: Fixed, trajectory: Trajectory, valid):
     C = trajectory.rollout.prompts.length.shape[0]
     key = jax.random.fold_in(state.key, state.step)
     order = pass_order(jax.random.fold_in(key, SHUFFLE), passes, C)
 
-    def one(moving, prompts):
+    def body(moving, prompts):
       part = take_groups((trajectory, valid), prompts, C)
-      metrics, grads = gradient(moving[0], fixed, *part)
-      return apply(moving, grads, state.step), metrics
+      return one(state, fixed, moving, *part)
 
-    moving, limit = (state.trained, state.opt_state), passes.max_update_kl
+    moving = state.trained, state.opt_state
     if limit is None:
-      moving, stacked = jax.lax.scan(one, moving, order)
-      ran = jnp.ones(passes.count)
+      moving, (stacked, steps, _) = jax.lax.scan(body, moving, order)
     else:
       start = moving, jnp.bool_(True)
-      (moving, _), stacked = jax.lax.scan(early_stop(one, limit), start, order)
-      made = stacked.pop('passes')
-      # the pass that found the policy too far has metrics, but no step
-      ran = jnp.concatenate([jnp.ones(1), made[:-1]])
-    metrics = {
-      k: v[0] if k in AT_FIRST else jnp.sum(v * ran) / jnp.sum(ran)
-      for k, v in stacked.items()
-    }
+      (moving, _), (stacked, steps) = jax.lax.scan(
+        early_stop(body), start, order
+      )
+    metrics = mean_metrics(stacked, steps)
     if limit is not None:
-      metrics['passes'] = jnp.sum(made)
-    return moving, metrics
+      metrics['passes'] = jnp.sum(steps.made.astype(jnp.float32))
+    return moving, metrics, steps
 
   return once if passes.count == 1 else several

@@ -48,6 +48,7 @@ def init_state(
     carries={name: carry.init(params) for name, carry in carries.items()},
     critic=critic,
     frozen=frozen,
+    skipped=jnp.int32(0),
   )
 
 

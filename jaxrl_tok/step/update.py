@@ -3,7 +3,8 @@
 1. `make_inputs`: log-probs of the reference and of the policy at the start,
    values, the KL in the reward: the inputs of the algorithm.
 2. algorithm.advantage: rewards -> advantage, over the whole batch.
-3. passes.py: optimizer steps on mini-batches' gradients.
+3. passes.py: optimizer steps on mini-batches' gradients; one that is not
+   finite is skipped.
 4. Carries move: the KL's coefficient, an EMA, the reference; then metrics.
 """
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_tok import masked
+from jaxrl_tok import finite, masked
 from jaxrl_tok.policy import check_array, check_prompts, evaluate, values
 from jaxrl_tok.step.groups import merge_rows, split_groups
 from jaxrl_tok.step.metrics import (
@@ -22,7 +23,8 @@ from jaxrl_tok.step.metrics import (
   reward_metrics,
   value_metrics,
 )
-from jaxrl_tok.step.passes import Fixed, make_gradient, make_passes
+from jaxrl_tok.step.optimizer import rate_metrics
+from jaxrl_tok.step.passes import Fixed, Step, make_gradient, make_passes
 from jaxrl_tok.step.state import carries_of
 from jaxrl_tok.types import (
   AdvantageInputs,
@@ -35,6 +37,9 @@ from jaxrl_tok.types import (
   TrainState,
   Trajectory,
 )
+
+# metrics for train.py alone, see skipped_metrics
+IN_A_ROW, FIRST = 'nonfinite_in_a_row', 'nonfinite_first'
 
 
 def penalised(reward, rollout: Rollout, ref_logp, kl_coef) -> jax.Array:
@@ -186,19 +191,23 @@ def make_update(
     )
     kl_coef = state.carries.get('kl_coef', jnp.float32(0))
     fixed = Fixed(state.fixed, kl_coef, rule)
-    moved, metrics = run_passes(state, fixed, trajectory, inputs.valid)
+    moved, metrics, steps = run_passes(state, fixed, trajectory, inputs.valid)
     metrics = {
       **reward_metrics(scored),
       **metrics,
       **credit.metrics,
       'advantage_std': jnp.sqrt(masked.var(credit.advantage, mask)),
       **length_metrics(rollout),
+      **rate_metrics(state.opt_state),
     }
     if value is not None:
       metrics |= value_metrics(trajectory.old_value, credit.value_target, mask)
     if algorithm.kl is not None:
       metrics['kl_coef'] = kl_coef
-    state = after_update(algorithm, state, moved, metrics, inputs.valid.sum())
+    state = after_update(
+      algorithm, state, moved, metrics, inputs.valid.sum(), steps
+    )
+    metrics |= skipped_metrics(state, steps)
     return state, metrics, credit.advantage
 
   return update
@@ -210,22 +219,55 @@ def after_update(
   moved: tuple,
   metrics: dict,
   rows: jax.Array,
+  steps: Step,
 ) -> TrainState:
   """State of the next step: parameters after the passes, carries moved.
 
+  An update whose optimizer steps were all skipped leaves the carries as they
+  are, and is counted in `skipped`. A carry whose new value would not be finite
+  keeps its old one.
+
   moved: ((params, critic), opt_state).
   rows: number of valid rows int [], a metric for the carries.
+  steps: see make_passes.
   """
   (params, critic), opt_state = moved
+  lost = jnp.any(steps.skipped) & ~jnp.any(steps.made)
   state = state.replace(
-    step=state.step + 1, params=params, critic=critic, opt_state=opt_state
+    step=state.step + 1,
+    params=params,
+    critic=critic,
+    opt_state=opt_state,
+    skipped=jnp.where(lost, state.skipped + 1, 0),
   )
-  metrics = metrics | {'rows': rows}
-  carries = {
-    name: carry.after(state.carries[name], state, metrics)
-    for name, carry in carries_of(algorithm, state.frozen).items()
-  }
+  metrics, carries = metrics | {'rows': rows}, {}
+  for name, carry in carries_of(algorithm, state.frozen).items():
+    old = state.carries[name]
+    new = carry.after(old, state, metrics)
+    carries[name] = keep_finite(old, new, ~lost)
   return state.replace(carries=carries)
+
+
+def keep_finite(old, new, wanted: jax.Array):
+  """Returns `new`, a carry's value, where it is wanted and all of it is
+  finite, else `old`. Leaves that were passed on are not looked at."""
+  leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+  fine = wanted & finite.all_finite([n for o, n in leaves if n is not o])
+  return jax.tree.map(
+    lambda o, n: o if n is o else jnp.where(fine, n, o), old, new
+  )
+
+
+def skipped_metrics(state: TrainState, steps: Step) -> dict:
+  """Metrics of what was skipped: `nonfinite_updates`, optimizer steps of this
+  update; IN_A_ROW, updates in a row without any other; FIRST, the index of the
+  first such tensor, 0 without one."""
+  some = jnp.argmax(steps.skipped)
+  return {
+    'nonfinite_updates': jnp.sum(steps.skipped.astype(jnp.float32)),
+    IN_A_ROW: state.skipped,
+    FIRST: jnp.where(steps.skipped[some], steps.first[some], 0),
+  }
 
 
 def shortened(update: Callable, length: int) -> Callable:
