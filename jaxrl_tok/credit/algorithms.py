@@ -86,6 +86,7 @@ _GENERAL = {
   'max_update_kl': None,
   'recompute_logp': False,
   'importance_cap': None,
+  'importance_mode': None,  # of names.IMPORTANCE_MODES; None: token_truncate
   'dynamic_sampling_rounds': 0,
   'overlong_buffer': 0,
   'mask_sync_steps': 0,
@@ -273,11 +274,22 @@ _REFUSED = (
     "is the sampler's; pass --recompute_logp True",
   ),
   (
+    lambda c: c['importance_mode'] not in (None, *names.IMPORTANCE_MODES),
+    'importance_mode {importance_mode!r} is none of '
+    + ', '.join(names.IMPORTANCE_MODES),
+  ),
+  (
+    lambda c: c['importance_mode'] is not None and c['importance_cap'] is None,
+    'importance_mode has no effect without weights; pass --importance_cap 2',
+  ),
+  (
     lambda c: (
-      c['importance_cap'] is not None and c['loss'] is losses.sequence_clip
+      c['importance_cap'] is not None
+      and c['loss'] is losses.sequence_clip
+      and not (c['importance_mode'] or '').startswith('sequence')
     ),
-    '{name} has one ratio a sequence, and importance_cap weighs tokens; leave '
-    'it out, or pass --loss clip',
+    '{name} has one ratio a sequence, and importance_cap weighs tokens; pass '
+    '--importance_mode sequence_truncate, or --loss clip',
   ),
   (
     lambda c: c['max_update_kl'] is not None and _passes(c) == 1,
@@ -349,7 +361,8 @@ def _loss(c: dict) -> Callable:
   """Algorithm.loss, with its weights and its entropy bonus."""
   found = losses.with_metrics(_make(c['loss'], c), _word(c['loss']))
   if c['importance_cap'] is not None:
-    found = losses.corrected(found, c['importance_cap'])
+    mode = c['importance_mode'] or names.IMPORTANCE_MODES[0]
+    found = losses.corrected(found, c['importance_cap'], mode)
   if c['entropy_coef']:
     found = losses.with_entropy(found, c['entropy_coef'])
   return found

@@ -1,13 +1,20 @@
 """Per-token losses of one sequence, the KL to a reference, and aggregation.
 
 A loss sees ONE sequence: (TokenStats of [T], Trajectory of [T]) -> (loss [T],
-metrics {name: [T]}); the update vmaps it. An aggregation makes one number of
-token losses: it maps the mask [B, T] and the valid rows [B] of the **global**
-batch to a weight for each token, so micro-batches and devices change no number.
+metrics); the update vmaps it. An aggregation makes one number of token losses:
+it maps the mask [B, T] and the valid rows [B] of the **global** batch to a
+weight for each token, so micro-batches and devices change no number.
+
+A metric [T] has a value for each token and is logged as the mean over the
+mini-batch's chosen tokens of valid rows; a metric [] has one for the sequence
+and is logged as the mean over the valid rows that chose a token.
 
 Letters: l log-prob now, l_old at the start of the update, rho = exp(l - l_old),
 sg stop-gradient, A the advantage. Functions that return a loss take as
 parameters the choices that they read.
+
+Every log-ratio is bounded before exp, see `bounded`; a clip that holds and an
+advantage of 0 have a gradient of exactly 0.
 """
 
 from collections.abc import Callable
@@ -21,7 +28,15 @@ from jaxrl_tok.policy import check_array
 from jaxrl_tok.types import Carry, TokenStats, Trajectory
 
 sg = jax.lax.stop_gradient
-CLIPPED = 'clip_ratio/region_mean'  # TRL's name
+# Largest log-ratio that exp sees. Its ratio, 22026, is beyond every clip and
+# cap in use. Products stay inside float32's 3e38: a ratio times an advantage of
+# 1e30, summed over 2000 tokens, is 4e37; a ratio times k3 is 5e8, and the
+# square of its sum over 2000 tokens, as in a gradient's norm, 1e24.
+MAX_LOG_RATIO = 10.0
+# TRL's names: shares of tokens, or of sequences where the ratio is a sequence's
+LOW, HIGH = 'clip_ratio/low_mean', 'clip_ratio/high_mean'
+REGION = 'clip_ratio/region_mean'
+CISPO_CLIPPED = 'cispo_clip_ratio'
 
 
 def old_logp(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
@@ -39,6 +54,22 @@ def log_change(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   return masked.fill(change, trajectory.rollout.mask)
 
 
+def bounded(x: jax.Array) -> jax.Array:
+  """Bound of a log-ratio before exp, min(x, MAX_LOG_RATIO); its gradient is 1
+  everywhere.
+
+  Values up to the bound are untouched. Beyond it exp and its gradient are those
+  at the bound: finite, and still a pull back, where a gradient of 0 would leave
+  the policy where it is. Small ratios need no bound: exp gives 0.
+  """
+  return sg(jnp.minimum(x, MAX_LOG_RATIO)) + (x - sg(x))
+
+
+def ratio(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
+  """Ratio of each token, rho_t = exp(l - l_old) [T], bounded; 1 off-mask."""
+  return jnp.exp(bounded(log_change(stats, trajectory)))
+
+
 def reinforce() -> Callable:
   """REINFORCE, L_t = -A_t l_t. Williams 1992, Machine Learning 8.
 
@@ -53,14 +84,18 @@ def reinforce() -> Callable:
   return loss
 
 
-def _clipped(ratio, advantage, low, high):
-  """Returns max(-A r, -A clip(r, 1 - low, 1 + high)) and whether it is held by
-  the clip."""
-  inside = jnp.clip(ratio, 1 - low, 1 + high)
-  loss = jnp.maximum(-advantage * ratio, -advantage * inside)
-  above = (ratio > 1 + high) & (advantage > 0)
-  below = (ratio < 1 - low) & (advantage < 0)
-  return loss, above | below
+def _clipped(rho, advantage, low, high):
+  """PPO's max(-A rho, -A clip(rho, 1 - low, 1 + high)) and its clip metrics.
+
+  A tie is not held: on-policy the gradient is the policy gradient for bounds of
+  0 too.
+  """
+  above = (rho > 1 + high) & (advantage > 0)
+  below = (rho < 1 - low) & (advantage < 0)
+  held = above | below
+  bound = jnp.where(above, 1 + high, 1 - low)
+  loss = -advantage * jnp.where(held, bound, rho)
+  return loss, {LOW: below, HIGH: above, REGION: held}
 
 
 def clip(
@@ -76,12 +111,12 @@ def clip(
 
   def loss(stats: TokenStats, trajectory: Trajectory):
     advantage = sg(trajectory.advantage)
-    rho = jnp.exp(log_change(stats, trajectory))
-    loss_T, held = _clipped(rho, advantage, clip_low, clip_high)
+    rho = ratio(stats, trajectory)
+    loss_T, metrics = _clipped(rho, advantage, clip_low, clip_high)
     if dual_clip is not None:
-      bounded = jnp.minimum(loss_T, -dual_clip * advantage)
-      loss_T = jnp.where(advantage < 0, bounded, loss_T)
-    return loss_T, {CLIPPED: held}
+      held = (advantage < 0) & (rho > dual_clip)
+      loss_T = jnp.where(held, -dual_clip * advantage, loss_T)
+    return loss_T, metrics
 
   return loss
 
@@ -96,29 +131,30 @@ def sequence_clip(clip_low: float = 0.2, clip_high: float = 0.2) -> Callable:
 
   def loss(stats: TokenStats, trajectory: Trajectory):
     mask = trajectory.rollout.mask
-    ratio = jnp.exp(log_change(stats, trajectory).sum())
+    rho = jnp.exp(bounded(log_change(stats, trajectory).sum()))
     first = mask & (jnp.cumsum(mask) == 1)
     advantage = masked.total(sg(trajectory.advantage), first)
-    one, held = _clipped(ratio, advantage, clip_low, clip_high)
-    loss_T = jnp.where(masked.last_chosen(mask), one, 0.0)
-    return loss_T, {CLIPPED: jnp.broadcast_to(held, mask.shape)}
+    one, metrics = _clipped(rho, advantage, clip_low, clip_high)
+    return jnp.where(masked.last_chosen(mask), one, 0.0), metrics
 
   return loss
 
 
 def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Callable:
   """PPO's clip of sg(s) exp(l - sg l) with s = exp(mean_t(l - l_old)): a ratio
-  of the sequence, credited to tokens. GSPO-token, arXiv:2507.18071."""
+  of the sequence, credited to tokens. GSPO-token, arXiv:2507.18071.
+
+  Its clip metrics are a sequence's share of tokens: 0 or 1 where the tokens
+  share one advantage.
+  """
 
   def loss(stats: TokenStats, trajectory: Trajectory):
     mask = trajectory.rollout.mask
-    s = jnp.exp(masked.mean(log_change(stats, trajectory), mask))
+    s = jnp.exp(bounded(masked.mean(log_change(stats, trajectory), mask)))
     logp = masked.fill(stats.logp, mask)
-    ratio = sg(s) * jnp.exp(logp - sg(logp))
-    loss_T, held = _clipped(
-      ratio, sg(trajectory.advantage), clip_low, clip_high
-    )
-    return loss_T, {CLIPPED: held}
+    rho = sg(s) * jnp.exp(logp - sg(logp))
+    loss_T, held = _clipped(rho, sg(trajectory.advantage), clip_low, clip_high)
+    return loss_T, {k: masked.mean(x, mask) for k, x in held.items()}
 
   return loss
 
@@ -127,15 +163,18 @@ def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0) -> Callable:
   """CISPO, L_t = -sg(clip(rho, floor, cap)) A_t l_t: every token keeps its
   gradient.
 
-  The cap is an absolute number, not 1 + epsilon. arXiv:2506.13585.
+  The cap is an absolute number, not 1 + epsilon. arXiv:2506.13585. Its metric
+  is the share of tokens whose ratio is above the cap with A > 0, as in TRL, or
+  below the floor with A < 0.
   """
 
   def loss(stats: TokenStats, trajectory: Trajectory):
-    rho = jnp.exp(log_change(stats, trajectory))
+    advantage, rho = sg(trajectory.advantage), ratio(stats, trajectory)
     weight = sg(jnp.clip(rho, ratio_floor, ratio_cap))
     logp = masked.fill(stats.logp, trajectory.rollout.mask)
-    held = (rho > ratio_cap) | (rho < ratio_floor)
-    return -weight * sg(trajectory.advantage) * logp, {CLIPPED: held}
+    above = (rho > ratio_cap) & (advantage > 0)
+    below = (rho < ratio_floor) & (advantage < 0)
+    return -weight * advantage * logp, {CISPO_CLIPPED: above | below}
 
   return loss
 
@@ -148,28 +187,58 @@ FLAT_WITHOUT_ADVANTAGE = (reinforce, clip, sequence_clip, gspo, cispo)
 
 
 def with_metrics(loss: Callable, name: str) -> Callable:
-  """A loss that may return its [T] alone, with metrics, and checked."""
+  """A loss that may return its [T] alone, with metrics [T] or [], and
+  checked."""
 
   def checked(stats: TokenStats, trajectory: Trajectory):
     out = loss(stats, trajectory)
     loss_T, metrics = out if isinstance(out, tuple) else (out, {})
     T = stats.logp.shape[0]
     check_array(f'loss {name}', loss_T, float, T=T)
-    return loss_T, {k: jnp.broadcast_to(x, (T,)) for k, x in metrics.items()}
+    for metric, x in metrics.items():
+      if jnp.shape(x) not in ((), (T,)):
+        raise ValueError(
+          f'metric {metric} of the loss {name} has shape '
+          f'{list(jnp.shape(x))}; return a number, or one for each of the '
+          f'{T} tokens'
+        )
+    return loss_T, metrics
 
   return checked
 
 
-def corrected(loss: Callable, cap: float) -> Callable:
-  """Truncated importance weights, L_t * sg(min(exp(l_old - l_roll), cap)), for
-  rollouts of a quantised or older policy. Token form of arXiv:2503.14286."""
+def corrected(
+  loss: Callable, cap: float, mode: str = 'token_truncate'
+) -> Callable:
+  """Importance weights for rollouts of a quantised or older policy, L_t sg(w).
+
+  The ratio is exp(l_old - l_roll) of each token, arXiv:2503.14286, or exp of
+  its sum over the sequence: unbiased, and of a larger variance.
+
+    *_truncate  w = min(ratio, cap)
+    *_mask      w = ratio up to the cap, 0 above
+
+  Args:
+    mode: token or sequence, truncate or mask: names.IMPORTANCE_MODES, TRL's.
+
+  Its metrics, by token or by sequence: the mean weight, and the share that the
+  cap truncated or masked.
+  """
+  level, rule = mode.split('_')
+  above, share = {
+    'truncate': (cap, 'frac_importance_truncated'),
+    'mask': (0.0, 'frac_importance_masked'),
+  }[rule]
 
   def with_weight(stats: TokenStats, trajectory: Trajectory):
     loss_T, metrics = loss(stats, trajectory)
     rollout = trajectory.rollout
     lag = masked.fill(old_logp(stats, trajectory) - rollout.logp, rollout.mask)
-    weight = sg(jnp.minimum(jnp.exp(lag), cap))
-    return loss_T * weight, metrics | {'importance_weight': weight}
+    lag = lag.sum() if level == 'sequence' else lag
+    rho = sg(jnp.exp(bounded(lag)))
+    over = rho > cap
+    weight = jnp.where(over, above, rho)
+    return loss_T * weight, metrics | {'importance_weight': weight, share: over}
 
   return with_weight
 
@@ -191,7 +260,8 @@ def value_error(coefficient: float, value_clip: float | None) -> Callable:
 
   coefficient max((V - target)^2, (V_old + clip(V - V_old, -c, c) - target)^2)
 
-  Returns loss(stats, trajectory) -> [T], of one sequence.
+  whose gradient is 0 where the clip holds. Returns loss(stats, trajectory) ->
+  [T], of one sequence.
   """
 
   def loss(stats: TokenStats, trajectory: Trajectory):
@@ -202,8 +272,11 @@ def value_error(coefficient: float, value_clip: float | None) -> Callable:
     )
     error = (value - sg(target)) ** 2
     if value_clip is not None:
-      near = sg(old) + jnp.clip(value - sg(old), -value_clip, value_clip)
-      error = jnp.maximum(error, (near - sg(target)) ** 2)
+      move = value - sg(old)
+      near = sg(old + jnp.clip(move, -value_clip, value_clip))
+      clipped = (near - sg(target)) ** 2
+      held = (jnp.abs(move) > value_clip) & (clipped > error)
+      error = jnp.where(held, clipped, error)
     return coefficient * error
 
   return loss
@@ -226,12 +299,18 @@ def k2(d: jax.Array) -> jax.Array:
 def k3(d: jax.Array) -> jax.Array:
   """Estimator k3 = exp(-d) + d - 1 >= 0: its value estimates the reverse
   KL(pi || ref), its gradient on-policy is that of the **forward**
-  KL(ref || pi). Schulman 2020, joschu.net/blog/kl-approx.html."""
-  return jnp.exp(-d) + d - 1
+  KL(ref || pi). Schulman 2020, joschu.net/blog/kl-approx.html.
+
+  -d is bounded: below d = -MAX_LOG_RATIO value and gradient are those there.
+  """
+  x = bounded(-d)
+  return jnp.exp(x) - x - 1
 
 
 # 'reward' takes k1 = d from each token's reward before the advantage: reverse
-# KL, and future divergence is credited. k1 in the loss has gradient 0.
+# KL, and future divergence is credited. k1 in the loss knows no reference: its
+# expected gradient on-policy is 0 for a sum over tokens, for a mean over the n
+# tokens of a sequence that of E[1/n], which makes completions longer.
 KL_FORMS = {'none': None, 'reward': None, 'reverse': k2, 'forward': k3}
 
 
@@ -242,7 +321,7 @@ def kl_loss(form: str, stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   rho (1 on-policy) keeps each the gradient of its name when a rollout is used
   for several steps.
   """
-  rho = sg(jnp.exp(log_change(stats, trajectory)))
+  rho = sg(ratio(stats, trajectory))
   return rho * KL_FORMS[form](log_ratio(stats, trajectory))
 
 

@@ -37,12 +37,21 @@ AGGREGATIONS = (
   'seq_mean_token_sum_norm',
 )
 
+# level and rule of importance weights, named as in TRL
+IMPORTANCE_MODES = (
+  'token_truncate',
+  'token_mask',
+  'sequence_truncate',
+  'sequence_mask',
+)
+
 # the KL to the reference, by the effect of its gradient
 KL_NAMES = ('none', 'reward', 'reverse', 'forward')
 K1_NAMES = ('k1', 'loss')
 K1_REFUSAL = (
-  'k1 in the loss has an expected gradient of exactly 0 on-policy; pass '
-  '--kl reward, reverse or forward'
+  'k1 in the loss pulls to no reference: its expected gradient on-policy is 0 '
+  'for a sum over tokens, and for a mean over them makes completions longer; '
+  'pass --kl reward, reverse or forward'
 )
 
 

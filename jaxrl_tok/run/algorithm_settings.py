@@ -8,6 +8,7 @@ from jaxrl_tok.credit.names import (
   ALGORITHMS,
   BASELINES,
   CREDITS,
+  IMPORTANCE_MODES,
   LOSSES,
   SCALES,
 )
@@ -75,8 +76,12 @@ class AlgorithmSettings:
   entropy_coef: float | None = None
   """Weight of the entropy bonus in the loss."""
   importance_cap: float | None = None
-  """Cap of importance weights, the ratio of policy and sampler of each token;
-  0: no weights."""
+  """Cap of importance weights, the ratio of policy and sampler; 0: no
+  weights."""
+  importance_mode: Literal[IMPORTANCE_MODES] | None = None
+  """Level and rule of importance weights: the ratio of a token or of a
+  sequence, truncated at the cap or masked (0) above it; default:
+  token_truncate."""
   recompute_logp: bool | None = None
   """Take old log-probs from a pass of the policy, not from the sampler."""
   epochs: int | None = None
