@@ -116,13 +116,10 @@ class StepLog:
 
   `hold` keeps a step whose update has been dispatched; `flush` waits for it,
   which ends its update phase, and writes it down.
-
-  learning_rate: schedule by step; it may return None.
   """
 
-  def __init__(self, logger: Logger, show: Callable, learning_rate: Callable):
+  def __init__(self, logger: Logger, show: Callable):
     self._logger, self._show = logger, show
-    self._learning_rate = learning_rate
     self._held, self._warned = None, set()
     self.restart()
 
@@ -143,15 +140,12 @@ class StepLog:
       return self._hold_last(progress, batch, jax.device_get(metrics))
     times = {'time/score': batch.metrics['time/score']}
     times['time/rollout'] = self._elapsed() - times['time/score']
-    rate = self._learning_rate(progress.step)
     progress = dataclasses.replace(
       progress,
       step=progress.step + 1,
       num_tokens=progress.num_tokens + counts.generated + counts.read,
     )
     found = dict(batch.metrics)
-    if rate is not None:
-      found['learning_rate'] = rate
     self._held = progress, counts.generated, metrics, found, times
     return progress
 
@@ -177,9 +171,6 @@ class StepLog:
     taken = self._elapsed() / n
     for i in range(n):
       row = {name: value[i] for name, value in metrics.items()}
-      rate = self._learning_rate(progress.step)
-      if rate is not None:
-        row['learning_rate'] = rate
       generated = round(float(row['completions/tokens']))
       progress = dataclasses.replace(
         progress,
@@ -250,7 +241,6 @@ def train(
   config: LoopConfig,
   logger: Logger,
   save: Callable = lambda state, cursor, progress: None,
-  learning_rate: Callable = lambda step: None,
 ) -> tuple[TrainState, dict, Progress, str]:
   """Trains until stop_reason; the module's docstring has the steps.
 
@@ -258,7 +248,6 @@ def train(
     cursor: collector.init() of a new run.
     update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
     save: called at save_every, at the end and when a signal came.
-    learning_rate: schedule by step, for the log.
 
   Must run under jax.set_mesh. Returns (state, cursor, progress, why it
   stopped). Raises Interrupted, after saving, when a signal came.
@@ -268,7 +257,7 @@ def train(
     logger.bar('train', config.max_steps, progress.step) as show,
     stop_requested() as asked,
   ):
-    log = StepLog(logger, show, learning_rate)
+    log = StepLog(logger, show)
     while not (reason := stop_reason(progress, config)):
       pending = collector.start(state, step_key(state), cursor)
       log.flush()

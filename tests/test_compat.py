@@ -7,6 +7,7 @@ from experiments import arithmetic
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.credit.names import ALGORITHMS
 from jaxrl_tok.run import build, compat, flags
+from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings, flatten
 
 ENTRIES = [(s, a) for s, table in compat.DEFAULTS.items() for a in table]
@@ -47,7 +48,7 @@ def refusal(capsys, *argv) -> str:
 def test_every_default_arrives(system, algorithm):
   settings = given(system, algorithm)
   algorithm_made = made(settings)
-  build.make_optimizer(settings, build.Own(), algorithm_made)
+  make_optimizer(settings, build.Own(), algorithm_made)
   found, typed = algorithms.described(algorithm_made), flatten(settings)
   choices = build.choices_of(settings)
   for name, value in compat.DEFAULTS[system][algorithm].items():
@@ -149,9 +150,14 @@ def test_a_trap_is_silent_where_the_user_left_it():
   assert line.startswith('TRL ')
   left = warnings('trl', 'dr_grpo', '--scale', 'none')
   assert not any('scale_rewards' in x for x in left)
-  assert any('exactly 0' in x for x in warnings('tunix', 'grpo'))
   meant = '--kl', 'reverse', '--beta', '0.04'
-  assert not any('exactly 0' in x for x in warnings('tunix', 'grpo', *meant))
+  for algorithm, effect in (
+    ('grpo', 'makes completions longer'),
+    ('rloo', 'makes completions longer'),
+    ('dr_grpo', 'an expected gradient of 0'),
+  ):
+    assert any(effect in x for x in warnings('tunix', algorithm))
+    assert not any('k1' in x for x in warnings('tunix', algorithm, *meant))
 
 
 @pytest.mark.parametrize('system', compat.SYSTEMS)

@@ -545,7 +545,7 @@ def test_help_names_every_flag():
   ],
 )
 def test_the_default_learning_rate_is_of_the_kind_of_policy(values, rate):
-  from jaxrl_tok.run.build import peak_learning_rate
+  from jaxrl_tok.run.optimizer import peak_learning_rate
   from jaxrl_tok.run.settings import Settings, with_values
 
   assert peak_learning_rate(with_values(Settings(), values)) == rate

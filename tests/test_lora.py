@@ -423,8 +423,9 @@ def test_print_config_says_what_is_trained(train_fixture, capsys):
   ).values()
   trained = sum(2 * (n_in + n_out) for n_in, n_out in modules)
   assert f'trained parameters: {trained:,} in {4 * trained:,} bytes' in said
-  state = 4 * (2 * trained + 2)  # two moments, Adam's count, the schedule's
-  assert f'optimizer state: {2 * trained + 2:,} in {state:,} bytes' in said
+  # two moments; counts of Adam, the clock and the rounding; the rate
+  state = 4 * (2 * trained + 4)
+  assert f'optimizer state: {2 * trained + 4:,} in {state:,} bytes' in said
   assert 'frozen parameters: ' in said
 
 

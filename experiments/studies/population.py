@@ -40,6 +40,7 @@ from jaxrl_tok.report.files import atomic_write
 from jaxrl_tok.run import begin, build, compat
 from jaxrl_tok.run import flags as flag_layer
 from jaxrl_tok.run.api import Caller
+from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.prepare import Setup, prepare, prompt_set, split_rewards
 from jaxrl_tok.run.record import claim_output_dir
 from jaxrl_tok.run.settings import RunSettings, Settings, flatten, with_values
@@ -148,7 +149,7 @@ def make_train(setup: Setup) -> Callable:
 
   def train(params, table: Table, held_out: Table, key, learning_rate, index):
     settings = with_values(setup.settings, {'learning_rate': learning_rate})
-    optimizer, _ = build.make_optimizer(settings, build.Own(), algorithm)
+    optimizer = make_optimizer(settings, build.Own(), algorithm)
     critic = setup.critic and with_value_head(setup.critic, params)
     begin = with_value_head(policy, params)
     state = init_state(algorithm, optimizer, begin, key, critic=critic)

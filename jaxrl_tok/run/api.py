@@ -83,12 +83,10 @@ def sort_arguments(given: dict[str, Any]) -> Arguments:
     for name, value in given.items()
     if VALUES.get(name) not in own and value is not None
   }
-  for name in ('policy', 'optimizer'):
-    if name in words:
-      raise ValueError(
-        f'{name} {words[name]!r} is a word; give a value (a Policy, an optax '
-        'transformation)'
-      )
+  if 'policy' in words:
+    raise ValueError(
+      f'policy {words["policy"]!r} is a word; give a value, a Policy'
+    )
   check_names(words, {*flatten(Settings()), *VALUES})
   return Arguments(words, own, tuple(evaluations))
 

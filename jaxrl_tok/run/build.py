@@ -1,4 +1,4 @@
-"""Builders of the algorithm and the optimizer, from settings."""
+"""Builder of the algorithm, from settings and values of the user's own."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,6 @@ import optax
 
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.run.settings import Settings
-from jaxrl_tok.step.passes import param_labels
 from jaxrl_tok.types import Algorithm, Policy
 
 
@@ -67,11 +66,6 @@ _LIMITS = (
   'kl_target',
   'value_clip',
 )
-SCHEDULES = {
-  'constant': lambda peak, steps: optax.constant_schedule(peak),
-  'linear': lambda peak, steps: optax.linear_schedule(peak, peak / 10, steps),
-  'cosine': lambda peak, steps: optax.cosine_decay_schedule(peak, steps, 0.1),
-}
 
 
 def choices_of(settings: Settings) -> dict:
@@ -210,46 +204,3 @@ def check_algorithm(settings: Settings, own: Own, algorithm: Algorithm) -> None:
       f'{algorithm.name} makes {passes} mini-batches of {prompts} prompts, '
       'which do not divide equally; change --num_prompts'
     )
-
-
-def peak_learning_rate(settings: Settings):
-  """Peak learning rate: as given, or by kind of policy."""
-  given, model = settings.optimizer.learning_rate, settings.model
-  if given is not None:
-    return given
-  if model.model is None:
-    return 1e-3
-  return 1e-4 if model.lora_rank or model.lora_adapter else 1e-5
-
-
-def make_optimizer(settings: Settings, own: Own, algorithm: Algorithm):
-  """Makes (optax chain of TrainState.trained, learning rate by step or None).
-
-  An update makes `passes.count` optimizer steps, which the schedule counts. A
-  critic has a learning rate, moments and a norm of its own."""
-  if own.optimizer is not None:
-    return own.optimizer, None
-  f, passes = settings.optimizer, algorithm.passes.count
-  steps, warmup = settings.run.max_steps, f.lr_warmup_steps
-
-  def schedule_to(peak):
-    schedule = SCHEDULES[f.lr_schedule](peak, max(steps - warmup, 1) * passes)
-    if warmup:
-      rise = optax.linear_schedule(0.0, peak, warmup * passes)
-      schedule = optax.join_schedules([rise, schedule], [warmup * passes])
-    return schedule
-
-  def chain(schedule):
-    return optax.chain(
-      optax.clip_by_global_norm(f.max_grad_norm),
-      optax.adamw(schedule, b2=f.adam_b2, weight_decay=f.weight_decay),
-    )
-
-  peak = peak_learning_rate(settings)
-  schedule = schedule_to(peak)
-  optimizer = chain(schedule)
-  if algorithm.value_loss is not None:
-    rate = settings.algorithm.critic_learning_rate or peak
-    both = {'policy': optimizer, 'critic': chain(schedule_to(rate))}
-    optimizer = optax.multi_transform(both, param_labels)
-  return optimizer, lambda step: schedule(step * passes)

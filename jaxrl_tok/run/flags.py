@@ -324,21 +324,22 @@ RANGES = (
   (
     lambda x: x > 0,
     'above 0',
-    'temperature learning_rate max_grad_norm warm_start_learning_rate '
-    'lora_alpha kl_horizon critic_learning_rate rho_bar c_bar ratio_cap',
+    'temperature learning_rate warm_start_learning_rate lora_alpha kl_horizon '
+    'critic_learning_rate rho_bar c_bar ratio_cap',
   ),
   (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
-  (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda'),
+  (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda min_lr_ratio'),
   (lambda x: 0 <= x < 1, 'in [0, 1)', 'ema_decay adam_b2 clip_low'),
   (lambda x: 0 <= x < 2**32, 'in 0..4294967295', 'seed'),
   (
     lambda x: x >= 0,
     '0 or more',
     'top_k compact_levels beta micro_batch eval_every save_every patience '
-    'lr_warmup_steps weight_decay lora_rank steps_per_call clip_high dual_clip '
-    'ratio_floor advantage_clip importance_cap kl_target max_update_kl '
-    'value_clip value_coef entropy_coef critic_warmup_steps overlong_buffer '
-    'dynamic_sampling_rounds ref_sync_steps mask_sync_steps replay_groups',
+    'lr_warmup_steps max_grad_norm weight_decay lora_rank steps_per_call '
+    'clip_high dual_clip ratio_floor advantage_clip importance_cap kl_target '
+    'max_update_kl value_clip value_coef entropy_coef critic_warmup_steps '
+    'overlong_buffer dynamic_sampling_rounds ref_sync_steps mask_sync_steps '
+    'replay_groups',
   ),
 )
 
@@ -362,6 +363,7 @@ def check(settings: Settings) -> None:
   check_numbers(settings)
   check_run(settings)
   check_model(settings)
+  check_optimizer(settings)
   check_collectors(settings)
   check_batches(settings)
   if settings.algorithm.kl is not None:
@@ -406,12 +408,41 @@ def check_model(settings: Settings) -> None:
     raise ValueError('--revision is of a hub id; pass --model OWNER/NAME')
   if model.param_dtype != 'auto' and not model.model:
     raise ValueError('--param_dtype is how a --model is read; pass --model')
+  adapted = model.lora_rank or model.lora_adapter
+  if model.param_dtype == 'float16' and not adapted:
+    raise ValueError(
+      '--param_dtype float16 holds no gradient below 6e-8; pass bfloat16, or '
+      'float32 with --dtype bfloat16'
+    )
   if model.lora_adapter and not Path(model.lora_adapter).is_dir():
     raise ValueError(f'--lora_adapter {model.lora_adapter} is no directory')
   if model.model:  # before the slow import of jax
     fetch.locate(model.model, model.revision, weights=False)
   if model.reward_model:
     fetch.locate(model.reward_model, weights=False)
+
+
+def check_optimizer(settings: Settings) -> None:
+  """Refuses settings without an effect on the optimizer, and a warm-up that is
+  longer than the run."""
+  f, defaults = settings.optimizer, algorithm_defaults(settings)
+  steps, warmup = settings.run.max_steps, f.lr_warmup_steps
+  if warmup > steps:
+    raise ValueError(
+      f'--lr_warmup_steps {warmup} is longer than the run of --max_steps '
+      f'{steps}; pass --lr_warmup_steps {steps}'
+    )
+  adams = f.optimizer in ('adamw', 'muon')
+  unused = {
+    'min_lr_ratio': (f.lr_schedule == 'constant', 'a constant learning rate'),
+    'adam_b2': (not adams, f'--optimizer {f.optimizer}'),
+    'moment_dtype': (not adams, f'--optimizer {f.optimizer}'),
+    'weight_decay_all': (not f.weight_decay, '--weight_decay 0'),
+  }
+  untouched = vars(type(f)()) | defaults
+  for name, (refused, beside) in unused.items():
+    if refused and getattr(f, name) != untouched[name]:
+      raise ValueError(f'--{name} has no effect beside {beside}; leave it out')
 
 
 def check_collectors(settings: Settings) -> None:

@@ -202,7 +202,6 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       config,
       setup.logger,
       save,
-      setup.learning_rate or (lambda step: None),
     )
   except Interrupted as e:
     setup.logger.message(

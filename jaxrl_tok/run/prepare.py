@@ -18,6 +18,7 @@ from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
 from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.sampler import SamplerConfig
@@ -63,7 +64,6 @@ class Setup(NamedTuple):
   dtype: str  # compute dtype
   algorithm: Any
   optimizer: Any
-  learning_rate: Callable | None
   mesh: Any
   rule: Any
   rewards: Rewards
@@ -459,7 +459,7 @@ def prepare(
   reward_model = models.make_reward_model(settings, model)
   if reward_model is not None:
     models.check_context(reward_model, P, T)
-  optimizer, learning_rate = build.make_optimizer(settings, own, algorithm)
+  optimizer = make_optimizer(settings, own, algorithm)
   logger = Logger(is_main=jax.process_index() == 0)
   asked = settings.run.held_out
   message_counts(logger, asked, split, train, evaluations[0].data)
@@ -476,7 +476,6 @@ def prepare(
     dtype,
     algorithm,
     optimizer,
-    learning_rate,
     mesh,
     sharding.put_replicated(mesh, make_rule(settings, model)),
     found,

@@ -16,7 +16,7 @@ from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.report.files import atomic_write
 from jaxrl_tok.run import models
-from jaxrl_tok.run.build import peak_learning_rate
+from jaxrl_tok.run.optimizer import peak_learning_rate
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.settings import RunSettings, flatten
 

@@ -62,8 +62,10 @@ class ModelSettings:
   revision: str | None = None
   """Branch, tag or commit of a hub id."""
   param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-  """Dtype of the parameters; auto: float32, and for a base that LoRA freezes
-  that of its file."""
+  """Dtype that parameters are stored in; auto: float32, and for a base that
+  LoRA freezes that of its file. bfloat16 rounds stochastically after each
+  optimizer step, whose gradients and moments are float32; float32 with --dtype
+  bfloat16 holds float32 masters. float16: for a frozen base only."""
   lora_rank: int = 0
   """Rank of LoRA adapters, trained in place of the model; 0: train the
   model."""
@@ -158,17 +160,30 @@ class OptimizerSettings:
   learning_rate: float | None = None
   """Peak learning rate; default: 1e-5 of a --model, 1e-4 of its adapters, 1e-3
   of a new policy."""
+  optimizer: Literal['adamw', 'muon', 'adafactor', 'sgd'] = 'adamw'
+  """Direction of an optimizer step. muon: orthogonal ones for hidden matrices,
+  adamw's for embeddings, heads, norms and biases; adafactor: factored second
+  moments, no scale by the parameters; sgd: the gradient, no momentum."""
   lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
-  """Learning rate after the warm-up; linear and cosine end at a tenth of it, at
-  max_steps."""
+  """Learning rate after the warm-up, by optimizer steps made; linear and cosine
+  end after max_steps full updates."""
+  min_lr_ratio: float | None = None
+  """Share of the peak at which linear and cosine end; default: 0.1."""
   lr_warmup_steps: int = 0
-  """Steps of linear warm-up."""
-  adam_b2: float = 0.95
-  """Decay of Adam's second moment."""
+  """Steps of linear warm-up; the first has peak / lr_warmup_steps."""
+  adam_b2: float | None = None
+  """Decay of the second moment of adamw, and of muon's share of it; default:
+  0.95."""
   weight_decay: float = 0.0
-  """AdamW's weight decay."""
+  """Decoupled weight decay, times the learning rate; not of biases and scales
+  of norms."""
+  weight_decay_all: bool = False
+  """Decay biases and scales of norms, too."""
   max_grad_norm: float = 1.0
-  """Global norm that gradients are scaled down to."""
+  """Global norm that gradients are scaled down to; 0: no clipping."""
+  moment_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  """Dtype that the moments of adamw and muon are stored in; bfloat16 halves
+  their memory, with stochastic rounding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,11 +42,10 @@ from jaxrl_tok.types import (
 IN_A_ROW, FIRST = 'nonfinite_in_a_row', 'nonfinite_first'
 
 
-def penalised(reward, rollout: Rollout, ref_logp, kl_coef) -> jax.Array:
-  """Reward less the KL, r_t - kl_coef (l_roll - l_ref): the reverse KL, with
-  credit for future divergence."""
-  d = masked.fill(rollout.logp - ref_logp, rollout.mask)
-  return reward - kl_coef * d
+def kl_penalty(rollout: Rollout, ref_logp, kl_coef) -> jax.Array:
+  """Penalty of the KL in the reward, kl_coef (l_roll - l_ref) [B, T]: the
+  reverse KL, with credit for future divergence."""
+  return kl_coef * masked.fill(rollout.logp - ref_logp, rollout.mask)
 
 
 class Networks(NamedTuple):
@@ -93,12 +92,12 @@ def make_inputs(
   kl = algorithm.kl
 
   def inputs(state: TrainState, scored: Scored, rule: SamplingRule):
-    rollout, reward = scored.rollout, scored.reward
-    ref_logp = old_logp = log_change = value = None
+    rollout = scored.rollout
+    ref_logp = old_logp = log_change = value = penalty = None
     if kl is not None:
       ref_logp = networks.logp(state.reference_params, rollout, rule)
     if kl is not None and kl.form == 'reward':
-      reward = penalised(reward, rollout, ref_logp, state.carries['kl_coef'])
+      penalty = kl_penalty(rollout, ref_logp, state.carries['kl_coef'])
     if old_logp_of == 'recomputed':
       old_logp = networks.logp(state.policy_params, rollout, rule)
       log_change = masked.fill(old_logp - rollout.logp, rollout.mask)
@@ -106,7 +105,7 @@ def make_inputs(
       old_logp = rollout.logp
     if algorithm.value_loss is not None:
       value = networks.values(state.trained, state.fixed, rollout)
-    found = AdvantageInputs(scored, reward, scored.valid, value, log_change)
+    found = AdvantageInputs(scored, value, log_change, penalty)
     return found, ref_logp, old_logp
 
   return inputs
@@ -179,7 +178,8 @@ def make_update(
     rollout = scored.rollout
     inputs, ref_logp, old_logp = inputs_of(state, scored, rule)
     credit = algorithm.advantage(inputs, state.carries)
-    mask, value = inputs.mask, inputs.value
+    learns, value = credit.rows(inputs.valid), inputs.value
+    mask = inputs.mask & learns[:, None]
     trajectory = Trajectory(
       rollout._replace(mask=mask),
       inputs.reward,
@@ -228,7 +228,7 @@ def after_update(
   keeps its old one.
 
   moved: ((params, critic), opt_state).
-  rows: number of valid rows int [], a metric for the carries.
+  rows: number of rows learnt from, int [], a metric for the carries.
   steps: see make_passes.
   """
   (params, critic), opt_state = moved
