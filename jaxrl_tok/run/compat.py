@@ -218,10 +218,17 @@ _TOKEN_RATIO = Said(
   ('loss', 'aggregation'),
 )
 _LONE = Said('a group of one has A = R there; here it is refused')
-_K1 = Said(
-  'it adds 0.04 k1 to the loss, whose expected gradient is exactly 0 '
-  'on-policy; here no KL is run, and --kl reverse --beta 0.04 does what that '
-  'was to do',
+_NO_K1 = (
+  'here no KL is run, and --kl reverse --beta 0.04 does what that was to do'
+)
+_K1_MEAN = Said(
+  'it adds 0.04 k1 to the loss, which as a mean over the tokens of a sequence '
+  f'pulls to no reference and makes completions longer; {_NO_K1}',
+  ('kl',),
+)
+_K1_SUM = Said(
+  'it adds 0.04 k1 to the loss, which as a sum over tokens has an expected '
+  f'gradient of 0 on-policy; {_NO_K1}',
   ('kl',),
 )
 # {(system, algorithm): lines}
@@ -282,9 +289,9 @@ TRAPS = {
       ('aggregation',),
     ),
   ),
-  ('tunix', 'grpo'): (_K1,),
-  ('tunix', 'rloo'): (_TOKEN_RATIO, _K1),
-  ('tunix', 'dr_grpo'): (_K1,),
+  ('tunix', 'grpo'): (_K1_MEAN,),
+  ('tunix', 'rloo'): (_TOKEN_RATIO, _K1_MEAN),
+  ('tunix', 'dr_grpo'): (_K1_SUM,),
   ('tunix', 'ppo'): (
     Said(
       "it takes 0.04 k3 from the reward, the reverse KL's gradient minus the "
@@ -320,7 +327,7 @@ _ENDS = Said(
 )
 _VLLM = Said(
   'no completion is dropped for a ratio of policy and sampler above 3 (there '
-  'with vLLM)'
+  'with vLLM; --importance_cap 3 --importance_mode sequence_mask does it)'
 )
 _WHITEN = Said('whitening divides by n (there n - 1)', ('whiten',))
 _EPS_6 = Said('1e-4 is added to the standard deviation (there 1e-6)')
