@@ -334,9 +334,9 @@ def count_encoded(monkeypatch) -> list[int]:
   """Numbers of prompts, one for each call to the tokenizer."""
   calls, real = [], prompts.encode_prompts
 
-  def encode(tokenizer, some, where):
+  def encode(tokenizer, some, *rest):
     calls.append(len(some))
-    return real(tokenizer, some, where)
+    return real(tokenizer, some, *rest)
 
   monkeypatch.setattr(prompts, 'encode_prompts', encode)
   return calls

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxrl_tok import data
 from jaxrl_tok.hub import families
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.weights import read_params
@@ -298,8 +299,10 @@ def test_a_tokenizers_own_code_is_never_run(broken, tmp_path):
   ran = tmp_path / 'ran'
   (directory / 'evil.py').write_text(f'open({str(ran)!r}, "w")')
   evil = {'auto_map': {'AutoTokenizer': ['evil.Evil', None]}}
-  evil |= {'tokenizer_class': 'Evil'}
+  evil |= {'tokenizer_class': 'Evil', 'eos_token': '<eos>'}
   (directory / 'tokenizer_config.json').write_text(json.dumps(evil))
+  assert data.prompt_ids(open_model(directory).tokenizer, 'no <eos>')[-1] == 257
+  (directory / 'tokenizer.json').rename(directory / 'vocab.json')
   assert_fault(directory, 'no tokenizer could be read')
   assert not ran.exists()
 
@@ -316,7 +319,6 @@ def test_a_tokenizer_of_another_model_is_refused(broken):
     ({'eos_token_id': -1}, 'end token -1 is none of the 264 ids'),
     ({'eos_token_id': 'stop'}, "end token 'stop' is none of the 264 ids"),
     ({'eos_token_id': 1.5}, 'end token 1.5 is none of the 264 ids'),
-    ({'eos_token_id': []}, 'no end token'),
   ],
 )
 def test_special_ids_that_cannot_be_are_named(broken, fields, fact):

@@ -195,11 +195,11 @@ def test_where_end_and_pad_are_looked_for(tmp_path):
 
   generation.write_text('{"eos_token_id": [1, 2], "pad_token_id": 3}')
   edit('config.json', eos_token_id=4, pad_token_id=5)
-  assert ids() == ((1, 2), 3)
-  generation.write_text('{"eos_token_id": 6}')
-  assert ids() == ((6,), 5)
+  assert ids() == ((1, 2, 4, 257), 3)  # all of them, each once
+  generation.write_text('{"eos_token_id": [6, 257]}')
+  assert ids() == ((6, 257, 4), 5)
   generation.unlink()
-  assert ids() == ((4,), 5)
+  assert ids() == ((4, 257), 5)
   edit('config.json', eos_token_id=None, pad_token_id=None)
   assert ids() == ((257,), 256)  # the tokenizer's
   edit('tokenizer_config.json', pad_token=None)

@@ -2,14 +2,17 @@
 
   order       which record stands at which position
   records     one record; many
+  chat        messages -> text
   sources     files, the hub, data sets, lists, functions -> records
   held_out    training and held-out records
   tokenizers  text <-> ids
   prompts     records -> batches of a few lengths
+  stops       stop texts -> an automaton over tokens
 
 Nothing here imports jax, transformers or datasets before it is used.
 """
 
+from jaxrl_tok.data.chat import ROLES, Chat
 from jaxrl_tok.data.held_out import Split, split
 from jaxrl_tok.data.order import record_index, record_indices
 from jaxrl_tok.data.prompts import (
@@ -21,31 +24,36 @@ from jaxrl_tok.data.prompts import (
 )
 from jaxrl_tok.data.records import (
   RESERVED,
-  ROLES,
   Records,
   data_fingerprint,
 )
 from jaxrl_tok.data.sources import open_records, read_jsonl
+from jaxrl_tok.data.stops import end_at_stop, stop_automaton
 from jaxrl_tok.data.tokenizers import (
+  answer_ids,
   byte_tokenizer,
   decode_all,
   encode_prompts,
   prompt_ids,
+  text_ids,
 )
 
 __all__ = [
   'LONG_PROMPTS',
   'RESERVED',
   'ROLES',
+  'Chat',
   'PromptSet',
   'Records',
   'Split',
+  'answer_ids',
   'batch_at',
   'byte_tokenizer',
   'choose_buckets',
   'data_fingerprint',
   'decode_all',
   'encode_prompts',
+  'end_at_stop',
   'open_records',
   'prompt_ids',
   'prompt_set',
@@ -53,4 +61,6 @@ __all__ = [
   'record_index',
   'record_indices',
   'split',
+  'stop_automaton',
+  'text_ids',
 ]

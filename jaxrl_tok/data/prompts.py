@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxrl_tok.data.chat import Chat, check_chat, tools_of
 from jaxrl_tok.data.order import ATTEMPTS, record_indices, redrawn_index
 from jaxrl_tok.data.records import CHUNK, MESSAGES, Records, select
 from jaxrl_tok.data.sources import open_records
@@ -102,6 +103,7 @@ def prompt_set(
   columns: Callable | None = None,
   name: str = 'training prompt',
   num_prompts: int = 64,
+  chat: Chat = Chat(),  # noqa: B008  a record
 ) -> PromptSet:
   """Prompts of records, measured; every fault of a finite set is found here.
 
@@ -113,11 +115,12 @@ def prompt_set(
     columns: records -> {name: array [n, ...]}, read by rewards on the device.
     name: of a prompt in errors.
     num_prompts: of a batch, by which buckets are chosen.
+    chat: of prompts that are messages.
   """
   check_limit(max_prompt_length, long_prompts)
   limit = max_prompt_length or NO_LIMIT
   records = open_records(records)
-  encode = make_encode(tokenizer, vocab_size, name)
+  encode = make_encode(tokenizer, vocab_size, name, chat)
   bound = bound_tokens(records, tokenizer, vocab_size)
   length, weight, rows = measure(records, encode, bound, limit)
   longest, long = int(length.max()), np.flatnonzero(length > limit)
@@ -188,14 +191,22 @@ def last_endless(length: np.ndarray, limit: int | None) -> int | None:
 # --- lengths -----------------------------------------------------------------
 
 
-def make_encode(tokenizer, vocab_size: int, name: str) -> Callable:
+def make_encode(
+  tokenizer,
+  vocab_size: int,
+  name: str,
+  chat: Chat = Chat(),  # noqa: B008  a record
+) -> Callable:
   """Returns encode(records, where) -> ids of each: none is empty, and the
   model has a row for every id."""
 
+  check_chat(tokenizer, chat)
   proven = largest_id(tokenizer) < vocab_size
 
   def encode(examples, where: Callable) -> list[list[int]]:
-    rows = encode_prompts(tokenizer, [e['prompt'] for e in examples], where)
+    prompts = [e['prompt'] for e in examples]
+    tools = [read_tools(e, where, i) for i, e in enumerate(examples)]
+    rows = encode_prompts(tokenizer, prompts, where, chat, tools)
     for i, row in enumerate(rows):
       if not row:
         raise ValueError(
@@ -209,6 +220,16 @@ def make_encode(tokenizer, vocab_size: int, name: str) -> Callable:
     return rows
 
   return encode
+
+
+def read_tools(example: dict, where: Callable, i: int):
+  """Tools of a record whose prompt is messages; None for text."""
+  if isinstance(example['prompt'], str):
+    return None
+  try:
+    return tools_of(example)
+  except ValueError as e:
+    raise ValueError(f'{where(i)}: {e}') from None
 
 
 def too_long(where: str, name: str, length, limit, longest) -> ValueError:

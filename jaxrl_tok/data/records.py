@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from jaxrl_tok.data.chat import check_messages
 from jaxrl_tok.rewards.functions import ARGUMENTS
 
-ROLES = ('system', 'user', 'assistant', 'tool')
 RESERVED = frozenset(ARGUMENTS)  # names that no column may have
 MESSAGES = -1  # in Records.num_bytes
 CHUNK = 4096  # records read at a time
@@ -78,24 +78,10 @@ def check_names(names, where: str) -> None:
     )
 
 
-def check_message(message, where: str) -> None:
-  if not isinstance(message, dict) or not isinstance(
-    message.get('content'), str
-  ):
-    raise ValueError(
-      f'{where}: a message is {{"role": ..., "content": text}}, not {message!r}'
-    )
-  if message.get('role') not in ROLES:
-    raise ValueError(
-      f'{where}: unknown role {message.get("role")!r}; use {", ".join(ROLES)}'
-    )
-
-
 def check_prompt(prompt, where: str) -> None:
   """Refuses what is neither text nor messages."""
   if isinstance(prompt, list):
-    for message in prompt:
-      check_message(message, where)
+    check_messages(prompt, where)
   elif not isinstance(prompt, str):
     raise ValueError(
       f'{where}: "prompt" is a {type(prompt).__name__}; '
@@ -175,6 +161,14 @@ def hash_prompt(prompt, where: str) -> int:
 def text_bytes(prompt) -> int:
   """Bytes of a text in UTF-8; MESSAGES for messages."""
   return len(prompt.encode('utf-8')) if isinstance(prompt, str) else MESSAGES
+
+
+def has_messages(records: Records) -> bool:
+  """Tells whether a prompt is a list of messages; the first one decides of
+  endless records."""
+  if records.num_bytes is None:
+    return not isinstance(records[0]['prompt'], str)
+  return bool((records.num_bytes == MESSAGES).any())
 
 
 def data_fingerprint(records: Records) -> str:

@@ -1,10 +1,15 @@
 """Text to token ids and back.
 
-`prompt_ids` reads one prompt, `encode_prompts` many in one call to the
-tokenizer's Rust code. Messages go through the model's chat template.
+1. `encode_prompts` reads many prompts in one call to the tokenizer's Rust code.
+2. `decode_all` writes the texts of completions.
+3. `stop_ids` finds the tokens that --stop_token names.
 """
 
 from collections.abc import Callable, Sequence
+
+from jaxrl_tok.data.chat import Chat, render
+
+NO_ID = 2**31 - 1  # id of no token
 
 
 def byte_tokenizer():
@@ -41,58 +46,90 @@ def decode_all(
   return tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def render_prompt(tokenizer, prompt) -> str:
-  """Text of a prompt: messages go through the chat template."""
-  if isinstance(prompt, str):
-    return prompt
-  if not getattr(tokenizer, 'chat_template', None):
-    raise ValueError(
-      'the prompt is a list of messages and the tokenizer has no chat '
-      'template; give prompts as text, or a model with a template'
-    )
-  try:
-    return tokenizer.apply_chat_template(
-      prompt, tokenize=False, add_generation_prompt=True
-    )
-  except Exception as e:  # a template raises what it likes
-    raise ValueError(
-      f'the chat template refuses the messages ({" ".join(str(e).split())}); '
-      'use the roles, in the order, that the model knows'
-    ) from None
+def rust_backend(tokenizer):
+  """Tokenizer of Rust behind a tokenizer, neither cutting nor padding what it
+  reads, as a tokenizer.json may ask; None: it has none."""
+  backend = getattr(tokenizer, 'backend_tokenizer', None)
+  if backend is not None and backend.truncation is not None:
+    backend.no_truncation()
+  if backend is not None and backend.padding is not None:
+    backend.no_padding()
+  return backend
 
 
 def encode_texts(
-  tokenizer, texts: Sequence[str], add_special_tokens: bool
+  tokenizer, texts: Sequence[str], add_special_tokens: bool = False
 ) -> list[list[int]]:
   """Ids of many texts; the tokenizer's own threads share the work."""
-  backend = getattr(tokenizer, 'backend_tokenizer', None)
+  backend = rust_backend(tokenizer)
   if backend is None:
     more = {} if add_special_tokens else {'add_special_tokens': False}
     return [tokenizer(text, **more)['input_ids'] for text in texts]
-  if backend.truncation is not None:  # a tokenizer.json may ask for them
-    backend.no_truncation()
-  if backend.padding is not None:
-    backend.no_padding()
   found = backend.encode_batch_fast(
     texts, add_special_tokens=add_special_tokens
   )
   return [encoding.ids for encoding in found]
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+  """Ids of one text as it stands: no token is put before or after."""
+  return encode_texts(tokenizer, [text])[0]
+
+
+def added_ids(tokenizer) -> tuple[list[int], list[int]]:
+  """Ids that the tokenizer puts (before, after) a text that it reads."""
+  backend = rust_backend(tokenizer)
+  if backend is not None:
+    from tokenizers import Tokenizer, models
+
+    word = Tokenizer(models.WordLevel({'a': NO_ID}, 'a')).encode('a')
+    whole = backend.post_process(word).ids
+  else:
+    build = getattr(tokenizer, 'build_inputs_with_special_tokens', list)
+    whole = build([NO_ID])
+  at = whole.index(NO_ID)
+  return whole[:at], whole[at + 1 :]
+
+
+def open_ended(ids: list[int], start: list[int], end: list[int]) -> list[int]:
+  """Ids of a text to be gone on with: what the tokenizer puts before it is
+  there once, what it puts behind it is not there."""
+  ids = ids[: len(ids) - len(end)]
+  twice = bool(start) and ids[: 2 * len(start)] == start + start
+  return ids[len(start) :] if twice else ids
+
+
 def encode_prompts(
-  tokenizer, prompts: Sequence, where: Callable[[int], str] = str
+  tokenizer,
+  prompts: Sequence,
+  where: Callable[[int], str] = str,
+  chat: Chat = Chat(),  # noqa: B008  a record
+  tools: Sequence | None = None,
 ) -> list[list[int]]:
-  """Ids of many prompts. A prompt that the template refuses is named by
-  where(its place in `prompts`)."""
+  """Ids of many prompts, which a policy can go on with.
+
+  Text begins with the start token that the tokenizer puts there, once; an end
+  token that it puts behind is left out. Messages go through the chat template,
+  which writes its own start token.
+
+  Args:
+    where: names a prompt by its place, for errors.
+    chat: of all messages.
+    tools: of each prompt that is messages, or None.
+
+  Raises ValueError where the template refuses a prompt.
+  """
   texts = []
   for i, prompt in enumerate(prompts):
     try:
-      texts.append(render_prompt(tokenizer, prompt))
+      if not isinstance(prompt, str):
+        prompt = render(tokenizer, prompt, chat, tools and tools[i])
     except ValueError as e:
       raise ValueError(f'{where(i)}: {e}') from None
-  # a template writes its own start token
+    texts.append(prompt)
+  start, end = added_ids(tokenizer)
   plain = [isinstance(prompt, str) for prompt in prompts]
-  groups = {
+  rows = {
     special: iter(
       encode_texts(
         tokenizer,
@@ -102,13 +139,22 @@ def encode_prompts(
     )
     for special in set(plain)
   }
-  return [next(groups[special]) for special in plain]
+  return [
+    open_ended(next(rows[True]), start, end) if p else next(rows[False])
+    for p in plain
+  ]
 
 
-def prompt_ids(tokenizer, prompt) -> list[int]:
-  """Text as the tokenizer reads it; messages through its chat template."""
-  text = render_prompt(tokenizer, prompt)
-  return encode_texts(tokenizer, [text], isinstance(prompt, str))[0]
+def prompt_ids(tokenizer, prompt, chat: Chat = Chat()) -> list[int]:  # noqa: B008
+  """Ids of one prompt, text or messages."""
+  return encode_prompts(tokenizer, [prompt], chat=chat)[0]
+
+
+def answer_ids(tokenizer, answer, ends: Sequence[int]) -> list[int]:
+  """Ids of a right answer, its end included: the first of `ends`, unless the
+  answer's text ends with one of them."""
+  found = text_ids(tokenizer, str(answer))
+  return found if found and found[-1] in ends else [*found, ends[0]]
 
 
 def bytes_bound(tokenizer) -> tuple[int, int] | None:
@@ -138,8 +184,7 @@ def bytes_bound(tokenizer) -> tuple[int, int] | None:
     or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(backend.get_vocab())
   ):
     return None
-  constant = len(encode_texts(tokenizer, [''], True)[0])
-  return factor, constant
+  return factor, len(added_ids(tokenizer)[0])
 
 
 def keeps_bytes(splitter) -> bool:
@@ -158,3 +203,26 @@ def largest_id(tokenizer) -> float:
   """Largest id that text can become; infinity where that is not known."""
   backend = getattr(tokenizer, 'backend_tokenizer', None)
   return max(backend.get_vocab().values()) if backend else float('inf')
+
+
+def stop_ids(tokenizer, names: Sequence[str], vocab_size: int) -> list[int]:
+  """Ids of the tokens that --stop_token names, by their text or their id.
+
+  Raises ValueError, in one line, for a text that is not one token and an id
+  that the model has no row for.
+  """
+  found = []
+  for name in names:
+    ids = [int(name)] if name.isdecimal() else text_ids(tokenizer, name)
+    if len(ids) != 1:
+      raise ValueError(
+        f'--stop_token {name!r} is {len(ids)} tokens of the tokenizer, {ids}; '
+        'name one token, by its text or its id'
+      )
+    if ids[0] >= vocab_size:
+      raise ValueError(
+        f'--stop_token {name!r} is id {ids[0]} and the model has {vocab_size} '
+        'rows; name a token of the model'
+      )
+    found += ids
+  return found

@@ -13,10 +13,13 @@ import re
 import threading
 from pathlib import Path
 
+from jaxrl_tok.hub import packages
+
 HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
 SHARD = r'[\w-][\w.-]*\.safetensors'  # file name: no path, no pattern
 TIMEOUT = 3  # seconds until the hub counts as out of reach
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
+GGUF = '.gguf'
 # files that go with the weights, and are copied as they are
 COMPANIONS = (
   'generation_config.json',
@@ -28,33 +31,41 @@ COMPANIONS = (
   'special_tokens_map.json',
   'added_tokens.json',
   'chat_template.j*',
+  'additional_chat_templates/*.jinja',
 )
 
 
 def is_hub_id(model: str) -> bool:
-  """Tells whether it can only be an id: owner/name, and no directory."""
-  return bool(re.fullmatch(HUB_ID, model)) and not Path(model).exists()
+  """Tells whether it can only be an id: owner/name, and no file here."""
+  named = re.fullmatch(HUB_ID, model) and not model.endswith(GGUF)
+  return bool(named) and not Path(model).exists()
 
 
 def locate(
   model: str, revision: str | None = None, weights: bool = True
 ) -> Path:
-  """Finds the directory of a model, and fetches it where it is a hub id.
+  """Finds the directory or the GGUF file of a model, and fetches what is a hub
+  id.
 
   Args:
+    model: directory, .gguf file, pip:PACKAGE that holds one, or hub id.
     revision: a branch, tag or commit of the hub.
     weights: False: all other files.
 
   Raises FileNotFoundError or ConnectionError, in one line, with the argument
   to pass instead.
   """
+  if model.startswith(packages.SCHEME):
+    return packages.model_file(model)
   path = Path(model).expanduser()
-  if path.is_dir():
+  if path.is_dir() or path.is_file() and path.suffix == GGUF:
     return path
+  if path.suffix == GGUF:
+    raise FileNotFoundError(f'{model} is not there; pass --model a GGUF file')
   if not is_hub_id(model):
     raise FileNotFoundError(
       f'{model} is no directory and no hub id; pass --model a directory with '
-      'config.json and model.safetensors, or an id such as '
+      'config.json and model.safetensors, a .gguf file, or an id such as '
       'Qwen/Qwen2.5-0.5B-Instruct'
     )
   wanted = ['config.json', INDEX, *COMPANIONS]

@@ -31,6 +31,7 @@ class Model(NamedTuple):
   origin: str  # hub id or directory; 'random weights'
   directory: Path | None = None  # None: random weights
   tensors: dict = {}  # noqa: RUF012  {name: TensorInfo}; read only
+  notes: tuple = ()  # contradictions between its files, each in one line
 
   @property
   def family(self) -> families.Family:

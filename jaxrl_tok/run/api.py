@@ -5,6 +5,7 @@ Nothing here imports jax before the command line has been read and checked.
 
 import dataclasses
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -61,8 +62,10 @@ class Arguments(NamedTuple):
 
 
 def plain(value):
-  """Converts a setting's value to a flag's: paths to text, lists to tuples."""
+  """Converts a setting's value to a flag's: paths and objects to text, lists
+  to tuples."""
   value = os.fspath(value) if isinstance(value, os.PathLike) else value
+  value = json.dumps(value) if isinstance(value, dict) else value
   return tuple(value) if isinstance(value, list) else value
 
 

@@ -7,9 +7,11 @@ the fact and the cure.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import inspect
 import io
+import json
 import math
 import re
 import sys
@@ -32,6 +34,7 @@ import tyro
 
 from jaxrl_tok import mesh_spec
 from jaxrl_tok.credit.names import check_kl
+from jaxrl_tok.data.stops import check_texts
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
 from jaxrl_tok.run.settings import (
@@ -52,8 +55,10 @@ class Parsed(NamedTuple):
 
 
 def fail(message) -> None:
-  """Prints one line on stderr and exits with status 2."""
-  print(f'error: {message}', file=sys.stderr)
+  """Prints one line on stderr, an error's notes included, and exits with status
+  2."""
+  lines = [str(message), *getattr(message, '__notes__', ())]
+  print(f'error: {"; ".join(lines)}', file=sys.stderr)
   raise SystemExit(2)
 
 
@@ -168,6 +173,14 @@ def check_spelling(known, argv: list[str]) -> None:
         fail(f'unknown flag {word.split("=")[0]}; {cure}')
 
 
+def check_given_once(settings: Settings, argv: list[str]) -> None:
+  """Refuses a flag of several texts that is repeated: the last would win."""
+  lists = {k for k, v in flatten(settings).items() if isinstance(v, tuple)}
+  names = names_typed(argv)
+  for name in sorted(lists & {n for n in names if names.count(n) > 1}):
+    fail(f'--{name} is given twice; write all its texts after one --{name}')
+
+
 def _names(kind) -> set[str]:
   """Names of a dataclass' flags, those of its groups included."""
   names = set()
@@ -233,6 +246,7 @@ def parse(
       fail(
         f'--{name} has no effect here; leave it out (--help lists the flags)'
       )
+  check_given_once(settings, argv)
   fields = [field for field in fields if field[0] not in unused]
   settings = hide(settings, unused)
 
@@ -335,6 +349,7 @@ RANGES = (
     lambda x: x >= 0,
     '0 or more',
     'top_k compact_levels beta micro_batch eval_every save_every patience '
+    'max_nonfinite '
     'lr_warmup_steps max_grad_norm weight_decay lora_rank steps_per_call '
     'clip_high dual_clip ratio_floor advantage_clip importance_cap kl_target '
     'max_update_kl value_clip value_coef entropy_coef critic_warmup_steps '
@@ -368,9 +383,32 @@ def check(settings: Settings) -> None:
   check_batches(settings)
   if settings.algorithm.kl is not None:
     check_kl(settings.algorithm.kl)
+  check_chat(settings.data)
+  check_texts(settings.sampling.stop)
   for pair in settings.data.rename:
     if not re.fullmatch(r'[^=]+=[^=]+', pair):
       raise ValueError(f'--rename {pair!r} is not old=new')
+
+
+def check_chat(data) -> None:
+  """Refuses variables of a chat template and a date that are none."""
+  try:
+    found = json.loads(data.chat_template_kwargs)
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise ValueError(
+      f'--chat_template_kwargs {data.chat_template_kwargs!r} is no JSON '
+      'object; pass one such as {"enable_thinking": false}'
+    )
+  if data.chat_date is None:
+    return
+  try:
+    datetime.date.fromisoformat(data.chat_date)
+  except ValueError:
+    raise ValueError(
+      f'--chat_date {data.chat_date!r} is no date; pass it as YYYY-MM-DD'
+    ) from None
 
 
 def check_run(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl_tok import sharding
+from jaxrl_tok.data.tokenizers import stop_ids
 from jaxrl_tok.hub import adapters, families
 from jaxrl_tok.hub.directory import atomic_directory, open_model
 from jaxrl_tok.hub.model import Model
@@ -29,6 +30,7 @@ class OwnModel(NamedTuple):
   directory: None = None
   tensors: dict = {}  # noqa: RUF012
   hf_config: None = None
+  notes: tuple = ()
 
   @property
   def vocab_size(self) -> int:
@@ -133,16 +135,21 @@ def make_model(settings: Settings, policy: Policy | None, tokenizer: Callable):
   if policy is not None:
     if model.model is not None:
       raise ValueError('give a policy or a model, not both')
-    return own_model(policy, tokenizer())
-  if model.model is None:
-    return random_model(settings.size, tokenizer())
-  found = open_model(model.model, model.revision)
+    found = own_model(policy, tokenizer())
+  elif model.model is None:
+    found = random_model(settings.size, tokenizer())
+  else:
+    found = open_model(model.model, model.revision)
   if found.is_classifier:
     raise ValueError(
       f'--model {found.origin} is a classifier, which writes nothing; pass it '
       'as --reward_model'
     )
-  return found
+  stops = stop_ids(
+    found.tokenizer, settings.sampling.stop_token, found.vocab_size
+  )
+  ends = dict.fromkeys([*found.end_tokens, *stops])  # each once, in this order
+  return found._replace(end_tokens=tuple(ends))
 
 
 def lora_config(settings: Settings) -> LoraConfig | None:

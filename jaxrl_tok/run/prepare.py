@@ -2,24 +2,29 @@
 run is made of, checked and placed, not yet compiled."""
 
 import dataclasses
+import datetime
 import functools
+import json
 from collections.abc import Callable
 from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from jaxrl_tok import data, distribution, rewards, sharding
-from jaxrl_tok.data.records import select
+from jaxrl_tok.data.chat import asks_date
+from jaxrl_tok.data.records import has_messages, select
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.optimizer import make_optimizer
-from jaxrl_tok.run.settings import Settings
+from jaxrl_tok.run.settings import DataSettings, Settings, with_values
 from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step import device_rewards
@@ -92,8 +97,21 @@ class Setup(NamedTuple):
       self.model.end_tokens,
       keep_special_tokens=run.keep_special_tokens,
       reserved=RESERVED,
+      on_error=run.reward_on_error,
+      warn=self.warn_of_reward,
     )
-    return Scorer(host, device, found.weights, trainer_state)
+    return Scorer(
+      host,
+      device,
+      found.weights,
+      trainer_state,
+      run.reward_on_error,
+      self.warn_of_reward,
+    )
+
+  def warn_of_reward(self, name: str, text: str) -> None:
+    """Prints the first warning of a reward."""
+    self.logger.warn_once(f'reward {name}', text)
 
 
 def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
@@ -146,10 +164,47 @@ def open_task(task: Task, settings: Settings) -> data.Split:
   return data.split(opened, held_out)
 
 
-def answer_ids(model, answer) -> list[int]:
-  """Ids of a right answer, its end token included."""
-  found = model.tokenizer(str(answer), add_special_tokens=False)
-  return [*found['input_ids'], model.end_tokens[0]]
+def answer_ids(settings: Settings, model, answer) -> list[int]:
+  """Ids of a right answer, its end token included unless it ends with a stop
+  text. Raises ValueError for a stop text before its end."""
+  ids = data.answer_ids(model.tokenizer, answer, model.end_tokens)
+  decode = functools.partial(
+    data.decode_all,
+    model.tokenizer,
+    skip_special_tokens=not settings.run.keep_special_tokens,
+  )
+  return data.end_at_stop(decode, ids, settings.sampling.stop)
+
+
+def chat_of(settings: Settings) -> data.Chat:
+  """Choices that prompts of messages are rendered with."""
+  found = settings.data
+  return data.Chat(json.loads(found.chat_template_kwargs), found.chat_date)
+
+
+def with_chat_date(settings: Settings, tokenizer) -> Settings:
+  """Fixes the date that a chat template asks for: the one given, that of the
+  run to go on with, else today's."""
+  run = settings.run
+  if settings.data.chat_date is not None or not asks_date(tokenizer):
+    return settings
+  date = None
+  if run.resume != 'never':
+    file = Path(run.output_dir) / 'config.yaml'
+    begun = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    date = begun.get('chat_date')
+  today = datetime.date.today().isoformat()
+  return with_values(settings, {'chat_date': date or today})
+
+
+def check_chat_used(settings: Settings, sets) -> None:
+  """Refuses choices of chats where no prompt is a list of messages."""
+  used = settings.data.chat_template_kwargs != DataSettings.chat_template_kwargs
+  if used and not any(has_messages(found.records) for found in sets):
+    raise ValueError(
+      '--chat_template_kwargs has no effect: no prompt is a list of messages; '
+      'leave it out'
+    )
 
 
 def completion_length(task: Task, settings: Settings, model, split) -> int:
@@ -168,7 +223,7 @@ def completion_length(task: Task, settings: Settings, model, split) -> int:
           f'{records.where(i)}: no {column!r} that is text; a supervised '
           'start needs an answer for each prompt, or pass --model'
         )
-      need = max(need, len(answer_ids(model, record[column])))
+      need = max(need, len(answer_ids(settings, model, record[column])))
   if given is not None and given < need:
     raise ValueError(
       f'--max_completion_length {given} cannot hold an answer of {need - 1} '
@@ -254,6 +309,7 @@ def program_config(
     length_buckets=settings.model.length_buckets,
     steps_per_call=settings.run.steps_per_call,
     replay_groups=s.replay_groups,
+    reward_on_error=settings.run.reward_on_error,
   )
 
 
@@ -289,6 +345,12 @@ def make_rule(settings: Settings, model):
     s.top_p,
     s.min_p,
     models.forbidden_tokens(model),
+    data.stop_automaton(
+      model.tokenizer,
+      s.stop,
+      model.vocab_size,
+      skip_special_tokens=not settings.run.keep_special_tokens,
+    ),
   )
 
 
@@ -303,7 +365,7 @@ def prompt_set(
       found.device,
       first,
       task.answers,
-      functools.partial(answer_ids, model),
+      functools.partial(answer_ids, settings, model),
       T,
     )
   return data.prompt_set(
@@ -315,6 +377,7 @@ def prompt_set(
     columns=columns,
     name=name,
     num_prompts=settings.sampling.num_prompts,
+    chat=chat_of(settings),
   )
 
 
@@ -439,6 +502,7 @@ def prepare(
   found = rewards_of(task, settings)
   tokenizer = task.tokenizer or data.byte_tokenizer
   model = models.make_model(settings, own.policy, tokenizer)
+  settings = with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
   algorithm = build.make_algorithm(settings, own, T)
@@ -454,6 +518,7 @@ def prepare(
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )
+  check_chat_used(settings, [train, *(e.data for e in evaluations)])
   P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
   models.check_context(model, P, T)
   reward_model = models.make_reward_model(settings, model)
@@ -463,6 +528,8 @@ def prepare(
   logger = Logger(is_main=jax.process_index() == 0)
   asked = settings.run.held_out
   message_counts(logger, asked, split, train, evaluations[0].data)
+  for note in model.notes:
+    logger.warn(note)
   return Setup(
     caller,
     settings,

@@ -12,10 +12,11 @@ import rich.table
 import rich.text
 
 from jaxrl_tok import data, sharding
+from jaxrl_tok.data.chat import content_text
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
-from jaxrl_tok.run.prepare import Setup, make_evaluations, renames
+from jaxrl_tok.run.prepare import Setup, chat_of, make_evaluations, renames
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 
@@ -77,7 +78,11 @@ class Result:
     s = self._setup
     records = data.open_records([{'prompt': p} for p in prompts])
     found = data.prompt_set(
-      records, s.model.tokenizer, s.model.vocab_size, name='prompt'
+      records,
+      s.model.tokenizer,
+      s.model.vocab_size,
+      name='prompt',
+      chat=chat_of(s.settings),
     )
     shards = sharding.row_shards(s.mesh)
     more = -len(records) % shards
@@ -131,7 +136,7 @@ class Result:
 def one_line(value) -> str:
   """Shortens a prompt or completion to one line of a table."""
   if isinstance(value, list):
-    value = value[-1].get('content', '')
+    value = content_text(value[-1].get('content'))
   return ' '.join(str(value).split()) if value is not None else ''
 
 

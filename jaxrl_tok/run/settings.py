@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
+from jaxrl_tok.rewards import ON_ERROR
 from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 
 
@@ -45,6 +46,13 @@ class RunSettings:
   steps_per_call: int = 0
   """Steps in one program, with rewards that are JAX functions; 0: step by step,
   with rewards on the host, too."""
+  reward_on_error: Literal[ON_ERROR] = 'raise'
+  """Treatment of a reward that fails: save and stop, mask (it does not apply to
+  those completions) or zero. An exception concerns its function's whole batch,
+  a value that is no finite number its completion."""
+  max_nonfinite: int = 3
+  """Updates in a row that are not finite before the run stops; each is skipped.
+  0: no limit."""
   keep_special_tokens: bool = False
   """Keep special tokens in the completions that reward functions get."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'
@@ -122,6 +130,11 @@ class SamplingSettings:
   """Keep the most likely tokens that together reach this probability."""
   min_p: float = 0.0
   """Keep tokens of at least this share of the largest probability."""
+  stop_token: tuple[str, ...] = ()
+  """Tokens that end a completion beside the model's own, by text or id."""
+  stop: tuple[str, ...] = ()
+  """Texts that end a completion, each by the token that completes it; they stay
+  in the completion. A new line is $'\\n' in bash."""
   compact_levels: int = 0
   """Compactions of a batch while it is sampled (one device): once half of the
   rows have ended, the others move together. Faster where lengths differ much
@@ -151,6 +164,12 @@ class DataSettings:
   long_prompts: Literal['error', 'drop', 'cut_left', 'cut_right'] = 'error'
   """Treatment of longer prompts: refuse the data, drop the prompt, or cut its
   left or right end."""
+  chat_template_kwargs: str = '{}'
+  """Variables of the model's chat template, as JSON: {"enable_thinking":
+  false}."""
+  chat_date: str | None = None
+  """Date YYYY-MM-DD that a chat template gets where it asks for one; default:
+  that of the run's first start."""
 
 
 @dataclasses.dataclass(frozen=True)

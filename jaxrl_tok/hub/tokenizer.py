@@ -1,0 +1,390 @@
+"""Tokenizer of a model directory, and the tokens that end a completion.
+
+1. `read_tokenizer` reads tokenizer.json itself. transformers builds the class
+   that a directory names, which may split, normalise or add tokens otherwise;
+   the name plays no part here.
+2. `special_tokens` unites the ends that the files name.
+3. `write_tokenizer` and `name_class` make an export read back the same ids.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxrl_tok.data.tokenizers import added_ids, rust_backend
+
+# transformers is imported for its tokenizers; it advises on torch otherwise
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
+FILE, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
+GENERATION = 'generation_config.json'
+GENERIC = 'PreTrainedTokenizerFast'
+VOCABULARIES = FILE, 'tokenizer.model', 'vocab.json', 'vocab.txt'
+NAMED = tuple(
+  f'{name}_token' for name in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
+)
+# texts that tell tokenizers apart: digits, spaces, signs, accents (composed and
+# not), scripts, emoji, code
+PROBES = (
+  '47-12= 2026, 3.14159 and 1,000,000',
+  'Hello  world,   and\tmore\n\n\nlines \r\n here  ',
+  ' ' * 17 + 'x' + '\n' * 9 + '\t\t',
+  "I'll say: don't! It's 5 o'clock (or so)... [x] {y} <z>",
+  'Café cafe\u0301 Ångström ß ﬁ ½ naïve STRASSE İ',
+  '你好，世界。日本語のテスト 한국어',
+  'Привет ελλ שלום مرحبا नमस्ते ไทย',
+  '😀👨\u200d👩\u200d👧 ❤\ufe0f 🇫🇷 ▁Ġ\xa0\u2003\u200b',
+  'def f(x):\n    return x**2 + 1  # ok\n\tif a != b: a->b',
+  '\\frac{1}{2} $x_{i}^{2}$ <b>html</b> &amp; https://a.bc/d?e=f#g',
+  'x',
+  '',
+)
+
+
+def read_json(path: Path) -> dict:
+  """Reads a JSON object. Raises ValueError, in one line, for anything else."""
+  try:
+    found = json.loads(path.read_text())
+  except (ValueError, RecursionError) as e:  # not UTF-8; too deep, too long
+    raise ValueError(f'{path}: not JSON ({e}); fetch it again') from None
+  if not isinstance(found, dict):
+    raise ValueError(
+      f'{path}: a {type(found).__name__}, not an object; fetch it again'
+    )
+  return found
+
+
+def read_if_there(path: Path) -> dict:
+  """Reads a JSON object; empty where there is no such file."""
+  return read_json(path) if path.is_file() else {}
+
+
+# --- settings beside tokenizer.json ------------------------------------------
+
+
+def token_text(token) -> str | None:
+  """Text of a token, which may be an object of its settings."""
+  text = token.get('content') if isinstance(token, dict) else token
+  return text if isinstance(text, str) else None
+
+
+def named_tokens(settings: dict, known) -> tuple[dict, list[str]]:
+  """Special tokens by their names: ({name: text} of those that tokenizer.json
+  has, notes on the others)."""
+  found, notes = {}, []
+  for name, token in settings.items():
+    if not name.endswith('_token') or token_text(token) is None:
+      continue
+    text = token_text(token)
+    if known(text) is not None:
+      found[name] = text
+    elif name == 'eos_token':
+      notes.append(
+        f'{SETTINGS} names the {name} {text!r}, which {FILE} does not have; it '
+        'ends nothing'
+      )
+  return found, notes
+
+
+def extra_tokens(settings: dict, known) -> list[str]:
+  """Further special tokens that tokenizer.json has."""
+  found = []
+  for name in ('additional_special_tokens', 'extra_special_tokens'):
+    tokens = settings.get(name) or []
+    tokens = tokens.values() if isinstance(tokens, dict) else tokens
+    found += [token_text(token) for token in tokens]
+  return [text for text in dict.fromkeys(found) if text and known(text)]
+
+
+def chat_templates(directory: Path, settings: dict):
+  """Chat template: its text, {name: text} of several, or None.
+
+  Files come before settings: chat_template.jinja and those of
+  additional_chat_templates/, chat_template.json, tokenizer_config.json.
+  """
+  found = {}
+  for file in sorted((directory / 'additional_chat_templates').glob('*.jinja')):
+    found[file.stem] = file.read_text()
+  if (directory / 'chat_template.jinja').is_file():
+    found['default'] = (directory / 'chat_template.jinja').read_text()
+  if not found:
+    given = read_if_there(directory / 'chat_template.json')
+    given = given.get('chat_template') or settings.get('chat_template')
+    if not isinstance(given, list):
+      return given
+    found = {each['name']: each['template'] for each in given}
+  return found['default'] if list(found) == ['default'] else found
+
+
+def check_added(directory: Path, settings: dict, known) -> None:
+  """Refuses added tokens to which the files give different ids."""
+  listed = read_if_there(directory / 'added_tokens.json')
+  for i, token in (settings.get('added_tokens_decoder') or {}).items():
+    listed[token_text(token)] = int(i)
+  wrong = [
+    f'{text!r} is {i} and {known(text)}'
+    for text, i in listed.items()
+    if text and known(text) != i
+  ]
+  if wrong:
+    raise ValueError(
+      f'{SETTINGS} or added_tokens.json and {FILE} give tokens different ids: '
+      f'{", ".join(wrong[:3])}; save the tokenizer again, so that {FILE} has '
+      'its added tokens'
+    )
+
+
+def notes_on(settings: dict, tokenizer) -> list[str]:
+  """Contradictions of tokenizer_config.json, each in one line."""
+  added, notes = added_ids(tokenizer), []
+  for name, place, ids in zip(('bos', 'eos'), ('before', 'behind'), added):
+    wants = settings.get(f'add_{name}_token')
+    i = getattr(tokenizer, f'{name}_token_id')
+    if wants is not None and i is not None and bool(wants) != (i in ids):
+      notes.append(
+        f'{SETTINGS} has add_{name}_token {str(wants).lower()} and {FILE} puts '
+        f'{ids or "nothing"} {place} a text; {FILE} holds'
+      )
+  flags = ('lstrip', 'rstrip', 'normalized', 'single_word', 'special')
+  own = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  differ = [
+    str(own[int(i)])
+    for i, token in (settings.get('added_tokens_decoder') or {}).items()
+    if isinstance(token, dict) and int(i) in own
+    if any(
+      token.get(f, getattr(own[int(i)], f)) != getattr(own[int(i)], f)
+      for f in flags
+    )
+  ]
+  if differ:
+    notes.append(
+      f'{SETTINGS} and {FILE} tell differently how {", ".join(differ[:3])} '
+      f'takes the spaces around it or is decoded; {FILE} holds'
+    )
+  return notes
+
+
+# --- reading -----------------------------------------------------------------
+
+
+def attempt(call: Callable, *args, **kwargs):
+  """Calls another library's reader. Raises ValueError, in one line, for any
+  fault."""
+  try:
+    return call(*args, **kwargs)
+  except Exception as e:  # many kinds, with pages of advice
+    said = ' '.join(str(e).split())[:200]
+    raise ValueError(
+      f'no tokenizer could be read ({said}); put the tokenizer files of the '
+      'model there'
+    ) from None
+
+
+def probes_of(backend) -> list[str]:
+  """Texts by which two tokenizers are compared: PROBES, and added tokens."""
+  added = [str(t) for t in backend.get_added_tokens_decoder().values()][:64]
+  return [*PROBES, *(f'a {token} b{token}' for token in added)]
+
+
+def first_difference(backend, other) -> str | None:
+  """Text of the first probe, with its ids, that `other` (text -> ids) reads
+  differently; None: there is none."""
+  for text in probes_of(backend):
+    want, got = backend.encode(text).ids, other(text)
+    if want != got:
+      return f'{text[:40]!r} as {got[:16]}, not {want[:16]}'
+  return None
+
+
+def from_file(directory: Path):
+  """Reads tokenizer.json as it is -> (tokenizer, notes).
+
+  Raises ValueError, in one line, where transformers reads other ids with it.
+  """
+  from tokenizers import Tokenizer, models
+  from transformers import PreTrainedTokenizerFast, __version__
+
+  backend = attempt(Tokenizer.from_file, str(directory / FILE))
+  if getattr(backend.model, 'dropout', None):
+    backend.model.dropout = None  # ids that are the same every time
+  known = backend.token_to_id
+  settings = read_if_there(directory / SETTINGS)
+  legacy = read_if_there(directory / 'special_tokens_map.json')
+  settings = legacy | {k: v for k, v in settings.items() if v is not None}
+  check_added(directory, settings, known)
+  named, notes = named_tokens(settings, known)
+  # what it is made with adds its tokens; the file's own takes its place
+  tokenizer = attempt(
+    PreTrainedTokenizerFast,
+    tokenizer_object=Tokenizer(models.BPE()),
+    chat_template=chat_templates(directory, settings),
+    clean_up_tokenization_spaces=False,
+    extra_special_tokens=extra_tokens(settings, known),
+    model_max_length=settings.get('model_max_length'),
+    **named,
+  )
+  tokenizer._tokenizer = backend
+  rust_backend(tokenizer)
+  differs = first_difference(backend, lambda text: tokenizer(text)['input_ids'])
+  if tokenizer.backend_tokenizer is not backend or differs:
+    raise ValueError(
+      f'transformers {__version__} reads {differs}, with {FILE} as it is; '
+      'install transformers 5'
+    )
+  return tokenizer, (*notes, *notes_on(settings, tokenizer))
+
+
+def from_vocabulary(directory: Path):
+  """Reads a vocabulary that is no tokenizer.json, as transformers does."""
+  from transformers import AutoTokenizer
+
+  tokenizer = attempt(
+    AutoTokenizer.from_pretrained,
+    directory,
+    local_files_only=True,
+    trust_remote_code=False,
+  )
+  return tokenizer, ()
+
+
+def read_tokenizer(directory: Path, vocab_size: int) -> tuple:
+  """Reads (tokenizer, notes), runs no code of its own; its ids are those of
+  tokenizer.json.
+
+  notes: contradictions between its files, each in one line. Raises ValueError,
+  in one line, where there is none or it has more ids than the model has rows.
+  """
+  # without any, transformers makes an empty tokenizer of some families
+  if not any((directory / name).is_file() for name in VOCABULARIES):
+    raise ValueError(
+      f'no tokenizer files ({", ".join(VOCABULARIES)}); put those of the model '
+      'there'
+    )
+  read = from_file if (directory / FILE).is_file() else from_vocabulary
+  tokenizer, notes = read(directory)
+  # ids of added tokens may lie beyond: a prompt that has one is refused
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(
+      f'the tokenizer has {tokenizer.vocab_size} ids and the model '
+      f'{vocab_size} rows; use the tokenizer that belongs to the model'
+    )
+  return tokenizer, notes
+
+
+# --- ends --------------------------------------------------------------------
+
+
+def listed(ids) -> list:
+  """Ids in a list: one, several or none."""
+  return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def turn_end(tokenizer, ends: list[int]) -> int | None:
+  """End that the chat template writes behind an assistant's message."""
+  talk = [
+    {'role': 'user', 'content': 'one'},
+    {'role': 'assistant', 'content': 'two-three'},
+  ]
+  try:
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    after = text.rpartition('two-three')[2]
+    ids = tokenizer.backend_tokenizer.encode(
+      after, add_special_tokens=False
+    ).ids
+  except Exception:  # no template, or one that wants other messages
+    return None
+  return next((i for i in ids if i in ends), None)
+
+
+def special_tokens(
+  directory: Path, hf_config: dict, tokenizer, vocab_size: int
+):
+  """(end ids, pad id) of generation_config.json, config.json and the tokenizer.
+
+  Ends are the union of theirs, in this order; the end that the chat template
+  writes behind an assistant's message comes first: it ends right answers. The
+  first pad counts: one that is missing or no row of the model is the first end
+  (the mask is recorded, so pad may equal end). Raises ValueError for an end
+  that is no row.
+  """
+  generation = read_if_there(directory / GENERATION)
+  sources = {
+    GENERATION: generation.get('eos_token_id'),
+    'config.json': hf_config.get('eos_token_id'),
+    SETTINGS: tokenizer.eos_token_id,
+  }
+  ends = []
+  for source, ids in sources.items():
+    for i in listed(ids):
+      if not is_row(i, vocab_size):
+        raise ValueError(
+          f'end token {i!r} is none of the {vocab_size} ids of the model; '
+          f'correct it in {source}'
+        )
+      ends += [] if i in ends else [i]
+  if not ends:
+    raise ValueError(
+      f'no end token in {GENERATION}, config.json or the tokenizer; add '
+      'eos_token_id'
+    )
+  first = turn_end(tokenizer, ends)
+  if first is not None:
+    ends = [first, *(i for i in ends if i != first)]
+  pads = (
+    generation.get('pad_token_id'),
+    hf_config.get('pad_token_id'),
+    tokenizer.pad_token_id,
+  )
+  pad = next((i for i in pads if i is not None), None)
+  return tuple(ends), pad if is_row(pad, vocab_size) else ends[0]
+
+
+def is_row(i, vocab_size: int) -> bool:
+  return type(i) is int and 0 <= i < vocab_size
+
+
+# --- writing -----------------------------------------------------------------
+
+
+def auto_difference(directory: Path) -> str | None:
+  """First probe that AutoTokenizer reads otherwise than tokenizer.json."""
+  from tokenizers import Tokenizer
+
+  backend = Tokenizer.from_file(str(directory / FILE))
+  backend.no_truncation()
+  backend.no_padding()
+  try:
+    auto, _ = from_vocabulary(directory)
+    return first_difference(backend, lambda text: auto(text)['input_ids'])
+  except Exception as e:  # of a class that the file does not fit
+    return str(e)
+
+
+def name_class(directory: Path) -> bool:
+  """Names the class in tokenizer_config.json with which transformers reads
+  tokenizer.json as it is, where the one that is named does not.
+
+  False: there is none for the family; the file stays as it was.
+  """
+  if not (directory / FILE).is_file() or not auto_difference(directory):
+    return True
+  path = directory / SETTINGS
+  before = path.read_bytes() if path.is_file() else None
+  settings = read_if_there(path)
+  for name in (
+    'auto_map',
+    'add_bos_token',
+    'add_eos_token',
+    'add_prefix_space',
+  ):
+    settings.pop(name, None)
+  settings |= {'tokenizer_class': GENERIC}
+  path.write_text(json.dumps(settings, indent=2) + '\n')
+  if not auto_difference(directory):
+    return True
+  if before is None:
+    path.unlink()
+  else:
+    path.write_bytes(before)
+  return False
