@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxrl_tok.types import SamplingRule
+from jaxrl_tok.types import SamplingRule, StopRule
 
 BORDER = 'border of the kept tokens'  # its name in remat policies
 NEVER = -1e30  # finite: 0 * NEVER is 0 in a product and in its gradient
@@ -27,8 +27,10 @@ def make_rule(
   top_p: float = 1.0,
   min_p: float = 0.0,
   forbidden=None,
+  stop=None,
 ) -> SamplingRule:
-  """Makes a SamplingRule of arrays; top_k 0 keeps every token."""
+  """Makes a SamplingRule of arrays; top_k 0 keeps every token. stop: (kind
+  [V], next_state [states, kinds]) of data.stop_automaton, or None."""
   return SamplingRule(
     temperature=jnp.float32(temperature),
     top_k=jnp.int32(top_k if top_k > 0 else vocab_size),
@@ -36,6 +38,9 @@ def make_rule(
     min_p=jnp.float32(min_p),
     end_tokens=jnp.asarray(end_tokens, jnp.int32).reshape(-1),
     forbidden=None if forbidden is None else jnp.asarray(forbidden, bool),
+    stop=None
+    if stop is None
+    else StopRule(*(jnp.asarray(x, jnp.int32) for x in stop)),
   )
 
 

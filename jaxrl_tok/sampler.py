@@ -11,6 +11,10 @@
 4. A step: `extend` by the last token (its keys and values go into the cache
    at one column), logits, the sampling rule, one draw, its log-prob.
 
+A row ends with an end token, or with the token that completes a stop text in
+its decoded text: an automaton of one state a row, moved by each token
+(data/stops.py makes it). Without stop texts none of it is compiled.
+
 Row b's uniform number for token t comes from fold_in(fold_in(key, b), t): a
 row's sample does not depend on the other rows, on T or on the devices.
 """
@@ -68,7 +72,8 @@ class RowState(NamedTuple):
 
   cache: Any  # leaves [B, ...]
   token: jax.Array  # int32 [B]  the last one drawn, not yet in the cache
-  done: jax.Array  # bool [B]  an end token was drawn before column T
+  done: jax.Array  # bool [B]  an end was drawn before column T
+  stop_state: jax.Array | None  # int32 [B]  see StopRule; None: no stop text
 
 
 class Columns(NamedTuple):
@@ -165,8 +170,11 @@ def sample_token(
   return token, distribution.log_prob(logits, token), num_kept
 
 
-def record(config: SamplerConfig, sampled, done, t, rule: SamplingRule):
-  """Masks a token drawn for column t by `done` -> (Columns [B], done)."""
+def record(
+  config: SamplerConfig, sampled, done, stop_state, t, rule: SamplingRule
+):
+  """Masks a token drawn for column t by `done` -> (Columns [B], done,
+  stop_state)."""
   token, logp, num_kept = sampled
   column = Columns(
     jnp.where(done, config.pad_token, token),
@@ -175,8 +183,13 @@ def record(config: SamplerConfig, sampled, done, t, rule: SamplingRule):
     jnp.where(done, 0, num_kept),
   )
   is_end = jnp.any(token[:, None] == rule.end_tokens[None], axis=-1)
+  if rule.stop is not None:
+    kind, next_state = rule.stop
+    stop_state = next_state[stop_state, kind[token]]
+    is_end |= stop_state == next_state.shape[0] - 1
   # an end drawn in a chunk's excess, beyond column T, ends nothing
-  return column, done | (is_end & (t < config.max_completion_length))
+  done |= is_end & (t < config.max_completion_length)
+  return column, done, stop_state
 
 
 def check_cache(new, old) -> None:
@@ -208,8 +221,10 @@ def make_step(policy: Policy, config: SamplerConfig, params, rule) -> Callable:
     sampled = sample_token(
       policy, config, params, hidden[:, 0], uniform_B, rule
     )
-    column, done = record(config, sampled, rows.done, t, rule)
-    return RowState(cache, column.token, done), column
+    column, done, stop_state = record(
+      config, sampled, rows.done, rows.stop_state, t, rule
+    )
+    return RowState(cache, column.token, done, stop_state), column
 
   return step
 
@@ -283,7 +298,10 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
     (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
     sampled = sample_token(policy, config, params, hidden, uniform_B, rule)
-    first, done = record(config, sampled, jnp.zeros((C * G,), bool), 0, rule)
+    done, stop_state = jnp.zeros((C * G,), bool), None
+    if rule.stop is not None:
+      stop_state = jnp.zeros((C * G,), jnp.int32)
+    first, done, stop_state = record(config, sampled, done, stop_state, 0, rule)
     tables = jax.tree.map(
       lambda value, x: jnp.full(
         (ends[-1] * chunk if ends else 0, C * G), value, x.dtype
@@ -291,7 +309,8 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
       fills,
       first,
     )
-    rows = RowState(policy.init_cache(C * G, 0), first.token, done)
+    cache = policy.init_cache(C * G, 0)
+    rows = RowState(cache, first.token, done, stop_state)
     return prefix, first, SamplerCarry(jnp.int32(0), rows, tables)
 
   def sample(

@@ -42,6 +42,14 @@ class Prefix(NamedTuple):
   length: jax.Array  # int32 [C]
 
 
+class StopRule(NamedTuple):
+  """Automaton of the stop texts: a completion begins in state 0, a token moves
+  state s to next_state[s, kind[token]], and the last state ends it."""
+
+  kind: jax.Array  # int32 [V]  tokens of a kind move every state alike
+  next_state: jax.Array  # int32 [states, kinds]
+
+
 class SamplingRule(NamedTuple):
   """Rule that makes a distribution over tokens from logits; all of it traced.
 
@@ -54,6 +62,7 @@ class SamplingRule(NamedTuple):
   min_p: jax.Array  # float32 []    0: keeps every token
   end_tokens: jax.Array  # int32 [E]  any of them ends a completion
   forbidden: jax.Array | None  # bool [V]  never sampled
+  stop: StopRule | None = None  # the text that a token completes ends it, too
 
 
 class Rollout(NamedTuple):
@@ -79,7 +88,8 @@ class Scored(NamedTuple):
   rewards: dict  # {name: float32 [B, T]}  an outcome: on the last chosen token
   applies: dict  # {name: bool [B]}  False: the reward does not apply
   weights: dict  # {name: float32 []}
-  greedy_reward: jax.Array | None = None  # float32 [C] of a greedy completion
+  # float32 [C] of a greedy completion, NaN where no reward applies to it
+  greedy_reward: jax.Array | None = None
 
   @property
   def valid(self) -> jax.Array:
@@ -105,22 +115,42 @@ class TokenStats(NamedTuple):
 
 
 class AdvantageInputs(NamedTuple):
-  """Inputs of Algorithm.advantage: a whole batch."""
+  """Inputs of Algorithm.advantage: a whole batch.
+
+  `reward` is what a credit adds up. Statistics that divide are taken of
+  `task_reward`, which no KL is taken from.
+  """
 
   scored: Scored
-  reward: jax.Array  # float32 [B, T]  scored.reward, less the KL in the reward
-  valid: jax.Array  # bool [B]  scored.valid
   value: jax.Array | None  # float32 [B, T+1]  before token t; T: after the last
   log_change: jax.Array | None  # float32 [B, T]  l_old - l_roll
+  kl_penalty: jax.Array | None = None  # float32 [B, T]  of a KL in the reward
 
   @property
   def rollout(self) -> Rollout:
     return self.scored.rollout
 
   @property
+  def valid(self) -> jax.Array:
+    """Rows bool [B] that some reward applies to."""
+    return self.scored.valid
+
+  @property
   def mask(self) -> jax.Array:
     """Mask bool [B, T] of the chosen tokens of valid rows."""
     return self.rollout.mask & self.valid[:, None]
+
+  @property
+  def task_reward(self) -> jax.Array:
+    """Weighted sum float32 [B, T] of the rewards that apply."""
+    return self.scored.reward
+
+  @property
+  def reward(self) -> jax.Array:
+    """Task's reward less the KL's penalty, float32 [B, T]."""
+    if self.kl_penalty is None:
+      return self.task_reward
+    return self.task_reward - self.kl_penalty
 
 
 class Advantage(NamedTuple):
@@ -129,12 +159,17 @@ class Advantage(NamedTuple):
   advantage: jax.Array  # float32 [B, T]
   value_target: jax.Array | None = None  # float32 [B, T], where a V is learnt
   metrics: dict = {}  # noqa: RUF012  {name: []}, for the log and the carries
+  learns: jax.Array | None = None  # bool [B]  rows in the loss; None: all
+
+  def rows(self, valid: jax.Array) -> jax.Array:
+    """Valid rows bool [B] that are learnt from."""
+    return valid if self.learns is None else valid & self.learns
 
 
 class Trajectory(NamedTuple):
   """Inputs of a loss; the update vmaps over rows (then prompts is None)."""
 
-  rollout: Rollout  # its mask holds the chosen tokens of valid rows
+  rollout: Rollout  # its mask holds the chosen tokens of rows learnt from
   reward: jax.Array  # float32 [B, T]
   advantage: jax.Array  # float32 [B, T]
   value_target: jax.Array | None  # float32 [B, T]
@@ -249,7 +284,7 @@ class TrainState:
   carries: dict  # {name: value}, see Carry
   critic: Any = None  # parameters of a critic of its own
   frozen: Any = None  # parameters that no update changes: the base of adapters
-  skipped: Any = 0  # int32 []  updates in a row that were not finite
+  skipped: Any = None  # int32 []  updates in a row that were not finite
 
   @property
   def trained(self) -> tuple:
