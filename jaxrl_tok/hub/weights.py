@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxrl_tok import sharding
-from jaxrl_tok.hub import fetch
+from jaxrl_tok.hub import fetch, gguf
 from jaxrl_tok.hub.model import Model, TensorInfo
 
 READ_BYTES = 16 * 2**20  # of a tensor, at a time
@@ -32,6 +32,9 @@ VALUE_HEAD = 'v_head.weight'
 def _opened(file: Path):
   from safetensors import SafetensorError, safe_open
 
+  if file.suffix == fetch.GGUF:
+    yield gguf.read(file)
+    return
   try:
     with safe_open(file, 'np') as opened:
       yield opened
@@ -40,9 +43,12 @@ def _opened(file: Path):
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorInfo]:
-  """Lists the tensors of model.safetensors, or of the shards of an index."""
+  """Lists the tensors of model.safetensors, of the shards of an index, or of a
+  GGUF file."""
   single, index = directory / fetch.SINGLE, directory / fetch.INDEX
-  if single.is_file():
+  if directory.is_file():
+    files = [directory]
+  elif single.is_file():
     files = [single]
   elif index.is_file():
     files = sorted(directory / f for f in set(fetch.weight_map(index).values()))
