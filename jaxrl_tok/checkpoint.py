@@ -73,6 +73,21 @@ def save(
     )
 
 
+def saved_steps(run_dir: str | Path) -> list[int]:
+  """Steps of a run's checkpoints on disk, ascending."""
+  found = (Path(run_dir) / 'checkpoints').glob('[0-9]*')
+  return sorted(int(p.name) for p in found if p.name.isdecimal())
+
+
+def drop_after(manager: ocp.CheckpointManager, step: int) -> list[int]:
+  """Deletes the checkpoints after a step, which a run resumed there makes
+  anew; returns their steps."""
+  later = [s for s in sorted(manager.all_steps()) if s > step]
+  for s in later:
+    manager.delete(s)
+  return later
+
+
 def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
   """Chooses the step that --resume auto|STEP names; None if auto finds none."""
   steps = sorted(manager.all_steps())

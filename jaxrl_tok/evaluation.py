@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.rewards import accepted, get_name
+from jaxrl_tok.rewards.scoring import as_reward_error, quote_samples
 from jaxrl_tok.sharding import put_rows
 from jaxrl_tok.step.collectors import (
   Scorer,
@@ -64,6 +65,7 @@ def evaluate_held_out(
   step: int = 0,
   metrics: Sequence[Callable] = (),
   name: str = 'held_out',
+  mismatch: Callable | None = None,
 ) -> tuple[dict, list[dict]]:
   """Evaluates a policy on every prompt of a set: samples and scores them.
 
@@ -73,19 +75,23 @@ def evaluate_held_out(
       is dropped.
     prompt_length: P of all batches.
     step: step of the run, for the reward functions.
+    mismatch: Rollout -> {name: float32 []} of sampler and gradient, measured on
+      the first batch; None: not measured.
 
   Returns (metrics, rows): means over completions, one dict for each; where no
   reward applies to a completion its reward is None and in no mean. Must run
   under jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
-  lengths, ended, rows, examples_of = [], [], [], []
+  lengths, ended, rows, examples_of, gaps = [], [], [], [], {}
   for number, start in enumerate(range(0, n, num_prompts)):
     index = np.arange(start, start + num_prompts) % n
     real = min(num_prompts, n - start)
     examples = [data.records[int(i)] for i in index]
     prompts, columns = data.batch(examples, prompt_length)
     rollout = sample(number, put_rows(mesh, prompts))
+    if mismatch is not None and number == 0:
+      gaps = mismatch(rollout)
     on_device = ({}, {})
     if scorer.device is not None:
       on_device = scorer.device(rollout, put_rows(mesh, columns))
@@ -110,27 +116,50 @@ def evaluate_held_out(
     'mean_length': float(np.mean(lengths)),
     'clipped_ratio': 1.0 - float(np.mean(ended)),
   }
-  found |= corpus_metrics(metrics, examples_of, [r['completion'] for r in rows])
+  found |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
+  completions = [row['completion'] for row in rows]
+  found |= corpus_metrics(
+    metrics, examples_of, completions, scorer.on_error, scorer.warn
+  )
   return {prefix + name: value for name, value in found.items()}, rows
 
 
-def corpus_metrics(metrics, examples: list[dict], completions: list) -> dict:
-  """Metrics {name: float} of all completions together; see Evaluation."""
+def corpus_metrics(
+  metrics,
+  examples: list[dict],
+  completions: list,
+  on_error: str = 'raise',
+  warn: Callable = lambda name, text: None,
+) -> dict:
+  """Metrics {name: float} of all completions together; see Evaluation.
+
+  A metric that raises an exception, or gives no number, is a RewardError in one
+  line; with another on_error it is left out, and `warn` is told.
+  """
   names = dict.fromkeys(name for e in examples for name in e)
   columns = {name: [e.get(name) for e in examples] for name in names}
   prompts, found = columns.pop('prompt'), {}
   given = columns | {'prompts': prompts, 'completions': completions}
   for metric in metrics:
-    value = metric(**accepted(metric).choose(given))
-    if not isinstance(value, dict):
-      value = {get_name(metric): value}
+    name = get_name(metric)
+    try:
+      value = metric(**accepted(metric).choose(given))
+      value = value if isinstance(value, dict) else {name: value}
+      value = {k: float(v) for k, v in value.items()}
+    except (Exception, SystemExit) as e:
+      samples = quote_samples(examples, completions)
+      error = as_reward_error(f'the metric {name}', e, samples, 'mend it')
+      if on_error == 'raise':
+        raise error from e
+      warn(f'metric {name}', f'{error}; it is left out (--reward_on_error)')
+      continue
     taken = {*OWN_METRICS, *found} & value.keys()
     if taken:
       raise ValueError(
-        f'the metric {get_name(metric)} gives {min(taken)}, which is there '
-        'already; name it otherwise'
+        f'the metric {name} gives {min(taken)}, which is there already; name '
+        'it otherwise'
       )
-    found |= {k: float(v) for k, v in value.items()}
+    found |= value
   return found
 
 

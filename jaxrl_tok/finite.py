@@ -40,23 +40,30 @@ def check_finite(tree, owner: str, cure: str) -> None:
   not finite; {cure}.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  fine = jax.device_get(jax.jit(are_finite)(tree))
-  for (path, _), finite in zip(leaves, fine):
-    if not finite:
+  found = jax.device_get([_is_finite(x) for _, x in leaves])
+  for (path, _), fine in zip(leaves, found):
+    if not fine:
       raise ValueError(
         f'{owner} has {path_name(path)} with numbers that are not finite; '
         f'{cure}'
       )
 
 
+@jax.jit
+def _is_finite(x) -> jax.Array:
+  """Tells of one leaf; a program for each shape."""
+  return all_finite(x)
+
+
 # --- the first tensor of an update -------------------------------------------
 
+REWARD = 'the reward'
 # tensors of a batch, in the order in which they are computed
 OF_BATCH = (
   "the sampler's log-probs",
   "the reference's log-probs",
   'the old log-probs',
-  'the reward',
+  REWARD,
   'the values',
   'the value targets',
   'the advantage',

@@ -9,7 +9,8 @@ One step:
 5. evaluations, checkpoint, where they are due
 
 TrainState, the collector's cursor and Progress are saved together; a resumed
-run equals one that never stopped.
+run equals one that never stopped. Where a step raises an exception, the last
+moment at which the three belonged together is saved first (`rescue`).
 """
 
 import contextlib
@@ -20,11 +21,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxrl_tok import Interrupted
+from jaxrl_tok import Interrupted, finite
 from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.rewards.functions import RewardError, shorten
 from jaxrl_tok.step.collectors import Batch, Collector
 from jaxrl_tok.step.state import step_key
+from jaxrl_tok.step.update import FIRST, IN_A_ROW
 from jaxrl_tok.types import TrainState
 
 
@@ -36,6 +39,8 @@ class LoopConfig:
   save_every: int = 0  # and always at the end
   stop_at_reward: float | None = None  # held-out, greedy
   patience: int = 0  # evaluations without a better one
+  max_nonfinite: int = 3  # updates in a row that are not finite
+  reward_on_error: str = 'raise'  # see rewards.scoring.ON_ERROR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,19 @@ class Progress:
   eval_reward: float | None = None  # held-out, the last evaluation
   best_reward: float | None = None
   evals_since_best: int = 0
+
+
+class NotFinite(ValueError):
+  """Updates in a row were not finite, and ended the run.
+
+  Attributes:
+    since: step of the state that they began from; they changed nothing.
+    by_reward: the policy has no part in it.
+  """
+
+  def __init__(self, message: str, since: int, by_reward: bool):
+    super().__init__(message)
+    self.since, self.by_reward = since, by_reward
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -83,9 +101,17 @@ def stop_requested():
       signal.signal(s, old)
 
 
-def find_warnings(metrics: dict) -> dict[str, str]:
-  """Finds conditions that hinder learning: {kind: message}, shown once each."""
+def find_warnings(metrics: dict, tensor: str = '') -> dict[str, str]:
+  """Finds conditions that hinder learning: {kind: message}, shown once each.
+
+  tensor: name of the first one that is not finite, where an update was not.
+  """
   found = {}
+  if metrics.get('nonfinite_updates'):
+    found['nonfinite'] = (
+      f'an update was not finite and changed nothing; the first such tensor is '
+      f'{tensor}; the metric nonfinite_updates counts them'
+    )
   if metrics['frac_reward_zero_std'] == 1:
     found['variance'] = (
       'in every group all rewards are equal, so there is no advantage to '
@@ -111,16 +137,34 @@ def find_warnings(metrics: dict) -> dict[str, str]:
   return found
 
 
+def is_errors(name: str) -> bool:
+  """Tells whether a metric is rewards/NAME/errors."""
+  return name.startswith('rewards/') and name.endswith('/errors')
+
+
 class StepLog:
   """Times the phases of a step and logs it when its metrics are there.
 
   `hold` keeps a step whose update has been dispatched; `flush` waits for it,
   which ends its update phase, and writes it down.
+
+  Args:
+    tensors: names of an update's tensors, see finite.tensor_names.
+
+  Attributes:
+    in_a_row: updates that were not finite, up to the step written last.
   """
 
-  def __init__(self, logger: Logger, show: Callable):
+  def __init__(
+    self,
+    logger: Logger,
+    show: Callable,
+    config: LoopConfig,
+    tensors: list[str],
+  ):
     self._logger, self._show = logger, show
-    self._held, self._warned = None, set()
+    self._config, self._tensors = config, tensors
+    self._held, self._warned, self.in_a_row = None, set(), 0
     self.restart()
 
   def restart(self) -> None:
@@ -185,10 +229,16 @@ class StepLog:
     self, progress: Progress, generated: int, metrics: dict, times: dict
   ) -> None:
     metrics = metrics | {'num_tokens': progress.num_tokens, **times}
+    errors = {}
+    if self._config.reward_on_error == 'raise':
+      errors = {n: metrics.pop(n) for n in list(metrics) if is_errors(n)}
+    self.in_a_row = int(metrics.pop(IN_A_ROW, 0))
+    first = self._tensors[int(metrics.pop(FIRST, 0))]
     metrics['step_time'] = sum(times.values())
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
-    for kind, text in find_warnings(metrics).items():
+    self._check(progress.step, errors, first)
+    for kind, text in find_warnings(metrics, first).items():
       if kind not in self._warned:
         self._warned.add(kind)
         self._logger.warn(f'step {progress.step}: {text}')
@@ -201,6 +251,30 @@ class StepLog:
     )
     text = (f'{n} {v:{form}}' for n, v, form in parts if v is not None)
     self._show(progress.step, '  '.join(text))
+
+  def _check(self, step: int, errors: dict, first: str) -> None:
+    """Raises ValueError, in one line, for a step that ends the run."""
+    most = self._config.max_nonfinite
+    for name, value in errors.items():
+      if value:
+        raise RewardError(
+          f'@on_device reward {name[8:-7]} gave {value:.0f} completions of '
+          f'step {step} values that are not finite; mend it, or pass '
+          '--reward_on_error mask'
+        )
+    if most and self.in_a_row >= most:
+      by_reward = first == finite.REWARD
+      cure = (
+        'make the rewards smaller'
+        if by_reward
+        else 'lower --learning_rate, or mend the loss or the reward'
+      )
+      raise NotFinite(
+        f'{self.in_a_row} updates in a row, up to step {step}, were not finite '
+        f'and changed nothing; the first such tensor is {first}; {cure}',
+        step - self.in_a_row,
+        by_reward,
+      )
 
   def evaluation(
     self, progress: Progress, name: str, metrics: dict, rows: list
@@ -231,6 +305,56 @@ def after_evaluation(progress: Progress, reward: float) -> Progress:
   )
 
 
+@dataclasses.dataclass
+class Moment:
+  """State, cursor and progress that belong together, but while a step is under
+  way."""
+
+  state: TrainState
+  cursor: dict
+  progress: Progress
+  saved: int | None = None  # step of the newest checkpoint of this run
+
+  @property
+  def is_whole(self) -> bool:
+    """Tells whether the three are of one step, and all arrays are there: an
+    update takes the memory of the state that it is given."""
+    arrays = (
+      x for x in jax.tree.leaves(self.state) if hasattr(x, 'is_deleted')
+    )
+    if any(x.is_deleted() for x in arrays):
+      return False
+    return int(self.state.step) == self.progress.step
+
+  def save(self, save: Callable) -> None:
+    save(self.state, self.cursor, self.progress)
+    self.saved = self.progress.step
+
+
+def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
+  """Saves the last whole moment before an error ends the run, so that a resumed
+  run repeats the step that failed. A note on the error tells where it cannot.
+
+  Updates that were not finite leave the policy that they began from, which is
+  saved where the rewards are at fault, or where there is no checkpoint. On
+  several processes nothing is saved: the others do not know.
+  """
+  if at.progress.step in (begun, at.saved) or jax.process_count() > 1:
+    return
+  if isinstance(error, NotFinite):
+    if not error.by_reward and (begun or at.saved is not None):
+      return
+    at.state = at.state.replace(skipped=at.state.skipped * 0)
+  try:
+    if at.is_whole:
+      at.save(save)
+  except Exception as failed:  # a full disk, or a device that gave up
+    error.add_note(
+      f'the state after step {at.progress.step} cannot be saved '
+      f'({shorten(failed)})'
+    )
+
+
 def train(
   state: TrainState,
   cursor: dict,
@@ -247,36 +371,62 @@ def train(
   Args:
     cursor: collector.init() of a new run.
     update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
-    save: called at save_every, at the end and when a signal came.
+    save: called at save_every, at the end, when a signal came and before an
+      error ends the run; not at save_every while updates are not finite.
 
   Must run under jax.set_mesh. Returns (state, cursor, progress, why it
-  stopped). Raises Interrupted, after saving, when a signal came.
+  stopped). Raises Interrupted, after saving, when a signal came; NotFinite
+  after max_nonfinite updates in a row.
   """
-  begun = progress.step
+  at, begun = Moment(state, cursor, progress), progress.step
   with (
     logger.bar('train', config.max_steps, progress.step) as show,
     stop_requested() as asked,
   ):
-    log = StepLog(logger, show)
-    while not (reason := stop_reason(progress, config)):
-      pending = collector.start(state, step_key(state), cursor)
+    names = finite.tensor_names(state.trained)
+    log = StepLog(logger, show, config, names)
+    try:
+      while not (reason := stop_reason(at.progress, config)):
+        run_step(at, collector, update, evaluations, config, log)
+        if (stop := asked()) or is_due(config.save_every, at.progress.step):
+          log.flush()
+          if stop or not log.in_a_row:
+            at.save(save)
+          log.restart()
+        if stop:
+          raise Interrupted(f'stopped by a signal after step {at.saved}')
       log.flush()
-      batch, cursor = collector.finish(pending)
-      state, metrics, last = update(state, batch.scored)
-      progress = log.hold(progress, batch, metrics)
-      for e in due(evaluations, progress.step, config.max_steps):
-        found = e.run(state, progress.step, batch, last)
-        progress = log.evaluation(progress, e.name, *found)
-      if (stop := asked()) or is_due(config.save_every, progress.step):
-        log.flush()
-        save(state, cursor, progress)
-        log.restart()
-      if stop:
-        raise Interrupted(f'stopped by a signal after step {progress.step}')
-    log.flush()
-  if progress.step > begun and not is_due(config.save_every, progress.step):
-    save(state, cursor, progress)
-  return state, cursor, progress, reason
+    except Interrupted:
+      raise
+    except Exception as error:
+      with contextlib.suppress(Exception):
+        log.flush()  # the row of the step before
+      rescue(at, begun, save, error)
+      raise
+  if at.progress.step not in (begun, at.saved):
+    at.save(save)
+  return at.state, at.cursor, at.progress, reason
+
+
+def run_step(
+  at: Moment,
+  collector: Collector,
+  update: Callable,
+  evaluations: Sequence[Due],
+  config: LoopConfig,
+  log: StepLog,
+) -> None:
+  """Makes one step, or as many as an update has: steps 1 to 4 and the
+  evaluations that are due; see train."""
+  pending = collector.start(at.state, step_key(at.state), at.cursor)
+  log.flush()
+  batch, cursor = collector.finish(pending)
+  at.state, metrics, last = update(at.state, batch.scored)
+  at.cursor = cursor
+  at.progress = log.hold(at.progress, batch, metrics)
+  for e in due(evaluations, at.progress.step, config.max_steps):
+    found = e.run(at.state, at.progress.step, batch, last)
+    at.progress = log.evaluation(at.progress, e.name, *found)
 
 
 def is_due(every: int, step: int) -> bool:

@@ -259,7 +259,9 @@ def test_a_scorer_names_the_function_and_the_completion_that_are_wrong():
   def dark(completions):
     return [np.nan if c.startswith('cd') else 0 for c in completions]
 
-  with pytest.raises(ValueError, match=r"dark gave nan for .* 1 \('cdef'\)"):
+  with pytest.raises(
+    ValueError, match=r"dark gave nan for .* 1 \('cdef' of prompt 'p'\)"
+  ):
     scored([right, dark])
 
 

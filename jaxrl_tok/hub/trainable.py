@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 
 from jaxrl_tok import sharding
+from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import adapters as peft
 from jaxrl_tok.hub.directory import atomic_directory, save, write_card
 from jaxrl_tok.hub.model import Model
@@ -35,6 +36,11 @@ class Trainable(NamedTuple):
   # (run_dir, trained, frozen, card, dtype) -> run_dir/export, written anew;
   # adapters also as run_dir/adapter
   export: Callable
+
+
+def check_export(trained) -> None:
+  """Refuses to write parameters that are not finite."""
+  check_finite(trained, 'the policy', 'export an earlier checkpoint')
 
 
 def random_params(policy: Policy, mesh, seed: int):
@@ -62,6 +68,7 @@ def full(
   def save_as(
     out, trained, frozen, card=None, dtype='float32', replace=False
   ) -> Path:
+    check_export(trained)
     # a shared critic's head, which the model began without
     headed = 'value_head' in trained and not model.config.value_head
     described = model.with_value_head() if headed else model
@@ -124,10 +131,12 @@ def adapted(
   def save_as(
     out, trained, frozen, card=None, dtype='float32', replace=False
   ) -> Path:
+    check_export(trained)
     merged = jax.jit(full_params, static_argnums=2)(trained, frozen, dtype)
     return save(out, model, merged, card, replace=replace)
 
   def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
+    check_export(trained)
     run_dir, transposed = Path(run_dir), model.family.transposed
     with atomic_directory(run_dir / 'adapter', replace=True) as part:
       peft.save(part, config, trained, model.origin, transposed)

@@ -88,6 +88,7 @@ class Logger:
       quiet=not is_main, soft_wrap=True, emoji=False
     )
     self._started = time.monotonic()
+    self._said = set()
     self._files = {}
     self._board = None
     if run_dir is None or not is_main:
@@ -140,6 +141,12 @@ class Logger:
   def warn(self, text: str) -> None:
     """Prints a warning."""
     self.message(f'warning: {text}', style='yellow')
+
+  def warn_once(self, kind: str, text: str) -> None:
+    """Prints the first warning of a kind."""
+    if kind not in self._said:
+      self._said.add(kind)
+      self.warn(text)
 
   @contextlib.contextmanager
   def doing(self, task: str):

@@ -39,6 +39,7 @@ from jaxrl_tok.rewards.functions import (
 )
 from jaxrl_tok.rewards.load import load_reward, load_rewards
 from jaxrl_tok.rewards.scoring import (
+  ON_ERROR,
   HostScores,
   TrainerState,
   lift,
@@ -47,6 +48,7 @@ from jaxrl_tok.rewards.scoring import (
 
 __all__ = [
   'ARGUMENTS',
+  'ON_ERROR',
   'HostScores',
   'RewardError',
   'TrainerState',

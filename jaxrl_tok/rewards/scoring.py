@@ -21,6 +21,9 @@ from jaxrl_tok.rewards.functions import (
 )
 
 LARGEST = float(np.finfo(np.float32).max)
+# treatment of a function that raises an exception or gives a wrong value: raise
+# it, or let the reward not apply (mask) or be 0 (zero) there
+ON_ERROR = ('raise', 'mask', 'zero')
 
 
 class HostScores(NamedTuple):
@@ -54,23 +57,35 @@ def lift(
 
   # 2.5 with mask [1 1 1 0] -> [0 0 2.5 0];  [1, 0, .5] -> [1 0 .5 0]
   """
-  values = _as_rows(values, len(mask), name)
+  rows = [quote(text) for text in texts]
+  return np.stack(
+    [
+      lift_row(value, mask[b], name, _where(b, rows))
+      for b, value in enumerate(_as_rows(values, len(mask), name))
+    ]
+  )
+
+
+def _where(b: int, rows: Sequence[str]) -> str:
+  """Names a completion, for errors."""
+  return f'completion {b}' + (f' ({rows[b]})' if rows else '')
+
+
+def lift_row(value, mask: np.ndarray, name: str, where: str) -> np.ndarray:
+  """A completion's value -> float32 [T]; see lift. Raises ValueError."""
   # float32 whatever the inputs: an int array would cut fractions off
-  out = np.zeros(mask.shape, np.float32)
-  for b, value in enumerate(values):
-    columns = np.flatnonzero(mask[b])
-    if value is None or not len(columns):
-      continue
-    where = f'completion {b}' + (f' ({quote(texts[b])})' if texts else '')
-    if not _is_list(value):
-      out[b, columns[-1]] = _number(value, name, where)
-    elif len(value) == len(columns):
-      out[b, columns] = _numbers(value, name, where)
-    else:
-      raise ValueError(
-        f'reward function {name} gave {len(value)} token rewards for '
-        f'{where}, which has {len(columns)} tokens; give one for each'
-      )
+  out, columns = np.zeros(mask.shape, np.float32), np.flatnonzero(mask)
+  if value is None or not len(columns):
+    return out
+  if not _is_list(value):
+    out[columns[-1]] = _number(value, name, where)
+  elif len(value) == len(columns):
+    out[columns] = _numbers(value, name, where)
+  else:
+    raise ValueError(
+      f'reward function {name} gave {len(value)} token rewards for '
+      f'{where}, which has {len(columns)} tokens; give one for each'
+    )
   return out
 
 
@@ -139,7 +154,7 @@ def _number(value, name: str, where: str) -> float:
 def summarize(name: str, reward: np.ndarray, applies: np.ndarray) -> dict:
   """Mean and standard deviation (over n - 1) of the completions' rewards where
   the function applies, and the count of those where it does not."""
-  sums = reward.sum(1)[applies]
+  sums = reward.sum(1, dtype=np.float64)[applies]
   metrics = {
     f'rewards/{name}/mean': float(sums.mean()) if len(sums) else 0.0,
     f'rewards/{name}/std': float(sums.std(ddof=1)) if len(sums) > 1 else 0.0,
@@ -237,8 +252,15 @@ def run_together(awaitables: list) -> list:
   """Results of awaitables that wait side by side; an exception is a result.
   Works where the caller's thread runs a loop already, as in a notebook."""
 
+  async def settle(awaitable):
+    try:
+      return await awaitable
+    except (Exception, SystemExit) as e:  # an exit would end the loop's thread
+      return e
+
   async def gather():
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+    waiting = map(settle, awaitables)
+    return await asyncio.gather(*waiting, return_exceptions=True)
 
   future = asyncio.run_coroutine_threadsafe(gather(), _event_loop(os.getpid()))
   try:
@@ -248,32 +270,88 @@ def run_together(awaitables: list) -> list:
     raise
 
 
-def _call_all(calls: dict[str, Callable], texts: list) -> dict:
-  """{name: values} of calls without arguments. Coroutines are awaited
-  together after the plain functions."""
-  results, failed = {}, {}
+def call_all(calls: dict[str, Callable], first_only: bool = True) -> dict:
+  """Calls functions without arguments: {name: values, or an exception}.
+  Coroutines are awaited together after the plain functions.
+
+  first_only: calls nothing more after an exception.
+  """
+  results, failed = {}, False
   for name, call in calls.items():
     try:
       results[name] = call()
-    except Exception as e:
-      failed[name] = e
-      break
+    except (Exception, SystemExit) as e:
+      results[name], failed = e, True
+      if first_only:
+        break
   waiting = {k: v for k, v in results.items() if inspect.isawaitable(v)}
-  if waiting and not failed:
+  if waiting and not (failed and first_only):
     results |= zip(waiting, run_together(list(waiting.values())))
-    failed = {k: v for k, v in results.items() if isinstance(v, BaseException)}
   for awaitable in waiting.values():
     if inspect.iscoroutine(awaitable):
       awaitable.close()  # no warning where it was never awaited
-  for name, e in failed.items():
-    if raised_by_us(e):
-      raise e
-    said = f'{type(e).__name__}: {shorten(e)}'.removesuffix(': ')
-    raise RewardError(
-      f'reward {name} raised {said} on {len(texts)} completions, the first '
-      f'{quote(texts[0])}; mend it, or return None where it does not apply'
-    ) from e
   return results
+
+
+def describe_error(e: BaseException) -> str:
+  """Kind and text of an exception on one line."""
+  return f'{type(e).__name__}: {shorten(e)}'.removesuffix(': ')
+
+
+def as_reward_error(
+  function: str, e: BaseException, samples: list, cure: str
+) -> Exception:
+  """The exception as one line that names function and sample; one of ours as it
+  is.
+
+  Args:
+    function: its kind and name.
+    samples: completions, see quote_samples.
+  """
+  if raised_by_us(e):
+    return e
+  error = RewardError(
+    f'{function} raised {describe_error(e)} on {len(samples)} completions, '
+    f'the first {samples[0]}; {cure}'
+  )
+  error.__cause__ = e
+  return error
+
+
+class _Judged(NamedTuple):
+  """Values of one function, lifted."""
+
+  reward: np.ndarray  # float32 [B, T]
+  applies: np.ndarray  # bool [B]
+  failed: np.ndarray  # bool [B]  rows whose value is none
+  error: Exception | None  # the first one
+
+
+def judge(values, mask: np.ndarray, name: str, samples: list) -> _Judged:
+  """Lifts values, and notes what is wrong: an exception or a wrong number of
+  values concerns all rows, a wrong value its own."""
+  B = len(mask)
+  reward, applies = np.zeros(mask.shape, np.float32), np.ones(B, bool)
+  failed = np.zeros(B, bool)
+  if isinstance(values, BaseException):
+    cure = (
+      'mend it, return None where it does not apply, or pass '
+      '--reward_on_error mask'
+    )
+    error = as_reward_error(f'reward {name}', values, samples, cure)
+    return _Judged(reward, applies, ~failed, error)
+  try:
+    rows = _as_rows(values, B, name)
+  except ValueError as e:
+    return _Judged(reward, applies, ~failed, e)
+  error = None
+  for b, value in enumerate(rows):
+    applies[b] = value is not None
+    try:
+      reward[b] = lift_row(value, mask[b], name, _where(b, samples))
+    except ValueError as e:
+      failed[b], error = True, error or e
+  return _Judged(reward, applies, failed, error)
 
 
 def make_scorer(
@@ -283,6 +361,8 @@ def make_scorer(
   *,
   keep_special_tokens: bool = False,
   reserved: Collection[str] = (),
+  on_error: str = 'raise',
+  warn: Callable = lambda name, text: None,
 ) -> Callable:
   """Returns score(tokens [B, T], mask [B, T], examples, trainer_state=None,
   environments=None) -> HostScores.
@@ -294,6 +374,9 @@ def make_scorer(
     end_tokens: ids that end a completion.
     keep_special_tokens: calls decode(ids, skip_special_tokens=False).
     reserved: names that log_metric and log_extra may not use.
+    on_error: one of ON_ERROR; with mask and zero the metric rewards/NAME/errors
+      counts the completions concerned.
+    warn: (name of the function, text) of what was masked or is zero.
 
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
@@ -323,16 +406,41 @@ def make_scorer(
       given = takes[name].choose(arguments | log)
       return functools.partial(functions[name], **given)
 
-    values = _call_all({name: bind(name) for name in functions}, texts)
+    raises = on_error == 'raise'
+    values = call_all({name: bind(name) for name in functions}, raises)
+    samples = quote_samples(examples, texts)
     rewards, applies, metrics = {}, {}, {}
     for name, found in values.items():
-      rewards[name] = lift(found, mask, name, texts)
-      applies[name] = np.array([v is not None for v in found], bool)
+      judged = judge(found, mask, name, samples)
+      if judged.error is not None and raises:
+        raise judged.error
+      if judged.error is not None:
+        warn(
+          name,
+          f'{judged.error}; --reward_on_error {on_error} goes on, and '
+          f'rewards/{name}/errors counts them',
+        )
+      rewards[name] = judged.reward
+      applies[name] = judged.applies & (~judged.failed | (on_error == 'zero'))
       metrics |= summarize(name, rewards[name], applies[name])
+      if not raises:
+        metrics[f'rewards/{name}/errors'] = float(judged.failed.sum())
     extra, logged = _merge_logs(list(logs.values()))
     return HostScores(rewards, applies, texts, metrics | logged, extra)
 
   return score
+
+
+def quote_samples(examples: list[dict], texts: list) -> list[str]:
+  """Completions and their prompts, quoted, shortened, for errors."""
+  G = len(texts) // max(len(examples), 1)
+  prompts = [_prompt_text(e['prompt']) for e in examples for _ in range(G)]
+  return [f'{quote(t)} of prompt {quote(p)}' for t, p in zip(texts, prompts)]
+
+
+def _prompt_text(prompt) -> str:
+  """Text of a prompt, or of the last of its messages."""
+  return prompt if isinstance(prompt, str) else str(prompt[-1].get('content'))
 
 
 def _arguments(examples: list[dict], texts: list, ids: list) -> dict:

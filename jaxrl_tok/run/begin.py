@@ -15,6 +15,7 @@ import yaml
 from jaxrl_tok import checkpoint
 from jaxrl_tok.credit import losses
 from jaxrl_tok.data import data_fingerprint
+from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.report.logger import Logger
@@ -113,9 +114,13 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
   if restored is None:
     record.write_run_files(setup, run_dir)
     state = new_state(setup, *first_params(setup))
+    check_state(setup, state)
     return setup, state, None, Progress()
   state, cursor, progress, old = restored
   logger.message(f'resumed from step {progress.step}')
+  check_state(setup, state)
+  if dropped := checkpoint.drop_after(checkpoints, progress.step):
+    logger.message(f'later checkpoints are made anew: {dropped}')
   new = saved_settings(setup)
   if old.get(DATA, new[DATA]) != new[DATA]:
     logger.warn(
@@ -126,6 +131,13 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
     if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
       logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
   return setup, state, cursor, progress
+
+
+def check_state(setup: Setup, state) -> None:
+  """Refuses a state that begins with parameters that are not finite."""
+  origin = getattr(setup.model, 'origin', 'the policy')
+  for tree in (state.params, state.frozen):
+    check_finite(tree, origin, 'no update of it is finite: give another model')
 
 
 def saved_settings(setup: Setup) -> dict:

@@ -57,7 +57,8 @@ class Parsed(NamedTuple):
 def fail(message) -> None:
   """Prints one line on stderr, an error's notes included, and exits with status
   2."""
-  lines = [str(message), *getattr(message, '__notes__', ())]
+  notes = getattr(message, '__notes__', ())
+  lines = [str(message), *(n for n in notes if '\n' not in n)]  # not jax's
   print(f'error: {"; ".join(lines)}', file=sys.stderr)
   raise SystemExit(2)
 

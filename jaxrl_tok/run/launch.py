@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrl_tok import Interrupted, checkpoint
+from jaxrl_tok.credit import algorithms
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
+from jaxrl_tok.rewards.functions import shorten
 from jaxrl_tok.run import compat, record
 from jaxrl_tok.run.begin import (
   begin,
@@ -52,7 +54,7 @@ from jaxrl_tok.step.programs import (
   Programs,
   compile_programs,
 )
-from jaxrl_tok.train import LoopConfig, Progress, train
+from jaxrl_tok.train import LoopConfig, NotFinite, Progress, train
 
 
 def device_score(setup: Setup) -> tuple | None:
@@ -115,7 +117,8 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
   )
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
-    collector = dynamic(collector, rounds)
+    each = algorithms.normalizes_each(setup.algorithm.settings)
+    collector = dynamic(collector, rounds, each)
   if sampling.replay_groups:
     collector = off_policy.replayed(
       collector,
@@ -148,6 +151,36 @@ def check_cursor(setup: Setup, collector: Collector, cursor, step: int) -> None:
       f'--steps_per_call {n} cannot go on from step {step}, which is no '
       'multiple of it; pass --steps_per_call 0'
     )
+
+
+def close(setup: Setup, checkpoints, error: BaseException) -> None:
+  """Closes a run that an error ends, once its checkpoint is on disk; a note on
+  the error tells where that fails."""
+  try:
+    checkpoints.close()
+  except Exception as failed:
+    error.add_note(f'the checkpoint cannot be written ({shorten(failed)})')
+  setup.logger.close()
+
+
+def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
+  """Flags that go on with a run."""
+  return f'go on with --output_dir {run_dir} --resume {step}'
+
+
+def resume_note(run_dir: Path, error: Exception) -> str | None:
+  """Sentence on how to go on after an error: from the newest checkpoint, or
+  after updates that were not finite from the newest one whose own update was.
+  None without a checkpoint."""
+  steps = checkpoint.saved_steps(run_dir)
+  if not steps:
+    return None
+  step = steps[-1]
+  if isinstance(error, NotFinite) and not error.by_reward:
+    # the state that they began from is finite, and all that follows is not
+    step = max((s for s in steps if s < error.since), default=step)
+  command = resume_command(run_dir, 'auto' if step == steps[-1] else step)
+  return f'the last good checkpoint is step {step}: {command}'
 
 
 class Finished(NamedTuple):
@@ -189,7 +222,12 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     progress = dataclasses.replace(progress, first_reward=first)
   begun = progress.step
   config = LoopConfig(
-    run.max_steps, run.save_every, run.stop_at_reward, run.patience
+    run.max_steps,
+    run.save_every,
+    run.stop_at_reward,
+    run.patience,
+    run.max_nonfinite,
+    run.reward_on_error,
   )
   try:
     state, cursor, progress, reason = train(
@@ -204,13 +242,13 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       save,
     )
   except Interrupted as e:
-    setup.logger.message(
-      f'{e}; go on with --output_dir {run_dir} --resume auto'
-    )
-    setup.logger.close()
+    setup.logger.message(f'{e}; {resume_command(run_dir)}')
+    close(setup, checkpoints, e)
     raise
-  finally:
-    checkpoints.close()  # waits until the last one is on disk
+  except BaseException as e:
+    close(setup, checkpoints, e)
+    raise
+  checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
   step = progress.step
   logged = not_logged(setup, step) if step > begun else set()
@@ -231,8 +269,15 @@ def run(setup: Setup) -> Result | None:
   with jax.set_mesh(setup.mesh):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
-    done = learn(setup, run_dir)
-  return finish(done, run_dir, time.monotonic() - began)
+    try:
+      done = learn(setup, run_dir)
+      return finish(done, run_dir, time.monotonic() - began)
+    except Interrupted:
+      raise
+    except Exception as e:
+      if note := resume_note(run_dir, e):
+        e.add_note(note)
+      raise
 
 
 def finish(done: Finished, run_dir: Path, seconds: float) -> Result:

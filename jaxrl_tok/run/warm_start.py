@@ -16,17 +16,16 @@ import numpy as np
 import optax
 
 from jaxrl_tok import __version__, data, sharding
+from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
 from jaxrl_tok.run.prepare import Setup, answer_ids, make_networks
 from jaxrl_tok.sampler import make_sampler
+from jaxrl_tok.step.compile import QUICKLY
 from jaxrl_tok.step.supervised import make_supervised_step
 from jaxrl_tok.types import Prompts
-
-# for a program that runs once, for milliseconds
-QUICKLY = {'xla_backend_optimization_level': 0}
 
 
 def digest(records) -> str:
@@ -57,6 +56,7 @@ def cache_dir(setup: Setup) -> Path:
     'temperature': rule.temperature.item(),
     'end_tokens': rule.end_tokens.tolist(),
     'forbidden': list(map(int, never)),
+    'stop': list(setup.settings.sampling.stop),
     'rewards': sorted(setup.evaluations[0].rewards.weights.items()),
     'data': [
       digest(setup.data.records),
@@ -91,7 +91,7 @@ def target_ids(setup: Setup, example: dict) -> list[int]:
       f'{setup.task.answers!r} that is text; a supervised start needs an '
       'answer for each prompt, or pass --model'
     )
-  row = answer_ids(setup.model, answer)
+  row = answer_ids(setup.settings, setup.model, answer)
   if len(row) > T:
     raise ValueError(
       f'--max_completion_length {T} cannot hold the answer {answer[:60]!r} of '
@@ -201,6 +201,9 @@ def warm_start(setup: Setup):
       setup.logger.warn(f'{e}; the supervised start is made anew')
       shutil.rmtree(where, ignore_errors=True)
   params, steps, score = learn(setup)
+  check_finite(
+    params, 'the supervised start', 'lower --warm_start_learning_rate'
+  )
   setup.logger.message(f'supervised start: {steps} steps, held-out {score:.3f}')
   if keep and jax.process_index() == 0:
     save_start(setup, params, where)

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet, batch_at
+from jaxrl_tok.rewards.functions import RewardError
+from jaxrl_tok.rewards.scoring import quote_samples
 from jaxrl_tok.sharding import put_replicated, put_rows
 from jaxrl_tok.types import Rollout, Scored, TrainState
 
@@ -77,6 +79,8 @@ class Scorer(NamedTuple):
   device: Callable | None
   weights: dict  # {name: float}
   trainer_state: Callable  # step -> rewards.TrainerState
+  on_error: str = 'raise'  # see rewards.ON_ERROR
+  warn: Callable = lambda name, text: None  # of what was masked or is zero
 
 
 def token_rewards(scored: Scored) -> np.ndarray:
@@ -116,12 +120,45 @@ def score(
   mesh = jax.sharding.get_mesh()
   tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
   host = scorer.host(tokens, mask, examples, scorer.trainer_state(step))
-  rewards, applies = device
+  samples = quote_samples(examples, host.texts)
+  rewards, applies, errors = check_device(scorer, *device, samples)
   rewards = rewards | put_rows(mesh, host.rewards)
   applies = applies | put_rows(mesh, host.applies)
   weights = {name: np.float32(scorer.weights[name]) for name in rewards}
   scored = Scored(rollout, rewards, applies, put_replicated(mesh, weights))
-  return Score(scored, host.texts, dict(host.metrics), host.extra)
+  return Score(scored, host.texts, host.metrics | errors, host.extra)
+
+
+def check_device(
+  scorer: Scorer, rewards: dict, applies: dict, samples: list[str]
+) -> tuple[dict, dict, dict]:
+  """Treats values of device rewards that are not finite by scorer.on_error:
+  (rewards, applies, metrics). Raises RewardError, in one line.
+
+  samples: completions, quoted, for the error.
+  """
+  mesh, errors = jax.sharding.get_mesh(), {}
+  for name, values in jax.device_get(rewards).items():
+    failed = ~np.isfinite(values).all(axis=1)
+    if scorer.on_error != 'raise':
+      errors[f'rewards/{name}/errors'] = float(failed.sum())
+    if not failed.any():
+      continue
+    b = int(failed.argmax())
+    error = RewardError(
+      f'@on_device reward {name} gave {values[b][~np.isfinite(values[b])][0]} '
+      f'for completion {b} ({samples[b]}); rewards must be finite (return '
+      '(values, applies) where it does not apply)'
+    )
+    if scorer.on_error == 'raise':
+      raise error
+    scorer.warn(name, f'{error}; --reward_on_error {scorer.on_error} goes on')
+    fixed = np.where(failed[:, None], np.float32(0), values)
+    rewards = rewards | put_rows(mesh, {name: fixed})
+    if scorer.on_error == 'mask':
+      on = jax.device_get(applies[name]) & ~failed
+      applies = applies | put_rows(mesh, {name: on})
+  return rewards, applies, errors
 
 
 def single_turn(
@@ -178,7 +215,8 @@ def single_turn(
     if p.greedy is not None:
       best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
       mesh = jax.sharding.get_mesh()
-      scored = scored._replace(greedy_reward=put_rows(mesh, total_reward(best)))
+      known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
+      scored = scored._replace(greedy_reward=put_rows(mesh, known))
     mask, length = jax.device_get((p.rollout.mask, p.rollout.prompts.length))
     read = int(length.sum()) * (len(mask) // len(length))
     counts = TokenCounts(len(length), int(mask.sum()), read)
@@ -199,14 +237,32 @@ def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
 # --- groups, on the host -----------------------------------------------------
 
 
-def has_reward_variance(scored: Scored) -> np.ndarray:
-  """Groups bool [C] whose valid rows do not all have one reward."""
+def has_reward_variance(scored: Scored, by_reward: bool = False) -> np.ndarray:
+  """Groups bool [C] whose valid rows do not all have one reward.
+
+  by_reward: compares each reward by itself over the rows that it applies to,
+  as its normalisation does (normalize_then_sum).
+  """
   C = len(scored.rollout.prompts.length)
-  rows = total_reward(scored).reshape(C, -1)
-  valid = valid_rows(scored).reshape(C, -1)
-  high = np.where(valid, rows, -np.inf).max(axis=1)
-  low = np.where(valid, rows, np.inf).min(axis=1)
-  return high - low > 1e-6
+
+  def varies(rows, on):
+    rows, on = rows.reshape(C, -1), on.reshape(C, -1)
+    high = np.where(on, rows, -np.inf).max(axis=1)
+    return high > np.where(on, rows, np.inf).min(axis=1)
+
+  if not by_reward:
+    return varies(total_reward(scored), valid_rows(scored))
+  applies = jax.device_get(scored.applies)
+  alone = (
+    scored._replace(
+      rewards={name: reward},
+      applies={name: applies[name]},
+      weights={name: scored.weights[name]},
+    )
+    for name, reward in scored.rewards.items()
+  )
+  each = [varies(total_reward(s), valid_rows(s)) for s in alone]
+  return np.any(each, axis=0)
 
 
 def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
@@ -250,10 +306,15 @@ def place(scored: Scored) -> Scored:
 # --- wrappers ----------------------------------------------------------------
 
 
-def dynamic(collector: Collector, rounds: int) -> Collector:
+def dynamic(
+  collector: Collector, rounds: int, by_reward: bool = False
+) -> Collector:
   """Dynamic sampling: replaces groups of equal rewards, which have no
   advantage, by groups of the next prompts. After `rounds` rollouts they fill
-  what is missing. DAPO, arXiv:2503.14476."""
+  what is missing. DAPO, arXiv:2503.14476.
+
+  by_reward: see has_reward_variance.
+  """
 
   def finish(pending: Pending):
     (state, key), batches, good, rest = pending.started, [], [], []
@@ -261,7 +322,8 @@ def dynamic(collector: Collector, rounds: int) -> Collector:
       batch, cursor = collector.finish(pending)
       number, C = len(batches), len(batch.examples)
       batches.append(batch)
-      for group, fine in enumerate(has_reward_variance(batch.scored)):
+      varied = has_reward_variance(batch.scored, by_reward)
+      for group, fine in enumerate(varied):
         (good if fine else rest).append((number, group))
       if len(good) >= C or len(batches) >= rounds:
         break

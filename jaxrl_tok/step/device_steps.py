@@ -44,6 +44,7 @@ def make_device_steps(
   update: Callable,
   weights: dict,
   greedy: Callable | None = None,
+  on_error: str = 'raise',
 ) -> Callable:
   """Returns steps(state, Table, index int32 [n, C], rule, reward params) ->
   (state, metrics {name: [n]}, StepBatch of the last step), pure.
@@ -54,12 +55,22 @@ def make_device_steps(
     score: see device_rewards.make_device_scorer.
     update: see update.make_update.
     weights: {reward: float}.
+    on_error: see rewards.ON_ERROR; values that are not finite are counted in
+      rewards/NAME/errors, and with raise are left to the host.
   """
 
-  def scored_of(params, rollout, columns) -> Scored:
+  def scored_of(params, rollout, columns) -> tuple[Scored, dict]:
     rewards, applies = score(params, rollout, columns)
-    numbers = {name: jnp.float32(weights[name]) for name in rewards}
-    return Scored(rollout, rewards, applies, numbers)
+    numbers, errors = {}, {}
+    for name, values in rewards.items():
+      numbers[name] = jnp.float32(weights[name])
+      failed = ~jnp.all(jnp.isfinite(values), axis=1)
+      errors[f'rewards/{name}/errors'] = jnp.sum(failed.astype(jnp.float32))
+      if on_error != 'raise':
+        rewards = rewards | {name: jnp.where(failed[:, None], 0.0, values)}
+      if on_error == 'mask':
+        applies = applies | {name: applies[name] & ~failed}
+    return Scored(rollout, rewards, applies, numbers), errors
 
   def steps(state: TrainState, table: Table, index, rule, params=None):
     def step(state, index_C):
@@ -67,12 +78,13 @@ def make_device_steps(
       prompts = Prompts(rows.tokens, rows.length)
       key = jax.random.fold_in(state.key, state.step)
       given = state.policy_params, key, prompts, rule, state.step
-      scored = scored_of(params, sample(*given), rows.columns)
+      scored, errors = scored_of(params, sample(*given), rows.columns)
       if greedy is not None:
-        best = scored_of(params, greedy(*given), rows.columns)
-        scored = scored._replace(greedy_reward=best.reward.sum(1))
+        best, _ = scored_of(params, greedy(*given), rows.columns)
+        known = jnp.where(best.valid, best.reward.sum(1), jnp.nan)
+        scored = scored._replace(greedy_reward=known)
       state, metrics, advantage = update(state, scored, rule)
-      return state, metrics, StepBatch(scored, advantage)
+      return state, metrics | errors, StepBatch(scored, advantage)
 
     def scanned(carry, index_C):
       state, metrics, last = step(carry[0], index_C)

@@ -17,6 +17,7 @@ from jaxrl_tok.step.collectors import (
   Pending,
   padded_prompts,
   place,
+  token_rewards,
 )
 from jaxrl_tok.types import Scored, TrainState
 
@@ -67,6 +68,17 @@ def read_buffer(buffer: dict, places: np.ndarray, like: Scored) -> Scored:
   return from_leaves({n: rows(n, x) for n, x in leaves.items()}, like)
 
 
+def only_finite(scored: Scored) -> Scored:
+  """Makes rows not valid whose log-probs or rewards are not finite, on the
+  host: replayed, they would spoil every later batch."""
+  numbers = scored.rollout.logp, token_rewards(scored)
+  with np.errstate(over='ignore', invalid='ignore'):
+    sizes = [np.square(x).sum(1) for x in numbers]
+  fine = np.isfinite(sizes).all(axis=0)
+  applies = {name: on & fine for name, on in scored.applies.items()}
+  return scored._replace(applies=applies)
+
+
 def replayed(
   collector: Collector,
   capacity: int,
@@ -78,7 +90,8 @@ def replayed(
   """Experience replay: each batch ends with `groups` groups of earlier steps.
 
   The buffer holds the last `capacity` groups and lives in the cursor. While it
-  is empty, the added rows are not valid, so they change nothing.
+  is empty, the added rows are not valid, so they change nothing; nor are rows
+  with numbers that are not finite.
 
   Args:
     examples: positions int64 [n] -> their records.
@@ -115,7 +128,9 @@ def replayed(
     held[into] = batch.positions
     cursor = {
       'inner': inner,
-      'buffer': write_buffer(outer.get('buffer'), new, into, capacity),
+      'buffer': write_buffer(
+        outer.get('buffer'), only_finite(new), into, capacity
+      ),
       'positions': held,
       'count': np.int64(count + C),
     }

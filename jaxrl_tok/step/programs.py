@@ -21,8 +21,9 @@ from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
 from jaxrl_tok.step import memory
-from jaxrl_tok.step.compile import Job, compile_all
+from jaxrl_tok.step.compile import QUICKLY, Job, compile_all
 from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
+from jaxrl_tok.step.mismatch import make_mismatch
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
 from jaxrl_tok.types import (
   Algorithm,
@@ -53,6 +54,7 @@ class ProgramConfig:
   steps_per_call: int = 0  # steps of one program; 0: step by step
   replay_groups: int = 0  # groups of earlier steps in a batch
   reference_kl: bool = False  # measured for the log
+  reward_on_error: str = 'raise'  # of rewards on the device
 
   @property
   def sampler(self) -> SamplerConfig:
@@ -105,6 +107,7 @@ class Programs(NamedTuple):
   update: Callable  # (state, batch.scored) -> (state, metrics, StepBatch)
   evaluations: dict  # {name: (state, key, Prompts) -> Rollout}
   evaluation_scores: dict  # {name: (Rollout, columns) -> (rewards, applies)}
+  mismatch: Callable  # (state, an evaluation's Rollout) -> {name: float32 []}
   reference_kl: Callable | None  # (state, Rollout) -> nats a token
 
 
@@ -240,6 +243,11 @@ def update_function(run: _Run, micro_batches: int, length: int | None = None):
   return update if whole else shortened(update, length)
 
 
+def rollout_size(rollout: Rollout) -> tuple:
+  """Shapes of rollouts that one program takes: (C, P, B, T)."""
+  return *rollout.prompts.tokens.shape, *rollout.tokens.shape
+
+
 def rollout_kind(rollout: Rollout) -> tuple:
   """Shape of rollouts that one program takes: (P, B, has num_kept)."""
   P, B = rollout.prompts.tokens.shape[1], rollout.tokens.shape[0]
@@ -263,6 +271,23 @@ def sampling_jobs(run: _Run, P: int) -> dict:
       args = params, rollout, run.columns
       jobs['device_score', *kind] = Job([job], args)
   return jobs
+
+
+def mismatch_inputs(rollout: Rollout) -> Rollout:
+  """Rollout without what a mismatch does not read, so that evaluations of one
+  size share a program."""
+  return rollout._replace(num_kept=None)
+
+
+def mismatch_job(run: _Run, rollout: Rollout) -> dict:
+  """Job {name: Job} that measures sampler against gradient."""
+  job = jax.jit(
+    make_mismatch(run.networks.policy),
+    out_shardings=run.shapes.whole,
+    compiler_options=QUICKLY,
+  )
+  args = run.state.policy_params, mismatch_inputs(rollout), run.networks.rule
+  return {('mismatch', *rollout_size(rollout)): Job([job], args)}
 
 
 def reference_kl_job(run: _Run, rollout: Rollout) -> dict:
@@ -310,7 +335,12 @@ def many_steps_job(run: _Run, table: Table) -> Job:
   sample = make_sampling(n.policy, config.sampler)
   steps = [
     make_device_steps(
-      sample, score, update_function(run, parts), n.weights, best
+      sample,
+      score,
+      update_function(run, parts),
+      n.weights,
+      best,
+      config.reward_on_error,
     )
     for parts in divisions(run, rollout, C)
   ]
@@ -350,6 +380,7 @@ def compile_programs(
     jobs['evaluation', name], rollout = run.sampled(
       e.num_prompts, e.prompt_length, e.sampler
     )
+    jobs |= mismatch_job(run, rollout)
     if e.device_score is not None:
       score, params = e.device_score
       columns = {k: shapes.like(v, e.num_prompts) for k, v in e.columns.items()}
@@ -402,6 +433,12 @@ def bind(
     compiled = scores[rollout_kind(rollout)]
     return compiled(n.device_score[1], rollout, columns)
 
+  mismatches = by_name('mismatch')
+
+  def mismatch(state: TrainState, rollout: Rollout) -> dict:
+    measure = mismatches[rollout_size(rollout)]
+    return measure(state.policy_params, mismatch_inputs(rollout), n.rule)
+
   measures = by_name('reference_kl')
 
   def reference_kl(state: TrainState, rollout: Rollout):
@@ -426,6 +463,7 @@ def bind(
     update,
     evaluations,
     evaluation_scores,
+    mismatch,
     reference_kl if measures else None,
   )
 
