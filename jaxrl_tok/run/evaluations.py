@@ -38,6 +38,7 @@ def run_evaluation(
   sample: Callable,
   device: Callable | None,
   step: int = 0,
+  mismatch: Callable | None = None,
 ):
   """Runs an evaluation by any sampler: (metrics, rows).
 
@@ -45,6 +46,7 @@ def run_evaluation(
     sample: (key, Prompts) -> Rollout.
     device: scorer of its rewards on the device, compiled; None without any.
     step: updates that the policy has had.
+    mismatch: see evaluate_held_out.
   """
   key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
   return evaluate_held_out(
@@ -56,6 +58,7 @@ def run_evaluation(
     step,
     e.evaluation.metrics,
     e.evaluation.name,
+    mismatch,
   )
 
 
@@ -73,7 +76,8 @@ def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
   name = e.evaluation.name
   sample = functools.partial(programs.evaluations[name], state)
   device = programs.evaluation_scores.get(name)
-  return run_evaluation(setup, e, sample, device, step)
+  mismatch = functools.partial(programs.mismatch, state)
+  return run_evaluation(setup, e, sample, device, step, mismatch)
 
 
 def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:

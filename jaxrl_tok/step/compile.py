@@ -9,6 +9,9 @@ import jax
 
 from jaxrl_tok.step import memory
 
+# compiler options of a program that runs rarely, for milliseconds
+QUICKLY = {'xla_backend_optimization_level': 0}
+
 
 class Job(NamedTuple):
   """Program to compile: the first function that fits the device is taken."""
