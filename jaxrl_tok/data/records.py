@@ -2,6 +2,8 @@
 
   {'prompt': text or messages, ...columns that the rewards read}
 
+A column `tools` beside messages is given to the chat template, too.
+
 1. `check_record` refuses, by name, a record that cannot be used.
 2. `Records` holds a source: how to read record i, and a hash of each prompt.
 3. Sources in memory: `from_list`, and `from_function` for endless records.

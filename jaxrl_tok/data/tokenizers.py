@@ -213,7 +213,8 @@ def stop_ids(tokenizer, names: Sequence[str], vocab_size: int) -> list[int]:
   """
   found = []
   for name in names:
-    ids = [int(name)] if name.isdecimal() else text_ids(tokenizer, name)
+    is_id = name.isascii() and name.isdecimal()
+    ids = [int(name)] if is_id else text_ids(tokenizer, name)
     if len(ids) != 1:
       raise ValueError(
         f'--stop_token {name!r} is {len(ids)} tokens of the tokenizer, {ids}; '

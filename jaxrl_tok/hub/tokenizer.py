@@ -214,7 +214,8 @@ def from_file(directory: Path):
   settings = legacy | {k: v for k, v in settings.items() if v is not None}
   check_added(directory, settings, known)
   named, notes = named_tokens(settings, known)
-  # what it is made with adds its tokens; the file's own takes its place
+  # made around an empty tokenizer, which its constructor adds tokens to; the
+  # file's own then takes that one's place
   tokenizer = attempt(
     PreTrainedTokenizerFast,
     tokenizer_object=Tokenizer(models.BPE()),
