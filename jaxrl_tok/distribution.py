@@ -17,6 +17,9 @@ from jaxrl_tok.types import SamplingRule, StopRule
 
 BORDER = 'border of the kept tokens'  # its name in remat policies
 NEVER = -1e30  # finite: 0 * NEVER is 0 in a product and in its gradient
+LOWEST = -(2**31)  # int32
+# logits of 1e20 divided by it are still far from NEVER and from infinity
+LOWEST_TEMPERATURE = 1e-6
 
 
 def make_rule(
@@ -30,7 +33,14 @@ def make_rule(
   stop=None,
 ) -> SamplingRule:
   """Makes a SamplingRule of arrays; top_k 0 keeps every token. stop: (kind
-  [V], next_state [states, kinds]) of data.stop_automaton, or None."""
+  [V], next_state [states, kinds]) of data.stop_automaton, or None.
+
+  Raises ValueError for a temperature so low that logits overflow."""
+  if temperature < LOWEST_TEMPERATURE:
+    raise ValueError(
+      f'temperature {temperature:g} makes logits overflow; pass '
+      f'{LOWEST_TEMPERATURE:g} or more'
+    )
   return SamplingRule(
     temperature=jnp.float32(temperature),
     top_k=jnp.int32(top_k if top_k > 0 else vocab_size),
@@ -54,9 +64,9 @@ def shape_logits(logits: jax.Array, rule: SamplingRule) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-  """Maps float32 to int32 in order."""
+  """Maps float32 to int32 in order: -1, -0 = 0, 1 to -k, 0, k."""
   bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+  return jnp.where(bits < 0, LOWEST - bits, bits)
 
 
 def _highest(enough, shape) -> jax.Array:
@@ -72,7 +82,7 @@ def _highest(enough, shape) -> jax.Array:
     fine = enough(middle)
     return jnp.where(fine, middle, low), jnp.where(fine, high, middle - 1)
 
-  ends = jnp.full(shape, -(2**31), jnp.int32), jnp.full(shape, 2**31 - 1)
+  ends = jnp.full(shape, LOWEST, jnp.int32), jnp.full(shape, 2**31 - 1)
   return jax.lax.fori_loop(0, 32, halve, ends)[0]
 
 
@@ -88,26 +98,29 @@ def truncate(logits: jax.Array, rule: SamplingRule):
   """Applies top-k, then top-p to what is left, then min-p.
 
   top-p keeps the smallest set of most likely tokens whose probability reaches
-  top_p (arXiv:1904.09751); min-p keeps those of at least min_p times the
-  largest (arXiv:2407.01082). At least one is kept; of equals at the border,
-  all are.
+  top_p (arXiv:1904.09751): the rest, which is what is summed, has at most 1 -
+  top_p. A float32 sum of the kept would reach 1 before its tail. min-p keeps
+  those of at least min_p times the largest (arXiv:2407.01082), compared as
+  logits: equals stay equals. At least one token is kept; of equals at the
+  border, all are.
 
   Returns: (keep bool [..., V], number of tokens kept int32 [...]).
   """
   logits = jax.lax.stop_gradient(logits)
+  largest = jnp.max(logits, axis=-1, keepdims=True)
   keys = _ordered(logits)
   inside = keys >= _largest(keys, rule.top_k)[..., None]
   inside &= logits > NEVER / 2
   probs = jax.nn.softmax(jnp.where(inside, logits, NEVER), axis=-1)
   border = _highest(
     lambda b: (
-      jnp.sum(jnp.where(keys >= b[..., None], probs, 0.0), -1) >= rule.top_p
+      jnp.sum(jnp.where(keys < b[..., None], probs, 0.0), -1) <= 1 - rule.top_p
     ),
     keys.shape[:-1],
   )
-  likely = probs >= rule.min_p * jnp.max(probs, axis=-1, keepdims=True)
-  keep = inside & (keys >= border[..., None]) & likely
-  keep |= keys == jnp.max(keys, axis=-1, keepdims=True)
+  border = jnp.where(rule.top_p < 1, border, LOWEST)[..., None]
+  likely = logits - largest >= jnp.log(rule.min_p)
+  keep = (inside & (keys >= border) & likely) | (logits == largest)
   return keep, jnp.sum(keep, axis=-1, dtype=jnp.int32)
 
 
@@ -136,9 +149,12 @@ def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-  """Computes -sum_v p_v log p_v in nats, as logsumexp - sum_v p_v logit_v."""
+  """Computes -sum_v p_v log p_v in nats, as logsumexp - sum_v p_v logit_v.
+
+  A policy may forbid tokens by logits of -inf: their term is 0."""
   probs = jax.nn.softmax(logits, axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(probs * logits, axis=-1)
+  terms = probs * jnp.maximum(logits, NEVER)
+  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(terms, axis=-1)
 
 
 def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
