@@ -149,7 +149,7 @@ def advantage_inputs(
   """An advantage's inputs, without a KL in the reward. more: of
   make_scored."""
   scored = make_scored(rollout, reward, **more)
-  return AdvantageInputs(scored, scored.reward, scored.valid, value, log_change)
+  return AdvantageInputs(scored, value, log_change)
 
 
 def changed(record, **fields):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.step.passes import total_loss
-from jaxrl_tok.step.update import penalised
+from jaxrl_tok.step.update import kl_penalty
 from jaxrl_tok.types import Prompts, Rollout, TokenStats, Trajectory
 
 GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
@@ -112,8 +112,8 @@ def solve(
     applies=batch['valid'],
   )
   if kl is not None and kl.form == 'reward':
-    reward = penalised(inputs.reward, rollout, batch['l_ref'], beta)
-    inputs = inputs._replace(reward=reward)
+    penalty = kl_penalty(rollout, batch['l_ref'], beta)
+    inputs = inputs._replace(kl_penalty=penalty)
   carries = {'ema_baseline': jnp.float32(ema_baseline)}
   credit = algorithm.advantage(inputs, carries)
   mask, valid = inputs.mask, inputs.valid

@@ -7,13 +7,18 @@ does not contain the row's own reward,
   E[ sum_t grad log pi(y_t) (G_t - b_t) ] = grad E[R]      exactly.
 
 An outcome reward (one R on the last token, gamma 1) has G_t = R at every
-token. A row that ended before column t enters the others' baseline with its
+token. A row that ended before token t enters the others' baseline with its
 last return: for outcomes a baseline is the textbook one on R, for token
-rewards it is compared column by column.
+rewards it is compared token by token.
+
+The clock ticks with the tokens that the policy chose: columns of a tool's or an
+environment's text are skipped by discounts, by V and by baselines, so that a
+batch without them has the same advantages. A reward that stands on such a
+column does not count.
 
 A row that is not valid (no reward applies to it) has no credit, and is in no
 baseline, scale or whitening: the numbers of the others are those of a batch
-without it.
+without it. None is "not applicable", not 0.
 
 `returns`, `gae` and `vtrace` make an Algorithm.advantage; their parameters are
 the choices that they read.
@@ -28,19 +33,21 @@ import jax.numpy as jnp
 
 from jaxrl_tok import masked
 from jaxrl_tok.policy import check_array
-from jaxrl_tok.types import Advantage, AdvantageInputs, Carry
+from jaxrl_tok.types import Advantage, AdvantageInputs, Carry, Scored
 
 
 def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
-  """Return G_t = sum_{k >= t} gamma^(k-t) m_k r_k of one sequence [T]."""
+  """Return [T] of one sequence, G_t = r_t + gamma G_{t'} with t' the next
+  chosen token. A token that the policy did not choose carries G_{t'} across."""
   chex.assert_rank([reward, mask], 1)
-  gained = masked.fill(reward.astype(jnp.float32), mask)
 
   def back(later, now):
-    total = now + gamma * later
+    r, chosen = now
+    total = jnp.where(chosen, r + gamma * later, later)
     return total, total
 
-  return jax.lax.scan(back, jnp.float32(0), gained, reverse=True)[1]
+  gained = masked.fill(reward.astype(jnp.float32), mask)
+  return jax.lax.scan(back, jnp.float32(0), (gained, mask), reverse=True)[1]
 
 
 def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
@@ -51,6 +58,24 @@ def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
   last = jnp.sum(masked.fill(returns, masked.last_chosen(mask)))
   over = jnp.cumsum(jnp.flip(mask)) == 0
   return jnp.where(jnp.flip(over), last, returns)
+
+
+def to_clock(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Values of a sequence [T] by the clock: the chosen ones first, then 0.
+
+  # x [5 6 7 8]  mask [1 0 1 1]  ->  [5 7 8 0]
+  """
+  at = jnp.where(mask, jnp.cumsum(mask) - 1, len(mask))
+  return jnp.zeros_like(x).at[at].set(x, mode='drop')
+
+
+def from_clock(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Undoes to_clock; 0 where not chosen.
+
+  # x [5 7 8 0]  mask [1 0 1 1]  ->  [5 0 7 8]
+  """
+  at = jnp.maximum(jnp.cumsum(mask) - 1, 0)
+  return masked.fill(x[at], mask)
 
 
 # --- baselines ---------------------------------------------------------------
@@ -84,15 +109,9 @@ def _memoryless(name, function, min_group=1) -> Baseline:
 
 
 def _mean(x_CxGxT: jax.Array, valid_CxG: jax.Array, axis) -> jax.Array:
-  """Mean over valid rows, axes kept. Equal numbers have exactly that number
-  for a mean: GRPO divides the rest by a std that would be rounding, too."""
+  """Mean over valid rows, axes kept."""
   valid = jnp.broadcast_to(valid_CxG[:, :, None], x_CxGxT.shape)
-
-  def mean(x):
-    return jnp.expand_dims(masked.mean(x, valid, axis), axis)
-
-  about = mean(x_CxGxT)
-  return about + mean(x_CxGxT - about)
+  return jnp.expand_dims(masked.mean(x_CxGxT, valid, axis), axis)
 
 
 def _rows(valid_CxG: jax.Array) -> jax.Array:
@@ -165,12 +184,17 @@ def ema(decay: float = 0.9) -> Baseline:
 
 def greedy() -> Baseline:
   """Greedy baseline, b = the reward of the prompt's greedy completion:
-  unbiased. ReMax, arXiv:2310.10505."""
+  unbiased. A prompt whose greedy completion no reward applies to (NaN) has
+  nothing left. ReMax, arXiv:2310.10505."""
 
   def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
-    return greedy_reward_C[:, None, None]
+    b = greedy_reward_C[:, None, None]
+    return jnp.where(jnp.isnan(b), returns_CxGxT, b)
 
   return Baseline('greedy', apply, greedy=True)
+
+
+# --- scales ------------------------------------------------------------------
 
 
 def group_std(
@@ -179,11 +203,50 @@ def group_std(
   """Standard deviation (ddof 1) of whole returns in each group, plus eps:
   float32 [C, 1]. It is infinite for fewer than two valid rows, whose advantage
   is then 0. GRPO, arXiv:2402.03300."""
-  mean_Cx1 = _mean(returns_CxG[:, :, None], valid_CxG, 1)[:, :, 0]
-  squares = masked.fill((returns_CxG - mean_Cx1) ** 2, valid_CxG)
-  n = _rows(valid_CxG)
-  variance = squares.sum(1, keepdims=True) / jnp.maximum(n - 1, 1)
-  return jnp.where(n > 1, jnp.sqrt(variance) + eps, jnp.inf)
+  variance = masked.var(returns_CxG, valid_CxG, 1, axis=1)[:, None]
+  return jnp.where(_rows(valid_CxG) > 1, jnp.sqrt(variance) + eps, jnp.inf)
+
+
+def batch_std(
+  returns_CxG: jax.Array, valid_CxG: jax.Array, eps: float = 1e-4
+) -> jax.Array:
+  """Standard deviation (ddof 1) of the whole returns of all valid rows of the
+  batch, plus eps: one number as float32 [C, 1], infinite for fewer than two
+  valid rows. arXiv:2508.08221; TRL's scale_rewards='batch'."""
+  spread = jnp.sqrt(masked.var(returns_CxG, valid_CxG, 1)) + eps
+  some = jnp.where(jnp.sum(valid_CxG) > 1, spread, jnp.inf)
+  return jnp.full((len(valid_CxG), 1), some)
+
+
+# --- several rewards: (Scored, normalise) -> A [C, G, T] ---------------------
+# normalise(reward [B, T], applies [B]) -> (G - b) / s of that reward
+
+
+def sum_then_normalize(scored: Scored, normalise: Callable) -> jax.Array:
+  """Advantage of the weighted sum, A = (G - b) / s with G of sum_k w_k r_k. A
+  reward that does not apply to a row adds nothing to its sum."""
+  return normalise(scored.reward, scored.valid)
+
+
+def normalize_then_sum(scored: Scored, normalise: Callable) -> jax.Array:
+  """Weighted sum of advantages, each reward compared by itself over the rows
+  that it applies to, then brought to mean 0 and deviation 1 over the batch:
+
+  a = sum_k w_k (G_k - b_k) / s_k;  A = (a - mean(a_0)) / (std(a_0) + 1e-4)
+
+  Mean and std (ddof 1) are of the valid rows' a at their first token, which for
+  outcomes is every token's. GDPO, arXiv:2601.05242; weights, eps and the name
+  are TRL's.
+  """
+  parts = [
+    scored.weights[name] * normalise(reward, scored.applies[name])
+    for name, reward in scored.rewards.items()
+  ]
+  found = sum(parts)
+  valid_CxG = scored.valid.reshape(found.shape[:2])
+  whole_CxG = found[:, :, 0]
+  centre = masked.mean(whole_CxG, valid_CxG)
+  return (found - centre) / batch_std(whole_CxG, valid_CxG)[:, :, None]
 
 
 # --- makers of an advantage --------------------------------------------------
@@ -193,34 +256,66 @@ def returns(
   baseline: Baseline | Callable,
   gamma: float = 1.0,
   scale: Callable | None = None,
+  multi_objective_aggregation: Callable = sum_then_normalize,
 ) -> Callable:
   """Returns minus a baseline, A_t = m_t (G_t - b_t). Williams 1992, Machine
   Learning 8; no value target.
 
+  Scales are statistics of the task's rewards, and a KL in the reward leaves
+  after them, at its own size. With R the returns of the rewards and K those of
+  the KL's penalty,
+
+    A = (R - b(R)) / s(R) - K + (b(R) - b(R - K))
+
+  which without a scale is (R - K) - b(R - K).
+
   Args:
     scale: (whole returns_CxG, valid_CxG) -> [C, 1], by which A is divided.
+    multi_objective_aggregation: what is normalised, the sum of the rewards or
+      each of them.
   """
   baseline = as_baseline(baseline)
 
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
-    mask, prompts = inputs.mask, inputs.rollout.prompts
+    mask, scored = inputs.mask, inputs.scored
     B, T = mask.shape
-    C = prompts.length.shape[0]
-    returns_BxT = jax.vmap(reward_to_go, (0, 0, None))(
-      inputs.reward, mask, gamma
-    )
-    held_BxT = jax.vmap(hold_last)(returns_BxT, mask)
-    held_CxGxT = held_BxT.reshape(C, B // C, T)
+    C = scored.rollout.prompts.length.shape[0]
+    ticks = jax.vmap(to_clock)(mask, mask)
+
+    def held(reward_BxT):
+      """Returns by the clock, the last held: [C, G, T]."""
+      reward = jax.vmap(to_clock)(masked.fill(reward_BxT, mask), mask)
+      togo = jax.vmap(reward_to_go, (0, 0, None))(reward, ticks, gamma)
+      return jax.vmap(hold_last)(togo, ticks).reshape(C, B // C, T)
+
+    def base(returns_CxGxT, valid_CxG):
+      given = returns_CxGxT, valid_CxG, carries, scored.greedy_reward
+      b = baseline.apply(*given)
+      check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
+      return b
+
+    def normalise(reward_BxT, applies_B):
+      applies_CxG = applies_B.reshape(C, B // C)
+      G = held(masked.fill(reward_BxT, applies_B[:, None]))
+      found = G - base(G, applies_CxG)
+      if scale is not None:
+        found = found / scale(G[:, :, 0], applies_CxG)[:, :, None]
+      return masked.fill(found, applies_CxG[:, :, None])
+
     valid_CxG = inputs.valid.reshape(C, B // C)
-    greedy_reward_C = inputs.scored.greedy_reward
-    b = baseline.apply(held_CxGxT, valid_CxG, carries, greedy_reward_C)
-    check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
-    found_CxGxT = held_CxGxT - b
-    whole_CxG = held_CxGxT[:, :, 0]
-    if scale is not None:
-      found_CxGxT = found_CxGxT / scale(whole_CxG, valid_CxG)[:, :, None]
+    reward, kl = inputs.task_reward, inputs.kl_penalty
+    if kl is None:
+      found = multi_objective_aggregation(scored, normalise)
+    elif scale is None and multi_objective_aggregation is sum_then_normalize:
+      reward = inputs.reward
+      found = normalise(reward, inputs.valid)
+    else:
+      b = base(held(reward), valid_CxG)
+      moved = b - base(held(inputs.reward), valid_CxG)
+      found = multi_objective_aggregation(scored, normalise) + moved - held(kl)
+    whole_CxG = held(reward)[:, :, 0]
     metrics = {'return_mean': masked.mean(whole_CxG, valid_CxG)}
-    found_BxT = masked.fill(found_CxGxT.reshape(B, T), mask)
+    found_BxT = jax.vmap(from_clock)(found.reshape(B, T), mask)
     return Advantage(found_BxT, metrics=metrics)
 
   return advantage
@@ -382,15 +477,28 @@ def overlong_penalty(
   return jnp.where(masked.last_chosen(mask), penalty, 0.0)
 
 
+PENALTY = 'overlong penalty'  # its name among the rewards
+
+
 def shaped(advantage: Callable, max_length: int, buffer: int) -> Callable:
-  """An advantage with overlong_penalty in its rewards."""
+  """An advantage with overlong_penalty among its rewards, of weight 1, in every
+  valid row: it enters before the normalisation, as in DAPO. The sum of the
+  rewards has it in sum_then_normalize; it is normalised by itself, as any other
+  reward, in normalize_then_sum."""
 
   def with_penalty(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    scored = inputs.scored
+    if PENALTY in scored.rewards:
+      raise ValueError(f'a reward is named {PENALTY!r}; rename it')
     penalty = jax.vmap(overlong_penalty, (0, None, None))(
       inputs.mask, max_length, buffer
     )
-    reward = inputs.reward + penalty
-    return advantage(inputs._replace(reward=reward), carries)
+    scored = scored._replace(
+      rewards=scored.rewards | {PENALTY: penalty},
+      applies=scored.applies | {PENALTY: inputs.valid},
+      weights=scored.weights | {PENALTY: jnp.float32(1)},
+    )
+    return advantage(inputs._replace(scored=scored), carries)
 
   return with_penalty
 
@@ -409,3 +517,25 @@ def finished(advantage: Callable, whiten: bool, limit: float | None):
     return out._replace(advantage=found)
 
   return finish
+
+
+def without_truncated(advantage: Callable) -> Callable:
+  """An advantage whose completions that were cut are not learnt from.
+
+  They stay in the others' baselines, scales and whitening, and in the number of
+  rows of an aggregation by sequence; their tokens leave the loss, its KL and
+  entropy, the critic's loss and every count of tokens. TRL's
+  mask_truncated_completions; DAPO's overlong filtering, arXiv:2503.14476.
+  """
+
+  def ended_only(inputs: AdvantageInputs, carries: dict) -> Advantage:
+    out = advantage(inputs, carries)
+    ended = inputs.rollout.ended
+    cut = inputs.valid & ~ended
+    return out._replace(
+      advantage=masked.fill(out.advantage, ended[:, None]),
+      learns=ended,
+      metrics=out.metrics | {'completions/masked_ratio': cut.mean()},
+    )
+
+  return ended_only

@@ -12,6 +12,8 @@ A part may be a word of the tables below or a function of one's own:
   aggregate  (mask [B, T], valid [B]) -> weight [B, T]
   baseline   (returns [C, G, T], valid [C, G]) -> b | a Baseline
   scale      (whole returns [C, G], valid [C, G]) -> s [C, 1]
+  multi_objective_aggregation
+             (Scored, normalise) -> A [C, G, T], as advantages.py has them
 
 One rule tells a loss, credit or aggregation from a maker of one: a function
 whose first two parameters have no default is the part itself; any other is
@@ -52,13 +54,21 @@ BASELINES = {
   'ema': advantages.ema,
   'greedy': advantages.greedy,
 }
-SCALES = {'none': None, 'group_std': advantages.group_std}
+SCALES = {
+  'none': None,
+  'group_std': advantages.group_std,
+  'batch_std': advantages.batch_std,
+}
+MULTI_OBJECTIVE = {
+  name: getattr(advantages, name) for name in names.MULTI_OBJECTIVE
+}
 LOSSES = {name: getattr(losses, name) for name in names.LOSSES}
 AGGREGATIONS = {name: getattr(losses, name) for name in names.AGGREGATIONS}
 WORDS = {
   'credit': CREDITS,
   'baseline': BASELINES,
   'scale': SCALES,
+  'multi_objective_aggregation': MULTI_OBJECTIVE,
   'loss': LOSSES,
   'aggregate': AGGREGATIONS,
 }
@@ -89,6 +99,7 @@ _GENERAL = {
   'importance_mode': None,  # of names.IMPORTANCE_MODES; None: token_truncate
   'dynamic_sampling_rounds': 0,
   'overlong_buffer': 0,
+  'mask_truncated_completions': False,
   'mask_sync_steps': 0,
 }
 # choices that need a learned V
@@ -230,6 +241,12 @@ def _empty_cap(c: dict) -> bool:
   return not 0 <= floor < cap
 
 
+def normalizes_each(c: dict) -> bool:
+  """Tells whether these choices normalise each reward by itself."""
+  chosen = c.get('multi_objective_aggregation')
+  return chosen is advantages.normalize_then_sum
+
+
 def _passes(c: dict) -> int:
   return c['epochs'] * c['mini_batches']
 
@@ -305,6 +322,23 @@ _REFUSED = (
     'taken; pass --aggregation seq_mean_token_sum',
   ),
   (
+    lambda c: normalizes_each(c) and c['scale'] is None,
+    'normalize_then_sum divides each reward by a scale of its own, and {name} '
+    'has none; pass --scale group_std',
+  ),
+  (
+    lambda c: (
+      normalizes_each(c) and bool(c['baseline'].greedy or c['baseline'].carries)
+    ),
+    'normalize_then_sum compares each reward by itself, and the baseline of '
+    '{name} knows their sum alone; pass --baseline group_mean',
+  ),
+  (
+    lambda c: c['mask_truncated_completions'] and c.get('bootstrap_truncated'),
+    'bootstrap_truncated has no effect on completions that '
+    'mask_truncated_completions leaves out; pass one of them',
+  ),
+  (
     lambda c: c['max_length'] is None and c['overlong_buffer'],
     '{name} counts in shares of the longest completion; give max_length',
   ),
@@ -354,7 +388,10 @@ def _advantage(c: dict) -> Callable:
   found = checked
   if c['overlong_buffer']:
     found = advantages.shaped(found, c['max_length'], c['overlong_buffer'])
-  return advantages.finished(found, c['whiten'], c['advantage_clip'])
+  found = advantages.finished(found, c['whiten'], c['advantage_clip'])
+  if c['mask_truncated_completions']:
+    found = advantages.without_truncated(found)
+  return found
 
 
 def _loss(c: dict) -> Callable:
@@ -417,6 +454,8 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
   learned = _has_critic(c)
   baseline = c.get('baseline')
   min_group = 1 if baseline is None else baseline.min_group
+  if c.get('scale') not in (None, advantages.batch_std):
+    min_group = 2
   return Algorithm(
     name=name,
     advantage=_advantage(c),
@@ -441,7 +480,7 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
       and c['kl'] == 'none'
     ),
     greedy=baseline is not None and baseline.greedy,
-    min_group=2 if c.get('scale') is not None else min_group,
+    min_group=min_group,
     dynamic_sampling_rounds=c['dynamic_sampling_rounds'],
     settings=c,
   )
@@ -548,7 +587,8 @@ _GRPO = {
 def grpo(**changes) -> Algorithm:
   """Group-relative A = (R - mean) / (std + 1e-4), PPO's clip, the mean of each
   sequence's mean. arXiv:2402.03300 (public code has moved to
-  token_mean, and the KL, `forward` there, to 0 as here)."""
+  token_mean, and the KL, `forward` there, to 0 as here). With several rewards
+  multi_objective_aggregation='normalize_then_sum' is GDPO, arXiv:2601.05242."""
   return compose('grpo', _GRPO, changes)
 
 

@@ -28,7 +28,8 @@ BASELINES = (
   'ema',
   'greedy',
 )
-SCALES = ('none', 'group_std')
+SCALES = ('none', 'group_std', 'batch_std')
+MULTI_OBJECTIVE = ('sum_then_normalize', 'normalize_then_sum')
 LOSSES = ('reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo')
 AGGREGATIONS = (
   'token_mean',

@@ -10,6 +10,7 @@ from jaxrl_tok.credit.names import (
   CREDITS,
   IMPORTANCE_MODES,
   LOSSES,
+  MULTI_OBJECTIVE,
   SCALES,
 )
 
@@ -36,7 +37,11 @@ class AlgorithmSettings:
   ema_decay: float = 0.9
   """Decay of the ema baseline."""
   scale: Literal[SCALES] | None = None
-  """Scale, which divides returns minus the baseline."""
+  """Scale, which divides returns minus the baseline: the standard deviation of
+  the group's rewards or of the batch's."""
+  multi_objective_aggregation: Literal[MULTI_OBJECTIVE] | None = None
+  """Normalisation of several rewards: of their sum, or of each in its group,
+  then of the sum over the batch (GDPO)."""
   gamma: float | None = None
   """Discount of token rewards."""
   gae_lambda: float | None = None
@@ -54,7 +59,11 @@ class AlgorithmSettings:
   """Clip the advantage to +- this; 0: no clip."""
   overlong_buffer: int | None = None
   """Tokens before max_completion_length in which a growing penalty is taken
-  from the reward; 0: none."""
+  from the reward, before it is normalised (with normalize_then_sum it is a
+  reward of its own); 0: none."""
+  mask_truncated_completions: bool | None = None
+  """Learn from no completion that was cut; the baselines of the others still
+  count it."""
   dynamic_sampling_rounds: int | None = None
   """Rollouts at most to find groups whose rewards differ (DAPO); 0: no dynamic
   sampling."""

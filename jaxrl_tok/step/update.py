@@ -204,9 +204,7 @@ def make_update(
       metrics |= value_metrics(trajectory.old_value, credit.value_target, mask)
     if algorithm.kl is not None:
       metrics['kl_coef'] = kl_coef
-    state = after_update(
-      algorithm, state, moved, metrics, inputs.valid.sum(), steps
-    )
+    state = after_update(algorithm, state, moved, metrics, learns.sum(), steps)
     metrics |= skipped_metrics(state, steps)
     return state, metrics, credit.advantage
 

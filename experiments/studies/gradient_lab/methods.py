@@ -80,9 +80,7 @@ def inputs_of(samples: Samples, reward: str) -> AdvantageInputs:
     {reward: jnp.float32(1)},
     samples.greedy_rewards[reward],
   )
-  return AdvantageInputs(
-    scored, scored.reward, scored.valid, samples.value, log_change=None
-  )
+  return AdvantageInputs(scored, samples.value, log_change=None)
 
 
 def token_weights(methods: list, samples: Samples, carries: dict) -> jax.Array:
