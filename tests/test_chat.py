@@ -14,7 +14,8 @@ import yaml
 
 from jaxrl_tok import Task, data, main, rewards, train
 from jaxrl_tok.data.chat import Chat, date_codes, render
-from jaxrl_tok.run import flags, prepare
+from jaxrl_tok.run import build, flags, prepare
+from jaxrl_tok.run.task import Caller
 
 GOLDEN = Path(__file__).parent / 'golden/families'
 USER = {'role': 'user', 'content': 'hi'}
@@ -299,9 +300,17 @@ def test_a_resumed_run_renders_the_prompts_of_its_first_day(
   generation = tmp_path / 'run/export/generation_config.json'
   assert json.loads(generation.read_text())['eos_token_id'] == [257, 7]
   on_day(monkeypatch, '2024-07-05')
-  again = train(task, **settings, max_steps=2, resume='auto')
-  assert again._setup.settings.data.chat_date == '2024-07-04'
-  for a, b in zip(first._setup.data.ids, again._setup.data.ids, strict=True):
+  again = {'resume': 'auto', 'chat_template_kwargs': '{"mood": "!"}'}
+  again |= {'stop_token': ('7',), 'output_dir': str(tmp_path / 'run')}
+  setup = prepare.prepare(
+    task,
+    flags.settings_of(settings | again),
+    build.Own(),
+    Caller('again', 'python again'),
+    {},
+  )
+  assert setup.settings.data.chat_date == '2024-07-04'
+  for a, b in zip(first._setup.data.ids, setup.data.ids, strict=True):
     assert a.tolist() == b.tolist()
   config = yaml.safe_load((tmp_path / 'run/config.yaml').read_text())
   assert config['chat_date'] == '2024-07-04'

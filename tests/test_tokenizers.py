@@ -35,8 +35,8 @@ SPECIAL = ['<pad>', '<s>', '</s>', '<unk>']
 WORDS = """
 47 12 2026 3.14 1,000 47-12= 4747 the The cat and café cafe\u0301 Ångström naïve
 ﬁne STRASSE straße 你好 世界 日本語 한국어 Привет שלום मरहबा
-😀 👩\u200d🔬 ❤\ufe0f x=1 f(x): return a!=b -> {} [] <b> </s> <s> <pad> don't I'll
-\\frac{1}{2} ▁ Ġ $x_{i}$ https://a.bc/d?e=f#g
+😀 👩\u200d🔬 ❤\ufe0f x=1 f(x): return a!=b -> {} []
+<b> </s> <s> <pad> don't I'll \\frac{1}{2} ▁ Ġ $x_{i}$ https://a.bc/d?e=f#g
 """
 GAPS = ' ', '  ', '', '\n', '\n\n\n', '\t', ' \r\n ', '\xa0', '\u2003', ' ' * 17
 CORPUS = [
@@ -310,6 +310,30 @@ def test_a_special_token_that_the_file_lacks_is_none(tmp_path):
   assert len(found) == of_file(at).get_vocab_size()
   assert len(notes) == 1
   assert "eos_token '<|end|>', which tokenizer.json does not have" in notes[0]
+
+
+def test_a_pad_that_only_the_settings_have_is_never_read(tmp_path):
+  pad = {'pad_token': '[PAD]', 'added_tokens_decoder': {}}
+  at = write(tmp_path, byte_level(), **pad)
+  (at / 'added_tokens.json').write_text('{"[PAD]": 300}')
+  found, _ = read_tokenizer(at, 10_000)
+  assert found.pad_token_id is None
+  (at / 'added_tokens.json').write_text('{"[PAD]": 300, "</s>": 300}')
+  with pytest.raises(
+    ValueError, match="ids: '</s>' is 300 and 2; save the tok"
+  ):
+    read_tokenizer(at, 10_000)
+
+
+def test_a_vocabulary_without_a_token_for_the_unknown_is_read(tmp_path):
+  words = Tokenizer(models.WordLevel({'</s>': 0, 'one': 1, 'two': 2}, '<unk>'))
+  words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  posted = processors.TemplateProcessing(
+    '$A </s>', special_tokens=[('</s>', 0)]
+  )
+  words.post_processor = posted
+  found, _ = read_tokenizer(write(tmp_path, words), 3)
+  assert data.prompt_ids(found, 'two one') == [2, 1]
 
 
 def test_dropout_of_a_vocabulary_is_off(tmp_path):
