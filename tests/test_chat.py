@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrl_tok import Task, data, main, rewards, train
+from jaxrl_tok import Task, data, main, rewards
 from jaxrl_tok.data.chat import Chat, date_codes, render
-from jaxrl_tok.run import build, flags, prepare
+from jaxrl_tok.run import api, build, flags, prepare, record
+from jaxrl_tok.run.begin import saved_settings
 from jaxrl_tok.run.task import Caller
 
 GOLDEN = Path(__file__).parent / 'golden/families'
@@ -105,6 +106,27 @@ def test_tool_calls_without_content_are_rendered(tokenizer):
     '<tool>7<end>\n(f)<assistant>'
   )
   assert records[0]['prompt'] == talk  # rewards read the data's own
+
+
+def test_arrow_gives_messages_no_fields_that_they_had_not(tokenizer, tmp_path):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  other = {'name': 'g', 'arguments': {'y': 2}}
+  talk = [USER, CALLED, ANSWERED | {'content': '7'}]
+  talk[1:1] = [{'role': 'assistant', 'tool_calls': [{'function': other}]}]
+  records = [{'prompt': talk, 'n': None}, {'prompt': [USER], 'n': None}]
+  pq.write_table(pa.Table.from_pylist(records), tmp_path / 'x.parquet')
+  found = data.open_records(tmp_path / 'x.parquet')
+  assert '"arguments": {"y": 2}' in text_of(tokenizer, found[0]['prompt'])
+  assert found[1] == records[1]
+  plain = [m if m['role'] != 'assistant' else drop(m) for m in talk]
+  same = data.open_records([{'prompt': plain}, records[1]])
+  assert found.hashes.tolist() == same.hashes.tolist()
+
+
+def drop(message: dict) -> dict:
+  return {k: v for k, v in message.items() if v is not None}
 
 
 def test_tools_are_a_list_or_json(tokenizer):
@@ -229,6 +251,11 @@ def test_flags_of_chats_that_cannot_be_are_refused(flag, value, says):
   assert says in str(e.value)
 
 
+def test_variables_of_a_library_call_are_a_dict():
+  given = api.sort_arguments({'chat_template_kwargs': {'think': False}})
+  assert given.words == {'chat_template_kwargs': '{"think": false}'}
+
+
 def test_special_tokens_are_kept_for_the_rewards_of_chats(tokenizer):
   seen = []
 
@@ -278,42 +305,38 @@ def test_a_resumed_run_renders_the_prompts_of_its_first_day(
   settings = {
     'model': str(dated_model),
     'num_prompts': 2,
-    'num_generations': 2,
-    'max_completion_length': 2,
     'held_out': 1,
-    'eval_every': 0,
-    'report_to': 'none',
-    'log_kl': False,
-    'length_buckets': 1,
     'mesh': 'data=1',
-    'chat_template_kwargs': {'mood': '!'},
-    'stop_token': ['7', '<eos>'],
-    'output_dir': tmp_path / 'run',
+    'chat_template_kwargs': '{"mood": "!"}',
+    'stop_token': ('7', '<eos>'),
+    'output_dir': str(tmp_path / 'run'),
   }
   devices = jax.local_devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda *args: devices)
-  on_day(monkeypatch, '2024-07-04')
-  first = train(task, **settings, max_steps=1)
-  text = first._setup.model.tokenizer.decode(first._setup.data.ids[0])
-  assert text == '04 Jul 2024: 0!'
-  assert first._setup.model.end_tokens == (257, 7)
-  generation = tmp_path / 'run/export/generation_config.json'
-  assert json.loads(generation.read_text())['eos_token_id'] == [257, 7]
-  on_day(monkeypatch, '2024-07-05')
-  again = {'resume': 'auto', 'chat_template_kwargs': '{"mood": "!"}'}
-  again |= {'stop_token': ('7',), 'output_dir': str(tmp_path / 'run')}
-  setup = prepare.prepare(
-    task,
-    flags.settings_of(settings | again),
-    build.Own(),
-    Caller('again', 'python again'),
-    {},
+
+  def begin(day: str, **more):
+    on_day(monkeypatch, day)
+    found = flags.settings_of(settings | more)
+    caller = Caller('dated', 'python dated')
+    return prepare.prepare(task, found, build.Own(), caller, {})
+
+  first, run = begin('2024-07-04'), tmp_path / 'run'
+  run.mkdir()
+  record.write_run_files(first, run)
+  assert yaml.safe_load((run / 'config.yaml').read_text())['chat_date'] == (
+    '2024-07-04'
   )
-  assert setup.settings.data.chat_date == '2024-07-04'
-  for a, b in zip(first._setup.data.ids, setup.data.ids, strict=True):
+  text = first.model.tokenizer.decode(first.data.ids[0])
+  assert text == '04 Jul 2024: 0!'
+  assert first.model.end_tokens == (257, 7)
+  described = (run / 'model/generation_config.json').read_text()
+  assert json.loads(described)['eos_token_id'] == [257, 7]
+  again = begin('2024-07-05', resume='auto')
+  assert saved_settings(again) == saved_settings(first) | {'resume': 'auto'}
+  for a, b in zip(first.data.ids, again.data.ids, strict=True):
     assert a.tolist() == b.tolist()
-  config = yaml.safe_load((tmp_path / 'run/config.yaml').read_text())
-  assert config['chat_date'] == '2024-07-04'
+  other = begin('2024-07-05')
+  assert other.model.tokenizer.decode(other.data.ids[0]) == '05 Jul 2024: 0!'
 
 
 def test_variables_of_no_chat_are_refused(dated_model, capsys):

@@ -101,6 +101,16 @@ def check_messages(messages: list, where: str) -> None:
     )
 
 
+def without_nulls(value):
+  """Value without the None fields of its objects. A column of Arrow gives every
+  object the fields of all, None where it had none."""
+  if isinstance(value, dict):
+    return {k: without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [without_nulls(v) for v in value]
+  return value
+
+
 def content_text(content) -> str:
   """Text of a message's content: parts are joined; None is empty."""
   if isinstance(content, list):

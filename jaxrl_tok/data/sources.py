@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrl_tok.data.chat import without_nulls
 from jaxrl_tok.data.records import (
   CHUNK,
   MESSAGES,
@@ -35,6 +36,7 @@ from jaxrl_tok.data.records import (
   rename,
 )
 
+CHAT = 'prompt', 'tools'  # columns that a chat template is given
 MAX_LINE = 4 * 2**20  # bytes of a jsonl line
 MAX_ITERATED = 5_000_000  # records of an iterable, which are kept in memory
 SURROGATE = re.compile(rb'\\u[dD][89a-fA-F]')
@@ -283,12 +285,20 @@ def open_parquet(path: Path, columns: dict, name: str) -> Records:
     rows, numbers = [], np.asarray(numbers, np.int64)
     for i, k in zip(numbers, np.searchsorted(starts, numbers, 'right') - 1):
       one = batches[k].slice(int(i - starts[k]), 1)
-      rows.append(rename(one.to_pylist()[0], columns))
+      rows.append(of_arrow(rename(one.to_pylist()[0], columns)))
     return rows
 
   source = prompt_column(table.schema.names, columns, str(path))
-  prompts = (p.as_py() for b in batches for p in b.column(source))
+  prompts = (
+    without_nulls(p.as_py()) for b in batches for p in b.column(source)
+  )
   return from_prompts(name, decoded(prompts, where), read, where)
+
+
+def of_arrow(record: dict) -> dict:
+  """Record whose messages and tools have the fields that were written."""
+  chat = {k: without_nulls(record[k]) for k in CHAT if k in record}
+  return record | chat
 
 
 def decoded(prompts: Iterator, where: Callable) -> Iterator:
@@ -355,11 +365,12 @@ def open_dataset(data, columns: dict, name: str) -> Records:
   def read(numbers) -> list[dict]:
     found = data[[int(i) for i in numbers]]
     names = [columns.get(old, old) for old in found]
-    return [dict(zip(names, row)) for row in zip(*found.values())]
+    rows = (dict(zip(names, row)) for row in zip(*found.values()))
+    return [of_arrow(row) for row in rows]
 
   def prompts() -> Iterator:
     for start in range(0, len(data), CHUNK):
-      yield from narrow[start : start + CHUNK][source]
+      yield from map(without_nulls, narrow[start : start + CHUNK][source])
 
   plain = (data.format or {}).get('type') is None
   names = data.column_names if plain else list(data[0])
