@@ -6,6 +6,7 @@ probability times the gradient that `update` computes for them; the true one
 is the gradient of sum_y pi(y) R(y).
 """
 
+import functools
 import itertools
 
 import jax
@@ -214,7 +215,7 @@ def test_any_value_is_an_exact_baseline(ascend, everything, gae_lambda):
   algorithm = algorithms.a2c(gamma=1.0, gae_lambda=gae_lambda)
   rollout = rollout_of(np.arange(N)[:, None])
   inputs = advantage_inputs(rollout, reward, jnp.asarray(V, jnp.float32))
-  advantage, target, _ = algorithm.advantage(inputs, {})
+  advantage, target = algorithm.advantage(inputs, {})[:2]
   weighted = np.asarray(advantage, np.float64) * prob[:, None]
   found = ascend(weighted * N)
   assert_close(found, true_gradient(everything, reward.sum(1).astype(float)))
@@ -322,10 +323,109 @@ def test_k3_times_the_ratio_in_the_loss_is_the_reverse_kl(params, kl_gradients):
   assert_close(grad(params, True), wanted['forward'], atol=1e-5)
 
 
-def test_k1_in_the_loss_would_do_nothing(params, everything):
-  """E[grad of log pi - log ref] is 0, so it is no choice."""
-  zero = true_gradient(everything, np.ones(N))
-  assert max(np.abs(g).max() for g in jax.tree.leaves(zero)) < 1e-5
+def size(tree):
+  """Norm of a tree of arrays."""
+  return np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree)))
+
+
+def test_k1_in_the_loss_pulls_to_no_reference(params, everything, kl_gradients):
+  """k1 summed over tokens has an expected gradient of 0 on-policy; as a mean
+  over the n tokens of a sequence it has that of E[1/n], whatever the
+  reference, and descent makes completions longer."""
+  reference, _ = kl_gradients
+  one = rollout_of(np.arange(N)[:, None])
+  prob = jnp.exp(everything[0])
+  valid = jnp.ones(N, bool)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def expected(ref_params, aggregate, k):
+    """Gradient of sum_y pi(y) times the aggregated estimator of y alone."""
+    ref_logp = evaluate(POLICY, ref_params, one, RULE).logp
+    weight = aggregate(one.mask, valid) * N * prob[:, None]
+
+    def loss(p):
+      d = masked.fill(evaluate(POLICY, p, one, RULE).logp - ref_logp, one.mask)
+      return (weight * jnp.where(k == 1, d, losses.k2(d))).sum()
+
+    return jax.grad(loss)(params)
+
+  total, mean = losses.seq_mean_token_sum, losses.seq_mean_token_mean
+  assert size(expected(reference, total, 1)) < 1e-5
+  assert size(expected(reference, total, 2)) > 0.02
+  shorter = true_gradient(everything, 1 / MASK.sum(1))  # of E[1/n]
+  found = expected(reference, mean, 1)
+  assert_close(found, shorter)
+  assert_close(expected(params, mean, 1), shorter)  # the policy itself
+  assert size(found) > 0.1
+  longer = true_gradient(everything, MASK.sum(1))  # of E[n]
+  along = jax.tree.map(lambda a, b: -(np.asarray(a) * b).sum(), found, longer)
+  assert sum(jax.tree.leaves(along)) > 0.01
+
+
+def test_estimators():
   d = jnp.linspace(-2, 2, 9)
   assert (np.asarray(losses.k3(d)) >= 0).all()
   np.testing.assert_allclose(losses.k2(d), np.asarray(d) ** 2 / 2)
+
+
+# --- importance weights, of a rollout by another policy ----------------------
+
+
+@pytest.fixture(scope='module')
+def off_policy(params):
+  """mode -> (gradient as descent, metrics), expected over the sequences of
+  another policy, of each one's update; and their log-probs there."""
+  other = sharpened(jax.jit(POLICY.init)(jax.random.key(9)), 2.0)
+  rollout = rollout_of(np.arange(N)[:, None])
+  logp = look(POLICY, other, rollout, RULE).logp
+  rollout = rollout._replace(logp=logp)
+  prob = jnp.exp(logp.sum(1))
+  assert prob.sum() == pytest.approx(1, abs=1e-5)
+  rewards = make_scored(rollout, token_rewards('outcome'))
+
+  def gradient(mode, cap, **changes):
+    algorithm = algorithms.reinforce(
+      advantages.no_baseline(),
+      importance_cap=cap,
+      importance_mode=mode,
+      **changes,
+    )
+    weigh = algorithm._replace(
+      aggregate=lambda mask, valid: mask * prob[:, None]  # the expectation
+    )
+    state = init_state(weigh, RECORD, params, jax.random.key(0))
+    update = jax.jit(make_update(POLICY, weigh, RECORD))
+    new, metrics, _ = update(state, rewards, RULE)
+    return jax.tree.map(lambda g: -np.asarray(g), new.opt_state), metrics
+
+  return gradient, logp
+
+
+@pytest.mark.parametrize('loss', ['reinforce', 'sequence_clip'])
+@pytest.mark.parametrize('mode', ['sequence_truncate', 'sequence_mask'])
+def test_weights_of_sequences_are_exact(off_policy, everything, mode, loss):
+  """Below the cap, E over the sampler's sequences is the policy gradient."""
+  gradient, _ = off_policy
+  found, metrics = gradient(mode, 1e4, loss=loss)
+  reward = token_rewards('outcome').sum(1).astype(np.float64)
+  assert_close(found, true_gradient(everything, reward))
+  share = 'truncated' if 'truncate' in mode else 'masked'
+  assert metrics[f'frac_importance_{share}'] == 0
+
+
+@pytest.mark.parametrize('mode', ['sequence_truncate', 'sequence_mask'])
+def test_a_cap_leaves_the_gradient_of_what_it_keeps(
+  off_policy, everything, mode
+):
+  gradient, logp = off_policy
+  ratio = np.exp(np.asarray(everything[0], float) - np.asarray(logp).sum(1))
+  cap, n = 1.01 * np.sort(ratio)[-3], len(ratio)  # two are over
+  found, metrics = gradient(mode, cap)
+  over, truncates = ratio > cap, 'truncate' in mode
+  kept = np.where(over, cap if truncates else 0, ratio)
+  reward = token_rewards('outcome').sum(1).astype(np.float64)
+  want = true_gradient(everything, reward * kept / ratio)
+  assert_close(found, want)
+  share = 'truncated' if truncates else 'masked'
+  assert metrics[f'frac_importance_{share}'] == pytest.approx(over.sum() / n)
+  assert metrics['importance_weight'] == pytest.approx(kept.mean(), rel=1e-4)
