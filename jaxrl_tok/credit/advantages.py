@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import masked
+from jaxrl_tok.credit import losses
 from jaxrl_tok.policy import check_array
 from jaxrl_tok.types import Advantage, AdvantageInputs, Carry, Scored
 
@@ -444,7 +445,7 @@ def vtrace(
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
-    rho = jnp.exp(masked.fill(inputs.log_change, mask))
+    rho = jnp.exp(losses.bounded(masked.fill(inputs.log_change, mask)))
     found, target = jax.vmap(vtrace_advantage, (0,) * 5 + (None,) * 4)(
       *(inputs.reward, value, mask, last, rho),
       *(gamma, gae_lambda, rho_bar, c_bar),
