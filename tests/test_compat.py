@@ -1,14 +1,19 @@
 """Tables of --compat build an algorithm and give way to typed flags; each trap
 is named once."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import advantage_inputs, make_rollout, random_prompts
 
 from experiments import arithmetic
+from jaxrl_tok import masked
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.credit.names import ALGORITHMS
 from jaxrl_tok.run import build, compat, flags
 from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings, flatten
+from jaxrl_tok.step.optimizer import make_schedule
 
 ENTRIES = [(s, a) for s, table in compat.DEFAULTS.items() for a in table]
 # a flag whose choice has another name
@@ -90,11 +95,111 @@ def test_numbers_as_published():
     4,
     0.05,
   )
+  assert found['trl', 'ppo'].passes.old_logp == 'sampler'
+  assert given('trl', 'ppo').optimizer.max_grad_norm == 0
+  assert given('verl', 'dapo').optimizer.weight_decay_all
   assert rloo['loss'].__name__ == 'sequence_clip'
   assert found['trl', 'rloo'].kl.form == 'reward'
   assert (verl['gae_lambda'], verl['dual_clip'], verl['beta']) == (1.0, 3.0, 0)
   assert found['verl', 'ppo'].kl is None
   assert found['verl', 'ppo'].passes.count == 4
+
+
+# --- formulas of others, written again in NumPy, and ours
+
+
+def rewards_of(R, T=3):
+  """AdvantageInputs of outcomes R [C, G]: the completion's length varies."""
+  C, G = R.shape
+  lengths = 1 + np.arange(C * G) % T
+  mask = np.arange(T)[None] < lengths[:, None]
+  rollout = make_rollout(random_prompts(C), np.ones((C * G, T)), mask)
+  last = np.asarray(masked.last_chosen(jnp.asarray(mask)))
+  return advantage_inputs(rollout, np.where(last, R.reshape(-1, 1), 0)), mask
+
+
+def advantage_of(settings: Settings, R):
+  inputs, mask = rewards_of(R)
+  advantage = made(settings).advantage(inputs, {}).advantage
+  return np.asarray(advantage), mask
+
+
+OUTCOMES = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ('system', 'algorithm', 'flags', 'formula'),
+  [
+    (
+      'trl',
+      'grpo',
+      ['--scale=batch_std'],
+      lambda R, centred, spread: centred / (R.std(ddof=1) + 1e-4),
+    ),
+    (
+      'trl',
+      'dr_grpo',
+      [],
+      lambda R, centred, spread: centred / (spread + 1e-4),
+    ),
+    ('verl', 'dr_grpo', [], lambda R, centred, spread: centred),
+    ('verl', 'rloo', [], lambda R, centred, spread: centred * 5 / 4),
+    ('verl', 'grpo', [], lambda R, centred, spread: centred / (spread + 1e-6)),
+    (
+      'openrlhf',
+      'grpo',
+      ['--kl=none'],
+      lambda R, centred, spread: centred / (spread + 1e-9),
+    ),
+  ],
+)
+def test_advantages_are_theirs(system, algorithm, flags, formula):
+  """Up to the printed difference of what is added to a standard deviation."""
+  argv = f'--num_generations={OUTCOMES.shape[1]}', *flags
+  found, mask = advantage_of(given(system, algorithm, *argv), OUTCOMES)
+  spread = OUTCOMES.std(1, ddof=1, keepdims=True)
+  centred = OUTCOMES - OUTCOMES.mean(1, keepdims=True)
+  want = np.where(mask, formula(OUTCOMES, centred, spread).reshape(-1, 1), 0)
+  np.testing.assert_allclose(found, want, rtol=3e-4, atol=1e-5)
+
+
+def test_whitening_differs_as_it_is_said():
+  """TRL, verl, Tunix: (x - mean) rsqrt(var_(n-1) + 1e-8)."""
+  lone = OUTCOMES.reshape(-1, 1)
+  found, mask = advantage_of(given('verl', 'reinforce_pp'), lone)
+  x = np.repeat(lone, mask.shape[1], 1)[mask].astype(np.float64)
+  theirs = (x - x.mean()) / np.sqrt(x.var(ddof=1) + 1e-8)
+  n = len(x)
+  np.testing.assert_allclose(
+    found[mask], theirs * np.sqrt(n / (n - 1)), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_sums_over_longest_completions_are_divided_by_both():
+  """verl since 0.7.1: sum over tokens / sequences that have one / length."""
+  mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+  loss = np.arange(12.0).reshape(3, 4)
+  settings = given('verl', 'dr_grpo', '--max_completion_length=4')
+  aggregate = build.make_algorithm(settings, build.Own(), 4).aggregate
+  weight = aggregate(jnp.asarray(mask), jnp.asarray(mask.any(1)))
+  want = (loss * mask).sum() / 2 / 4
+  assert float((weight * loss).sum()) == pytest.approx(want)
+
+
+def schedule(settings: Settings, steps: int) -> list[float]:
+  """Learning rates of a run's optimizer steps, as shares of the peak."""
+  f = settings.optimizer
+  rate = make_schedule(f.lr_schedule, 1.0, steps, 0, f.min_lr_ratio)
+  return [float(rate(i)) for i in range(steps)]
+
+
+def test_learning_rates_are_theirs():
+  """transformers' linear, and its cosine_with_min_lr of OpenRLHF."""
+  trl, open_rlhf = given('trl', 'grpo'), given('openrlhf', 'grpo')
+  share = np.arange(8) / 8
+  np.testing.assert_allclose(schedule(trl, 8), 1 - share, atol=1e-6)
+  cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * share))
+  np.testing.assert_allclose(schedule(open_rlhf, 8), cosine, atol=1e-6)
 
 
 # --- what the user types
@@ -143,6 +248,38 @@ def test_what_is_not_known_is_refused(capsys, system, algorithm):
 
 
 # --- what is said
+
+
+SEVERAL = '--mini_batches=2'
+SAID_WHEN = [
+  # a line's words, system, algorithm, flags that show it and that do not
+  ('once a rollout', 'trl', 'ppo', [], ['--lr_schedule=constant']),
+  ('once a rollout', 'trl', 'ppo', [], ['--epochs=1']),
+  ('once a rollout', 'verl', 'dapo', [], ['--lr_warmup_steps=0']),
+  ('its rate is 0', 'verl', 'dapo', [], ['--lr_warmup_steps=0']),
+  ('not at all', 'trl', 'grpo', [SEVERAL], []),
+  ('-20 and 20', 'tunix', 'grpo', [SEVERAL], []),
+  ('mean at 10', 'verl', 'grpo', [], ['--mini_batches=1']),
+  ('summed into one score', 'verl', 'rloo', [], None),
+  ('order of the data', 'verl', 'ppo', [], ['--mini_batches=1']),
+  ('max_grad_norm has no', 'trl', 'ppo', [], ['--max_grad_norm=1']),
+  ('since then by both', 'verl', 'dr_grpo', [], ['--aggregation=token_mean']),
+  ('[-10, 10] both', 'openrlhf', 'ppo', [], None),
+  ('3 % of the steps', 'openrlhf', 'ppo', [], ['--lr_warmup_steps=2']),
+  ('KL of its group', 'openrlhf', 'grpo', [], ['--kl=none']),
+  ('sequence_mask', 'trl', 'grpo', [], ['--importance_cap=3']),
+]
+
+
+@pytest.mark.parametrize(
+  ('words', 'system', 'algorithm', 'shown', 'hidden'), SAID_WHEN
+)
+def test_a_difference_is_said_where_there_is_one(
+  words, system, algorithm, shown, hidden
+):
+  assert sum(words in x for x in warnings(system, algorithm, *shown)) == 1
+  if hidden is not None:
+    assert not any(words in x for x in warnings(system, algorithm, *hidden))
 
 
 def test_a_trap_is_silent_where_the_user_left_it():

@@ -6,7 +6,7 @@ the experiment's. TRAPS has the known traps of a system, DIFFERS the differences
 that no flag removes; `warnings` are the lines of both for one run.
 
 Read in the sources of TRL 1.10 to 1.16 (PPO: to 1.12, the last that has it),
-verl 0.8.0, OpenRLHF 0.11.2 and Tunix 0.1.7 and 0.1.8 (its repository).
+verl 0.7.0 to 0.9.1, OpenRLHF 0.11.2 and Tunix 0.1.7 and 0.1.8 (its repository).
 
 - All have a factor 1/2 in the value loss and value_coef has none: 0.5 is their
   1, and 0.05 is TRL's vf_coef of 0.1.
@@ -14,15 +14,18 @@ verl 0.8.0, OpenRLHF 0.11.2 and Tunix 0.1.7 and 0.1.8 (its repository).
 - A weight for the ratio of policy and sampler is off in all four, but comes
   with vLLM in TRL; so no importance_cap here.
 - TRL's KL, once on, is k3 times the ratio: in flags, --kl reverse.
+- TRL's scale_rewards='batch' is --scale batch_std, its
+  multi_objective_aggregation a flag of that name.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 SYSTEMS = {
   'trl': 'TRL 1.10-1.16',
-  'verl': 'verl 0.8',
+  'verl': 'verl 0.9',
   'openrlhf': 'OpenRLHF 0.11',
-  'tunix': 'Tunix 0.1.8',
+  'tunix': 'Tunix 0.1.7-0.1.8',
 }
 
 _NO_KL = {'kl': 'none', 'beta': 0.0}
@@ -52,6 +55,7 @@ _TRL = _NO_KL | {
   'temperature': 1.0,
   'learning_rate': 1e-6,
   'lr_schedule': 'linear',
+  'min_lr_ratio': 0.0,
   'lr_warmup_steps': 0,
   'adam_b2': 0.999,
   'weight_decay': 0.0,
@@ -68,6 +72,7 @@ _VERL = _NO_KL | {
   'lr_warmup_steps': 0,
   'adam_b2': 0.999,
   'weight_decay': 0.01,
+  'weight_decay_all': True,
   'max_grad_norm': 1.0,
   'epochs': 1,
   'mini_batches': 4,  # 1024 prompts, 256 in an update
@@ -79,6 +84,7 @@ _OPENRLHF = _CLIP | {
   'temperature': 1.0,
   'learning_rate': 1e-6,
   'lr_schedule': 'cosine',
+  'min_lr_ratio': 0.1,
   'adam_b2': 0.95,
   'weight_decay': 0.0,
   'max_grad_norm': 1.0,
@@ -118,8 +124,9 @@ DEFAULTS = {
     | {
       'temperature': 0.7,
       'learning_rate': 3e-6,
+      'max_grad_norm': 0.0,  # it has the option and never clips
       'epochs': 4,
-      'recompute_logp': True,
+      'recompute_logp': False,
       'gae_lambda': 0.95,
       'value_clip': 0.2,
       'value_coef': 0.05,
@@ -206,10 +213,23 @@ _OF_PART = {
 
 
 class Said(NamedTuple):
-  """Message about flags, shown only while they have the system's values."""
+  """Message about a run."""
 
   line: str
-  flags: tuple[str, ...] = ()
+  flags: tuple[str, ...] = ()  # shown only while they have the system's values
+  when: Callable = lambda flags: True  # {flag: value} of all -> whether shown
+
+
+def _several_steps(flags: dict) -> bool:
+  """Tells whether a rollout has several optimizer steps, so that ratios leave
+  1."""
+  return (flags['epochs'] or 1) * (flags['mini_batches'] or 1) > 1
+
+
+def _rate_moves(flags: dict) -> bool:
+  """Tells whether the learning rate differs between steps of a rollout."""
+  moves = flags['lr_schedule'] != 'constant' or flags['lr_warmup_steps'] > 0
+  return moves and _several_steps(flags)
 
 
 _TOKEN_RATIO = Said(
@@ -256,13 +276,20 @@ TRAPS = {
       ('clip_high', 'dynamic_sampling_rounds', 'overlong_buffer'),
     ),
   ),
+  ('trl', 'ppo'): (
+    Said(
+      'its max_grad_norm has no effect; no gradient is clipped here either, '
+      'and --max_grad_norm 1 does it',
+      ('max_grad_norm',),
+    ),
+  ),
   ('verl', 'grpo'): (_LONE,),
   ('verl', 'rloo'): (_TOKEN_RATIO, _LONE),
   ('verl', 'dr_grpo'): (
     _LONE,
     Said(
-      'before 0.8 its seq-mean-token-sum-norm divided by the longest '
-      'completion only, not by the batch; 0.8 divides by both, as here',
+      'before 0.7.1 its seq-mean-token-sum-norm divided by the longest '
+      'completion only, not by the batch; since then by both, as here',
       ('aggregation',),
     ),
   ),
@@ -322,20 +349,58 @@ _WHOLE_VOCABULARY = (
   'its ratio is not 1 on-policy; here they are of what is sampled from'
 )
 
-_ENDS = Said(
-  'the learning rate ends at a tenth of its peak (there 0)', ('lr_schedule',)
-)
 _VLLM = Said(
   'no completion is dropped for a ratio of policy and sampler above 3 (there '
-  'with vLLM; --importance_cap 3 --importance_mode sequence_mask does it)'
+  'with vLLM; --importance_cap 3 --importance_mode sequence_mask does it)',
+  when=lambda flags: not flags['importance_cap'],
 )
-_WHITEN = Said('whitening divides by n (there n - 1)', ('whiten',))
+_WHITEN = Said(
+  'whitening divides by n, and adds 1e-8 to the standard deviation (there by '
+  'n - 1, and to the variance)',
+  ('whiten',),
+)
+_RATE = Said(
+  'the learning rate moves with every optimizer step (there once a rollout)',
+  when=_rate_moves,
+)
+_UNBOUNDED = Said(
+  'log-ratios are bounded above, at 10 (there not at all)', when=_several_steps
+)
+_BOUNDED_20 = Said(
+  'log-ratios are bounded above, at 10, and keep a gradient beyond (there at '
+  '-20 and 20, without one)',
+  when=_several_steps,
+)
+_BOUNDED_VERL = Said(
+  'log-ratios are bounded above, at 10, and keep a gradient beyond (there at '
+  "-20 and 20, a sequence's mean at 10, without one)",
+  when=_several_steps,
+)
+_SUMMED = Said(
+  "a token's return begins with its own reward (there the rewards of tokens "
+  'are summed into one score of the completion)'
+)
+_IN_ORDER = Said(
+  'mini-batches are drawn anew in each epoch (there in the order of the data)',
+  when=_several_steps,
+)
+_WARM = Said(
+  'the first step of a warm-up learns (there its rate is 0)',
+  when=lambda flags: flags['lr_warmup_steps'] > 0,
+)
 _EPS_6 = Said('1e-4 is added to the standard deviation (there 1e-6)')
 _EPS_9 = Said('1e-4 is added to the standard deviation (there 1e-9)')
 _OPENRLHF_ALL = (
-  Said('rewards are not clipped (there to [-10, 10])'),
-  Said('no warm-up of the learning rate (there 3 % of the steps)'),
+  Said(
+    'rewards and the KL of a token are not clipped (there to [-10, 10] both)'
+  ),
+  Said(
+    'no warm-up of the learning rate (there 3 % of the steps)',
+    when=lambda flags: not flags['lr_warmup_steps'],
+  ),
+  _BOUNDED_20,
 )
+_VERL_ALL = (_BOUNDED_VERL, _IN_ORDER, _RATE, _WARM)
 _GROUPS = (
   Said(
     'a rollout is 8 updates of whole groups (there as many as it has batches '
@@ -343,40 +408,47 @@ _GROUPS = (
     ('mini_batches',),
   ),
   Said(
-    "the KL leaves the reward before the group's statistics (there after)",
+    'the KL of a row is compared with the KL of its group (there it is '
+    'subtracted as it is)',
     ('kl',),
   ),
 )
 _OPTIMIZER = Said("the optimizer is the experiment's (there the user's)")
 # {(system, algorithm): lines} of differences
 DIFFERS = {
-  ('trl', 'grpo'): (_ENDS, _VLLM),
-  ('trl', 'rloo'): (_ENDS,),
+  ('trl', 'grpo'): (_VLLM, _UNBOUNDED),
+  ('trl', 'rloo'): (_UNBOUNDED,),
   ('trl', 'ppo'): (
-    _ENDS,
     _WHITEN,
-    Said('the score stands on the end token (there one column later)'),
+    _RATE,
+    _UNBOUNDED,
+    Said(
+      'the score stands on the end token, the last whose value is learnt '
+      '(there one column later)'
+    ),
   ),
-  ('trl', 'dr_grpo'): (_ENDS, _VLLM),
-  ('trl', 'cispo'): (_ENDS, _VLLM),
-  ('trl', 'dapo'): (_ENDS, _VLLM),
-  ('verl', 'grpo'): (_EPS_6,),
-  ('verl', 'ppo'): (_WHITEN,),
-  ('verl', 'cispo'): (_EPS_6,),
-  ('verl', 'dapo'): (_EPS_6,),
-  ('verl', 'reinforce_pp'): (_WHITEN,),
-  ('verl', 'reinforce_pp_baseline'): (_WHITEN,),
+  ('trl', 'dr_grpo'): (_VLLM, _UNBOUNDED),
+  ('trl', 'cispo'): (_VLLM, _UNBOUNDED),
+  ('trl', 'dapo'): (_VLLM, _UNBOUNDED),
+  ('verl', 'grpo'): (_EPS_6, _SUMMED, *_VERL_ALL),
+  ('verl', 'rloo'): (_SUMMED, *_VERL_ALL),
+  ('verl', 'ppo'): (_WHITEN, *_VERL_ALL),
+  ('verl', 'dr_grpo'): (_SUMMED, *_VERL_ALL),
+  ('verl', 'cispo'): (_EPS_6, _SUMMED, *_VERL_ALL),
+  ('verl', 'dapo'): (_EPS_6, _SUMMED, *_VERL_ALL),
+  ('verl', 'reinforce_pp'): (_WHITEN, *_VERL_ALL),
+  ('verl', 'reinforce_pp_baseline'): (_WHITEN, _SUMMED, *_VERL_ALL),
   ('openrlhf', 'grpo'): (*_OPENRLHF_ALL, _EPS_9, *_GROUPS),
   ('openrlhf', 'rloo'): (*_OPENRLHF_ALL, *_GROUPS),
   ('openrlhf', 'ppo'): _OPENRLHF_ALL,
   ('openrlhf', 'dr_grpo'): (*_OPENRLHF_ALL, *_GROUPS),
   ('openrlhf', 'reinforce_pp'): _OPENRLHF_ALL,
   ('openrlhf', 'reinforce_pp_baseline'): (*_OPENRLHF_ALL, *_GROUPS),
-  ('tunix', 'grpo'): (_OPTIMIZER, _EPS_6),
-  ('tunix', 'rloo'): (_OPTIMIZER,),
-  ('tunix', 'ppo'): (_OPTIMIZER, _WHITEN),
-  ('tunix', 'dr_grpo'): (_OPTIMIZER,),
-  ('tunix', 'dapo'): (_OPTIMIZER, _EPS_6),
+  ('tunix', 'grpo'): (_OPTIMIZER, _EPS_6, _BOUNDED_20),
+  ('tunix', 'rloo'): (_OPTIMIZER, _BOUNDED_20),
+  ('tunix', 'ppo'): (_OPTIMIZER, _WHITEN, _UNBOUNDED),
+  ('tunix', 'dr_grpo'): (_OPTIMIZER, _BOUNDED_20),
+  ('tunix', 'dapo'): (_OPTIMIZER, _EPS_6, _BOUNDED_20),
 }
 
 
@@ -417,7 +489,8 @@ def warnings(flags: dict) -> list[str]:
     return [
       message.line
       for message in table.get((system, algorithm), ())
-      if all(n in theirs and flags[n] == theirs[n] for n in message.flags)
+      if message.when(flags)
+      and all(n in theirs and flags[n] == theirs[n] for n in message.flags)
     ]
 
   name = SYSTEMS[system]
