@@ -11,13 +11,15 @@ from conftest import (
   OTHER_END,
   PAD,
   changed,
+  look,
+  make_rollout,
   make_scored,
   random_prompts,
   sharpened,
 )
 
-from jaxrl_tok import checkpoint, distribution
-from jaxrl_tok.credit import advantages, algorithms
+from jaxrl_tok import checkpoint, distribution, masked
+from jaxrl_tok.credit import advantages, algorithms, names
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate, values
@@ -29,7 +31,7 @@ from jaxrl_tok.step.update import (
   make_update,
   shortened,
 )
-from jaxrl_tok.types import Passes
+from jaxrl_tok.types import Passes, TokenStats, Trajectory
 
 C, G, T = 8, 2, 5
 PLAIN = make_policy(changed(CONFIG, layers=CONFIG.layers[:1]))
@@ -271,3 +273,161 @@ def test_nlpo_draws_only_what_its_slow_copy_finds_likely(params):
   assert num_kept[mask].min() >= 1
   one = np.exp(np.asarray(alone.logp))[mask & (num_kept == 1)]
   assert (one >= 0.8 - 1e-5).all()
+
+
+# --- metrics, against float64 ------------------------------------------------
+
+
+def row_means(x, mask) -> np.ndarray:
+  """Means over each row's chosen tokens, of the rows that have one."""
+  return np.array(
+    [x[b][mask[b]].mean() for b in range(len(x)) if mask[b].any()]
+  )
+
+
+def clip_metrics(low, high, mask, by_sequence: bool) -> dict:
+  """TRL's clip ratios of tokens held below and above, bool [B, T]."""
+  rows = {'low': row_means(low, mask), 'high': row_means(high, mask)}
+  tokens = {'low': low[mask], 'high': high[mask]}
+  low, high = (rows if by_sequence else tokens).values()
+  return {
+    'low_mean': low.mean(),
+    'high_mean': high.mean(),
+    'region_mean': low.mean() + high.mean(),
+    'low_min': rows['low'].min(),
+    'high_max': rows['high'].max(),
+  }
+
+
+@pytest.fixture(scope='module')
+def moved(params):
+  """Parameters and a reference that the sampler's are neither of."""
+  rng = np.random.default_rng(2)
+
+  def noisy(x, scale):
+    return x + scale * rng.normal(size=x.shape).astype(np.float32)
+
+  return (
+    jax.tree.map(lambda x: noisy(x, 0.05), params),
+    jax.tree.map(lambda x: noisy(x, 0.2), params),
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'micro_batches'), [('grpo', 4), ('rloo', 1), ('gspo', 2)]
+)
+def test_metrics_off_policy(moved, batch, name, micro_batches):
+  """kl is rho k3, kl and entropy are means over chosen tokens of valid rows;
+  clip ratios of a sequence's ratio count sequences. Nothing chosen is 0."""
+  now, reference = moved
+  valid = np.arange(C * G) % 5 != 3
+  rollout = batch.rollout
+  last = masked.last_chosen(rollout.mask)
+  outcome = jnp.where(last, batch.rewards['reward'], 0)
+  scored = make_scored(rollout, outcome, applies=valid)
+  algorithm = algorithms.by_name(name)(kl='reverse', beta=0.1)
+  passes = Passes(old_logp='sampler')
+  sgd = optax.sgd(0.1)
+  update = make_update(
+    PLAIN, algorithm, sgd, micro_batches=micro_batches, passes=passes
+  )
+  state = init_state(algorithm, sgd, now, jax.random.key(0))
+  state = state.replace(carries=state.carries | {'reference': reference})
+  update = jax.jit(update)
+  _, metrics, A = update(state, scored, RULE)
+  nobody = scored._replace(applies={'reward': jnp.zeros(C * G, bool)})
+  _, none, _ = update(state, nobody, RULE)
+  for key in ('kl', 'entropy', 'sampler_logp_gap', 'clip_ratio/low_min'):
+    assert float(none[key]) == 0, key
+  mask = np.asarray(rollout.mask) & valid[:, None]
+  stats, ref = (
+    look(PLAIN, now, rollout, RULE),
+    look(PLAIN, reference, rollout, RULE),
+  )
+  l, l_ref, entropy, A = (
+    np.asarray(x, np.float64) for x in (stats.logp, ref.logp, stats.entropy, A)
+  )
+  change = np.where(mask, l - rollout.logp, 0)
+  d, by_sequence = l - l_ref, name != 'grpo'
+  kl = (np.exp(change) * (np.exp(-d) + d - 1))[mask].mean()
+  assert abs(kl - (np.exp(-d) + d - 1)[mask].mean()) > 1e-3
+  assert float(metrics['kl']) == pytest.approx(kl, rel=1e-4)
+  assert float(metrics['entropy']) == pytest.approx(entropy[mask].mean(), 1e-4)
+  bounds = (3e-4, 4e-4) if name == 'gspo' else (0.2, 0.2)
+  if by_sequence:
+    change = change.sum(1, keepdims=True)
+    if name == 'gspo':
+      change = change / np.maximum(mask.sum(1, keepdims=True), 1)
+    change = np.broadcast_to(change, mask.shape)
+  low = (np.exp(change) < 1 - bounds[0]) & (A < 0)
+  high = (np.exp(change) > 1 + bounds[1]) & (A > 0)
+  want = clip_metrics(low, high, mask, by_sequence)
+  assert want['low_mean'] > 0 < want['high_mean']
+  for key, value in want.items():
+    found = float(metrics[f'clip_ratio/{key}'])
+    assert found == pytest.approx(value, abs=1e-6), key
+
+
+# --- importance weights, against float64 -------------------------------------
+
+
+def weights_of(mode, lag, mask, cap):
+  """Weights [B, T] and whether the cap was met, of log-ratios lag."""
+  level, rule = mode.split('_')
+  lag = np.where(mask, lag, 0)
+  if level == 'sequence':
+    lag = np.broadcast_to(lag.sum(1, keepdims=True), lag.shape)
+  ratio = np.exp(lag)
+  over = ratio > cap
+  return np.where(over, cap if rule == 'truncate' else 0, ratio), over
+
+
+@pytest.mark.parametrize('loss', names.LOSSES)
+@pytest.mark.parametrize('mode', names.IMPORTANCE_MODES)
+def test_importance_weights(mode, loss):
+  """L_t w, its slope and its metrics: a weight beside a loss without one."""
+  if loss == 'sequence_clip' and mode.startswith('token'):
+    with pytest.raises(ValueError, match='--importance_mode sequence_trunc'):
+      algorithms.rloo(importance_cap=1.5, importance_mode=mode)
+    return
+  rng, rows = np.random.default_rng(0), 6
+  shape, cap = (rows, T), 1.5
+  mask = rng.random(shape) < 0.8
+  mask[0], mask[1] = False, np.arange(T) < 1
+  l = -rng.uniform(0.1, 2, shape)
+  l_old, A = l - rng.normal(0, 0.2, shape), rng.normal(size=(rows, 1))
+  l_roll = l_old - rng.normal(0, 0.4, shape)
+  one = {'aggregate': 'seq_mean_token_sum', 'loss': loss}
+  plain = algorithms.reinforce(**one)
+  given = {'importance_cap': cap, 'importance_mode': mode}
+  made = algorithms.reinforce(**one, **given)
+  l, l_old, l_roll, A = (
+    np.broadcast_to(x, shape).astype(np.float32) for x in (l, l_old, l_roll, A)
+  )
+  rollout = make_rollout(None, jnp.zeros(shape), mask, l_roll)
+  trajectory = Trajectory(rollout, None, A, None, None, l_old, None)
+
+  def losses_of(algorithm):
+    def total(l):
+      stats = TokenStats(l, jnp.zeros(shape), None)
+      found, metrics = jax.vmap(algorithm.loss)(stats, trajectory)
+      return jnp.where(mask, found, 0).sum(1).sum(), (found, metrics)
+
+    return jax.value_and_grad(total, has_aux=True)(jnp.asarray(l))
+
+  (_, (before, _)), slope = losses_of(plain)
+  (_, (after, metrics)), weighed = losses_of(made)
+  lag = l_old.astype(np.float64) - l_roll
+  weight, over = weights_of(mode, lag, mask, cap)
+  assert 0 < over[mask].mean() < 1
+  for x, y in ((before, after), (slope, weighed)):
+    x, y = np.asarray(x), np.asarray(y)
+    np.testing.assert_allclose(y[mask], (x * weight)[mask], 1e-5, 1e-6)
+  share = f'frac_importance_{mode.split("_")[1]}'
+  share += 'd' if 'truncate' in mode else 'ed'
+  for key, want in (('importance_weight', weight), (share, over)):
+    found = np.asarray(metrics[key], np.float64)
+    if mode.startswith('sequence'):  # one number for each sequence
+      np.testing.assert_allclose(found, want[:, 0], rtol=1e-5)
+    else:
+      np.testing.assert_allclose(found[mask], want[mask], rtol=1e-5)
