@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 from jaxrl_tok.credit import advantages, algorithms, losses
 from jaxrl_tok.step.passes import total_loss
 from jaxrl_tok.step.update import kl_penalty
-from jaxrl_tok.types import Prompts, Rollout, TokenStats, Trajectory
+from jaxrl_tok.types import Prompts, Rollout, Scored, TokenStats, Trajectory
 
 GOLDEN = dict(np.load(Path(__file__).parent / 'golden/algorithms.npz'))
-GOLDEN['valid'] = np.ones(len(GOLDEN['mask']), bool)
+ROWS = {'all': np.ones(len(GOLDEN['mask']), bool), 'some': GOLDEN['some']}
 CASES = [json.loads(case) for case in GOLDEN['cases']]
 MASK = GOLDEN['mask']
 T = MASK.shape[1]
-TOKENS = ('l', 'l_old', 'l_roll', 'l_ref', 'H', 'V', 'outcome', 'dense')
+TOKENS = 'l', 'l_old', 'l_roll', 'l_ref', 'H', 'V'
+TOKENS = (*TOKENS, 'outcome', 'dense', 'second')
 WIDTH = 8  # most cases that are alike: 2 rewards, 4 aggregations
 GROUP_MEAN = (  # presets that take the mean of the prompt's rows
   algorithms.grpo,
@@ -54,7 +55,12 @@ BASELINES = {
   'greedy': advantages.greedy(),
 }
 # the file's words -> the package's
-CHOICES = {'lam': 'gae_lambda', 'bootstrap': 'bootstrap_truncated'}
+CHOICES = {
+  'lam': 'gae_lambda',
+  'bootstrap': 'bootstrap_truncated',
+  'several': 'multi_objective_aggregation',
+  'mask_truncated': 'mask_truncated_completions',
+}
 VALUES = {
   'baseline': BASELINES.get,
   'credit': lambda name: getattr(advantages, name),
@@ -96,8 +102,25 @@ def rollout_of(batch, C) -> Rollout:
   return make_rollout(prompts, tokens, mask, batch['l_roll'], ended=ended)
 
 
+def with_second(scored: Scored, batch) -> Scored:
+  """Two rewards, each of which applies to rows of its own."""
+  (name,) = scored.rewards
+  first, second = GOLDEN['applies'] & batch['valid']
+  return scored._replace(
+    rewards=scored.rewards | {'second': batch['second']},
+    applies={name: first, 'second': second},
+    weights=scored.weights | {'second': jnp.float32(0.5)},
+  )
+
+
 def solve(
-  algorithm, batch, reward, aggregate, ema_baseline=0.0, on_policy=False
+  algorithm,
+  batch,
+  reward,
+  aggregate,
+  ema_baseline=0.0,
+  on_policy=False,
+  several=False,
 ):
   """Steps of an update between the networks and the optimizer."""
   learned, kl = algorithm.value_loss is not None, algorithm.kl
@@ -111,12 +134,15 @@ def solve(
     greedy_reward=batch['greedy'] if algorithm.greedy else None,
     applies=batch['valid'],
   )
+  if several:
+    inputs = inputs._replace(scored=with_second(inputs.scored, batch))
   if kl is not None and kl.form == 'reward':
     penalty = kl_penalty(rollout, batch['l_ref'], beta)
     inputs = inputs._replace(kl_penalty=penalty)
   carries = {'ema_baseline': jnp.float32(ema_baseline)}
   credit = algorithm.advantage(inputs, carries)
-  mask, valid = inputs.mask, inputs.valid
+  valid = inputs.valid
+  mask = inputs.mask & credit.rows(valid)[:, None]
   trajectory = Trajectory(
     rollout._replace(mask=mask),
     inputs.reward,
@@ -156,7 +182,7 @@ def make(case: dict):
   changes = {
     CHOICES.get(k, k): VALUES.get(k, lambda x: x)(x)
     for k, x in case.items()
-    if k not in ('preset', 'reward', 'on_policy')
+    if k not in ('preset', 'reward', 'on_policy', 'rows')
   }
   changes['max_length'] = T
   if case['preset'] == 'dapo':
@@ -180,20 +206,25 @@ def test_equations(preset):
     return {k: case[k] for k in sorted(case) if k not in shared}
 
   shared = ('reward', 'aggregate')
-  batch = spoiled(GOLDEN, mixed_garbage(len(MASK)))
   ours = [i for i, c in enumerate(CASES) if c['preset'] == preset.__name__]
   ours.sort(key=lambda i: json.dumps(same(i)))
   for _, members in groupby(ours, same):
-    solve_alike(list(members), batch)
+    solve_alike(list(members))
 
 
-def solve_alike(members: list, batch):
+def solve_alike(members: list):
   """Compares the cases of those numbers; they share all but two words."""
   case = CASES[members[0]]
+  valid = ROWS[case.get('rows', 'all')]
+  batch = spoiled(GOLDEN | {'valid': valid}, mixed_garbage(len(MASK)))
+  if 'several' in case:
+    valid = valid & GOLDEN['applies'].any(0)
+  learns = valid & ~(GOLDEN['cut'] & case.get('mask_truncated', False))
   made = [make(CASES[i]) for i in members]
   ema = case.get('baseline') == 'ema'
   rewards = [batch[CASES[i]['reward']] for i in members]
-  weights = [algorithm.aggregate(MASK, batch['valid']) for algorithm in made]
+  on = MASK & learns[:, None]
+  weights = [algorithm.aggregate(on, valid) for algorithm in made]
 
   def one(reward, weight):
     return solve(
@@ -203,6 +234,7 @@ def solve_alike(members: list, batch):
       lambda mask, valid: weight,
       GOLDEN['carry_before'] if ema else 0.0,
       case.get('on_policy', False),
+      'several' in case,
     )
 
   # operation by operation, for whole programs would be compiled to run once;
@@ -212,19 +244,20 @@ def solve_alike(members: list, batch):
     found = jax.vmap(one)(jnp.stack(rewards)[rows], jnp.stack(weights)[rows])
   found = {k: x for k, x in found.items() if x is not None}
   for n, i in enumerate(members):
-    compare({k: x[n] for k, x in found.items() if k != 'carry'}, i)
+    compare({k: x[n] for k, x in found.items() if k != 'carry'}, i, on)
     if ema:
       close(found['carry'][n], GOLDEN['carry'][i], case)
 
 
-def compare(found: dict, i: int):
-  """Compares one case with the file's; gradients on their own scale."""
+def compare(found: dict, i: int, on: np.ndarray):
+  """Compares one case with the file's; gradients on their own scale. on: tokens
+  that are learnt from."""
   for name, x in found.items():
     x, want, said = np.asarray(x), GOLDEN[name][i], f'{name} of {CASES[i]}'
     if name in ('loss', 'advantage'):
       close(x, want, said)
     elif name == 'kl':
-      close(x[MASK].mean(), want, said)
+      close(x[on].mean(), want, said)
     else:
       scale = np.clip(np.abs(want).max(), 1e-3, 1.0)
       close(x[MASK], want, said, scale)
@@ -234,7 +267,7 @@ def compare(found: dict, i: int):
 def test_functions_of_one_sequence():
   """Returns, GAE and V-trace of the dense reward, row by row."""
   numbers = json.loads(str(GOLDEN['sequence']))
-  batch = spoiled(GOLDEN, mixed_garbage(len(MASK)))
+  batch = spoiled(GOLDEN | {'valid': ROWS['all']}, mixed_garbage(len(MASK)))
   gamma, lam = numbers['gamma'], numbers['lam']
   value, reward = batch['V_old'], batch['dense']
   log_rho = jnp.where(MASK, batch['l_old'] - batch['l_roll'], 0.0)

@@ -5,8 +5,10 @@ every preset x aggregation x KL form x kind of reward, and through the options
 that a preset may be given. The equations are here a second time, as loops over
 rows and tokens in float64, from the papers' definitions and nothing else:
 
-1. reward_of      token rewards: the penalty for length, KL in the reward
-2. advantage_of   returns, GAE, baselines, division by std, whitening
+1. rewards_of     rewards one by one with the rows that they apply to, among
+                  them the penalty for length; the KL's penalty
+2. advantage_of   returns, GAE, baselines, division by std, whitening, and the
+                  KL's part of what was divided
 3. weights_of     how per-token losses become a scalar
 4. loss_of        the scalar. Log-probs are read twice, the ones that may move
                   and the ones that are held, to honour stop-gradients
@@ -17,9 +19,11 @@ used one would show. The file has
 
 * inputs `l`, `l_old`, `l_roll`, `l_ref`, `H`, `V` [B, T], `V_old` [B, T+1]
   (column t is of the state before token t; T of the one after the last
-  column), `outcome` and `dense` [B, T], `greedy` [C], `mask` and `cut`;
+  column), `outcome`, `dense` and `second` [B, T], `greedy` [C], `mask` and
+  `cut`; `some`, the rows that a reward applies to in cases of "rows": "some";
+  `applies` [2, B], those of the two rewards in cases of "several";
 * `cases`, each a preset and what is changed of it, in JSON; in their order
-  `loss`, `kl` (the mean of k3), `carry` (the EMA baseline afterwards),
+  `loss`, `kl` (the mean of rho k3), `carry` (the EMA baseline afterwards),
   `advantage` and, over chosen tokens only, `target`, `by_l`, `by_H`, `by_V`;
 * `togo`, `gae_*` and `vtrace_*` [B, T] of the dense reward, for the functions
   of one sequence, with the numbers that they were made with in `sequence`.
@@ -65,6 +69,15 @@ MASK = np.array(
 CUT = np.isin(np.arange(B), (1, 5, 9))  # row 6 ended in the last column
 OUTCOME = (1.0, -0.5, 0.25, 2.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.5, -1.0, 0.75)
 GREEDY = (0.7, 0.5, -0.3)
+# rows that a reward applies to, in cases of some: of the second prompt one
+SOME = ~np.isin(np.arange(B), (1, 4, 6, 7, 10))
+# a second reward, of weight 0.5: equal in the third prompt
+SECOND = (0.0, 1.0, 1.0, 0.0, 2.0, -1.0, 0.5, 1.0, 3.0, 3.0, 3.0, 3.0)
+WEIGHT = 0.5
+# where the first and the second apply, in cases of both: neither in row 11
+APPLIES = np.array(
+  [~np.isin(np.arange(B), (3, 11)), ~np.isin(np.arange(B), (2, 4, 5, 6, 11))]
+)
 
 KINDS = ('outcome', 'dense')
 KLS = {
@@ -86,7 +99,10 @@ PLAIN = {
   'rho_bar': 1.0,
   'c_bar': 1.0,
   'baseline': 'none',
-  'by_std': False,
+  'scale': 'none',  # 'group_std', 'batch_std'
+  'several': None,  # two rewards: 'sum_then_normalize', 'normalize_then_sum'
+  'rows': 'all',  # that are valid; or 'some'
+  'mask_truncated': False,
   'whiten': False,
   'advantage_clip': None,
   'bootstrap': False,  # of rows that were cut
@@ -116,7 +132,7 @@ PPO = {
 }
 GRPO = {
   'baseline': 'group_mean',
-  'by_std': True,
+  'scale': 'group_std',
   'surrogate': 'clip',
   'aggregate': 'seq_mean_token_mean',
 }
@@ -131,7 +147,7 @@ PRESETS = {
   'a2c': {'credit': 'gae', 'gamma': 0.99, 'value_coef': 0.5},
   'ppo': PPO,
   'grpo': GRPO,
-  'dr_grpo': GRPO | {'by_std': False, 'aggregate': 'seq_mean_token_sum_norm'},
+  'dr_grpo': GRPO | {'scale': 'none', 'aggregate': 'seq_mean_token_sum_norm'},
   'dapo': GRPO | {'high': 0.28, 'overlong': 2, 'aggregate': 'token_mean'},
   'gspo': GRPO | {'surrogate': 'geometric', 'low': 3e-4, 'high': 4e-4},
   'cispo': GRPO | {'surrogate': 'cispo', 'cap': 5.0, 'aggregate': 'token_mean'},
@@ -178,10 +194,12 @@ def make_inputs() -> dict:
     'V': V_old[:, :T] + rng.normal(0, 0.3, (B, T)),
     'dense': rng.normal(0, 1, (B, T)),
     'outcome': np.zeros((B, T)),
+    'second': np.zeros((B, T)),
   }
   for b in range(B):
     if MASK[b].any():
       data['outcome'][b, chosen(b)[-1]] = OUTCOME[b]
+      data['second'][b, chosen(b)[-1]] = SECOND[b]
   data = {name: np.where(MASK, x, NAN) for name, x in data.items()}
   last = np.where(CUT, V_old[:, T], NAN)
   before = np.where(MASK, V_old[:, :T], NAN)
@@ -196,6 +214,20 @@ def chosen(b) -> list:
   return [t for t in range(T) if MASK[b, t]]
 
 
+def valid_rows(case) -> list:
+  """Rows that a reward applies to."""
+  on = SOME if case['rows'] == 'some' else np.ones(B, bool)
+  if case['several']:
+    on = on & APPLIES.any(0)
+  return [b for b in range(B) if on[b]]
+
+
+def learnt_rows(case) -> list:
+  """Valid rows whose tokens are in the loss."""
+  leave = CUT if case['mask_truncated'] else np.zeros(B, bool)
+  return [b for b in valid_rows(case) if not leave[b]]
+
+
 # 1. rewards
 
 
@@ -206,41 +238,69 @@ def overlong_penalty(n, longest, buffer) -> float:
   return ((longest - buffer) - n) / buffer
 
 
-def reward_of(case, data) -> list:
-  """Token rewards r[b][t]; 0 where not chosen."""
-  reward = [[0.0] * T for _ in range(B)]
-  for b in range(B):
-    columns = chosen(b)
-    for t in columns:
-      reward[b][t] = data[case['reward']][b, t]
-      if case['kl'] == 'reward':
-        reward[b][t] -= case['beta'] * (
-          data['l_roll'][b, t] - data['l_ref'][b, t]
-        )
-    if columns and case['overlong']:
-      reward[b][columns[-1]] += overlong_penalty(
-        len(columns), T, case['overlong']
-      )
-  return reward
+def at_tokens(x, rows) -> list:
+  """x[b][t] at the chosen tokens of those rows, 0 elsewhere."""
+  found = [[0.0] * T for _ in range(B)]
+  for b in rows:
+    for t in chosen(b):
+      found[b][t] = x[b, t]
+  return found
+
+
+def rewards_of(case, data) -> list:
+  """Rewards (weight, r[b][t], rows that it applies to)."""
+  valid = valid_rows(case)
+  rewards = [(1.0, data[case['reward']], valid)]
+  if case['several']:
+    first, second = ([b for b in valid if on[b]] for on in APPLIES)
+    rewards = [
+      (1.0, data[case['reward']], first),
+      (WEIGHT, data['second'], second),
+    ]
+  if case['overlong']:
+    penalty = np.zeros((B, T))
+    for b in valid:
+      columns = chosen(b)
+      if columns:
+        n = len(columns)
+        penalty[b, columns[-1]] = overlong_penalty(n, T, case['overlong'])
+    rewards.append((1.0, penalty, valid))
+  return [(w, at_tokens(x, rows), rows) for w, x, rows in rewards]
+
+
+def sum_of(rewards) -> list:
+  """Weighted sum r[b][t] of rewards."""
+  return [
+    [sum(w * r[b][t] for w, r, _ in rewards) for t in range(T)]
+    for b in range(B)
+  ]
+
+
+def penalty_of(case, data) -> list:
+  """Penalty of the KL in the reward, p[b][t]."""
+  beta = case['beta'] if case['kl'] == 'reward' else 0.0
+  return at_tokens(beta * (data['l_roll'] - data['l_ref']), valid_rows(case))
 
 
 # 2. returns and advantages
 
 
-def reward_to_go(r, gamma) -> list:
-  """G_t = m_t r_t + gamma G_{t+1}: every column discounts."""
+def reward_to_go(r, columns, gamma) -> list:
+  """G_t = r_t + gamma G of the next chosen token, which the columns before it
+  that are not chosen have, too."""
   togo, after = [0.0] * T, 0.0
   for t in reversed(range(T)):
-    after = r[t] + gamma * after
+    if t in columns:
+      after = r[t] + gamma * after
     togo[t] = after
   return togo
 
 
-def held_return(togo, columns) -> list:
-  """Returns, with the last token's held after it."""
+def by_clock(togo, columns) -> list:
+  """Returns of the first, second, ... chosen token, the last held after it."""
   if not columns:
     return [0.0] * T
-  return [togo[min(t, columns[-1])] for t in range(T)]
+  return [togo[columns[min(k, len(columns) - 1)]] for k in range(T)]
 
 
 def gae(r, V, last, columns, gamma, lam):
@@ -293,85 +353,150 @@ def std(values, ddof) -> float:
   return math.sqrt(squares / (len(values) - ddof))
 
 
-def group(b) -> list:
-  """Rows that answer the prompt of row b."""
-  return [b // G * G + g for g in range(G)]
+def group(b, rows) -> list:
+  """Rows, of those, that answer the prompt of row b."""
+  return [i for i in rows if i // G == b // G]
 
 
-def baseline_of(case, data, held, b, t) -> float:
-  """Number to subtract from the return of row b in column t."""
+def baseline_of(case, data, held, rows, b, k) -> float:
+  """Number to subtract from the return of row b's k-th token."""
   match case['baseline']:
     case 'none':
       return 0.0
     case 'batch_mean':
-      return mean([held[i][t] for i in range(B)])
+      return mean([held[i][k] for i in rows])
     case 'ema':
       return CARRY
     case 'group_mean':
-      return mean([held[i][t] for i in group(b)])
+      return mean([held[i][k] for i in group(b, rows)])
     case 'loo':
-      return mean([held[i][t] for i in group(b) if i != b])
+      others = [held[i][k] for i in group(b, rows) if i != b]
+      return mean(others) if others else held[b][k]
     case 'greedy':
       return data['greedy'][b // G]
 
 
+def centred(case, data, held, rows) -> np.ndarray:
+  """Returns minus the baseline [B, k], 0 in other rows."""
+  found = np.zeros((B, T))
+  for b, k in product(rows, range(T)):
+    found[b, k] = held[b][k] - baseline_of(case, data, held, rows, b, k)
+  return found
+
+
+def scaled(case, found, held, rows) -> np.ndarray:
+  """Those divided by the standard deviation of whole returns; rows that are
+  compared with no other have nothing left."""
+  if case['scale'] == 'none':
+    return found
+  out = np.zeros((B, T))
+  for b in rows:
+    among = group(b, rows) if case['scale'] == 'group_std' else rows
+    if len(among) > 1:
+      whole = [held[i][0] for i in among]
+      out[b] = found[b] / (std(whole, ddof=1) + 1e-4)
+  return out
+
+
+def returns_of(reward, gamma) -> list:
+  """Returns by the clock, held[b][k]."""
+  return [
+    by_clock(reward_to_go(reward[b], chosen(b), gamma), chosen(b))
+    for b in range(B)
+  ]
+
+
+def by_returns(case, data):
+  """Returns (A [B, T] by the clock, whole returns that the EMA sees)."""
+  rewards, valid, gamma = (
+    rewards_of(case, data),
+    valid_rows(case),
+    case['gamma'],
+  )
+  total, penalty = sum_of(rewards), penalty_of(case, data)
+  less = [[x - y for x, y in zip(*both)] for both in zip(total, penalty)]
+  task, net = returns_of(total, gamma), returns_of(less, gamma)
+  plain = centred(case, data, net, valid)
+  if case['scale'] == 'none':
+    return plain, [net[b][0] for b in valid]
+  kl_part = plain - centred(case, data, task, valid)
+  if case['several'] != 'normalize_then_sum':
+    found = scaled(case, centred(case, data, task, valid), task, valid)
+    return found + kl_part, [task[b][0] for b in valid]
+  found = np.zeros((B, T))
+  for weight, reward, rows in rewards:
+    held = returns_of(reward, gamma)
+    found += weight * scaled(case, centred(case, data, held, rows), held, rows)
+  whole = [found[b, 0] for b in valid]
+  for b in valid:
+    found[b] = (found[b] - mean(whole)) / (std(whole, ddof=1) + 1e-4)
+  return found + kl_part, None
+
+
+def by_value(case, data):
+  """Returns (advantage, value target) by GAE or V-trace."""
+  advantage, target = np.zeros((B, T)), np.zeros((B, T))
+  total, penalty = sum_of(rewards_of(case, data)), penalty_of(case, data)
+  for b in valid_rows(case):
+    reward = [x - y for x, y in zip(total[b], penalty[b])]
+    V, columns = data['V_old'][b], chosen(b)
+    last = V[T] if CUT[b] and case['bootstrap'] else 0.0
+    if case['credit'] == 'gae':
+      advantage[b], target[b] = gae(
+        reward, V, last, columns, case['gamma'], case['lam']
+      )
+    else:
+      log_change = data['l_old'][b] - data['l_roll'][b]
+      advantage[b], target[b] = vtrace(
+        reward, V, last, log_change, columns, case
+      )
+  return advantage, target
+
+
 def advantage_of(case, data):
   """Returns (advantage, value target, EMA afterwards); 0 where not chosen."""
-  reward = reward_of(case, data)
-  advantage = np.zeros((B, T))
-  target = np.zeros((B, T))
-  carry = CARRY
-  if case['credit'] != 'returns':
-    for b in range(B):
-      V, columns = data['V_old'][b], chosen(b)
-      last = V[T] if CUT[b] and case['bootstrap'] else 0.0
-      if case['credit'] == 'gae':
-        advantage[b], target[b] = gae(
-          reward[b], V, last, columns, case['gamma'], case['lam']
-        )
-      else:
-        log_change = data['l_old'][b] - data['l_roll'][b]
-        advantage[b], target[b] = vtrace(
-          reward[b], V, last, log_change, columns, case
-        )
-  else:
-    held = [
-      held_return(reward_to_go(reward[b], case['gamma']), chosen(b))
-      for b in range(B)
-    ]
-    for b in range(B):
-      for t in chosen(b):
-        advantage[b, t] = held[b][t] - baseline_of(case, data, held, b, t)
-        if case['by_std']:
-          whole = [held[i][0] for i in group(b)]
-          advantage[b, t] /= std(whole, ddof=1) + 1e-4
+  advantage, target, carry = np.zeros((B, T)), np.zeros((B, T)), CARRY
+  valid = valid_rows(case)
+  if case['credit'] == 'returns':
+    found, whole = by_returns(case, data)
+    for b in valid:
+      for k, t in enumerate(chosen(b)):
+        advantage[b, t] = found[b, k]
     if case['baseline'] == 'ema':
-      carry = 0.9 * CARRY + 0.1 * mean([held[b][0] for b in range(B)])
+      carry = 0.9 * CARRY + 0.1 * mean(whole)
+  else:
+    advantage, target = by_value(case, data)
   if case['whiten']:
-    every = [advantage[b, t] for b in range(B) for t in chosen(b)]
+    every = [advantage[b, t] for b in valid for t in chosen(b)]
     center, spread = mean(every), std(every, ddof=0)
-    for b in range(B):
+    for b in valid:
       for t in chosen(b):
         advantage[b, t] = (advantage[b, t] - center) / (spread + 1e-8)
   if case['advantage_clip']:
     bound = case['advantage_clip']
     advantage = np.clip(advantage, -bound, bound)
+  for b in set(valid) - set(learnt_rows(case)):
+    advantage[b] = 0.0
   return advantage, target, carry
 
 
 # 3. aggregation
 
 
-def weights_of(aggregate) -> list:
-  """Weights w[b]: the scalar sums w[b] times the loss of a chosen token."""
-  tokens = sum(len(chosen(b)) for b in range(B))
-  lengths = [max(len(chosen(b)), 1) for b in range(B)]
+def weights_of(aggregate, valid, learnt) -> dict:
+  """Weights {b: w}: the scalar sums w[b] times the loss of a chosen token of
+  the learnt rows. Means over rows count all valid ones."""
+  tokens = sum(len(chosen(b)) for b in learnt)
+  rows = len(valid)
   return {
-    'token_mean': [1 / tokens] * B,
-    'seq_mean_token_mean': [1 / (B * n) for n in lengths],
-    'seq_mean_token_sum': [1 / B] * B,
-    'seq_mean_token_sum_norm': [1 / (B * T)] * B,
-  }[aggregate]
+    b: {
+      'token_mean': 1 / tokens,
+      'seq_mean_token_mean': 1 / (rows * max(len(chosen(b)), 1)),
+      'seq_mean_token_sum': 1 / rows,
+      'seq_mean_token_sum_norm': 1 / (rows * T),
+    }[aggregate]
+    for b in learnt
+  }
 
 
 # 4. the loss
@@ -431,10 +556,11 @@ def value_loss(case, V, V_old, target) -> float:
 def loss_of(case, data, A, target, l, H, V, l_held) -> float:
   """Scalar loss. l may move; l_held is l under a stop-gradient."""
   l_old = l_held if case['on_policy'] else data['l_old']
-  weights = weights_of(case['aggregate'])
-  value_weights = weights_of('token_mean')
+  valid, learnt = valid_rows(case), learnt_rows(case)
+  weights = weights_of(case['aggregate'], valid, learnt)
+  value_weights = weights_of('token_mean', valid, learnt)
   total = 0.0
-  for b in range(B):
+  for b in learnt:
     for t in chosen(b):
       loss = policy_loss(case, A, l, l_held, l_old, b, t)
       if case['importance_cap']:
@@ -475,10 +601,12 @@ def solve(case, data) -> dict:
     return loss_of(case, data, A, target, l, H, V, l_held=data['l'])
 
   none = np.zeros(MASK.sum())
-  d = (l - data['l_ref'])[MASK]
+  on = MASK & np.isin(np.arange(B), learnt_rows(case))[:, None]
+  d = (l - data['l_ref'])[on]
+  rho = np.exp((l - (l if case['on_policy'] else data['l_old']))[on])
   return {
     'loss': loss(),
-    'kl': mean(np.exp(-d) + d - 1),
+    'kl': mean(rho * (np.exp(-d) + d - 1)),
     'carry': carry,
     'advantage': A,
     'target': target[MASK],
@@ -528,6 +656,54 @@ def make_cases() -> list:
       cases.append(plain | {'credit': 'vtrace'} | SEQUENCE)
     if PRESETS[preset].get('surrogate') == 'clip':
       cases.append(plain | {'dual_clip': 3.0, 'importance_cap': 2.0})
+  return cases + row_cases() + scale_cases()
+
+
+def row_cases() -> list:
+  """Cases with rows that are not valid, or not learnt from."""
+  cases = []
+  for preset, reward, aggregate in product(PRESETS, KINDS, AGGREGATIONS):
+    if preset == 'rloo' and 'sum' not in aggregate:
+      continue
+    some = {'preset': preset, 'reward': reward, 'rows': 'some'}
+    cases += [
+      some | {'aggregate': aggregate} | KLS['reward'],
+      some | {'aggregate': aggregate, 'mask_truncated': True} | KLS['reverse'],
+    ]
+  for baseline, reward in product(BASELINES, KINDS):
+    cases.append(
+      {'preset': 'reinforce', 'reward': reward, 'baseline': baseline}
+      | {'rows': 'some', 'gamma': 0.9}
+      | KLS['reward']
+    )
+  return cases
+
+
+def scale_cases() -> list:
+  """Cases of scales, with a KL in the reward, and of several rewards."""
+  cases = []
+  plain = {'preset': 'reinforce', 'gamma': 0.9} | KLS['reward']
+  for baseline, scale, reward in product(
+    BASELINES, ('group_std', 'batch_std'), KINDS
+  ):
+    one = plain | {'baseline': baseline, 'scale': scale, 'reward': reward}
+    cases += [one, one | {'rows': 'some'}]
+    if baseline not in ('ema', 'greedy'):
+      cases.append(one | {'several': 'normalize_then_sum'})
+  for preset, several, rows, reward in product(
+    ('grpo', 'dapo'),
+    ('sum_then_normalize', 'normalize_then_sum'),
+    ('all', 'some'),
+    KINDS,
+  ):
+    cases.append(
+      {'preset': preset, 'several': several, 'rows': rows, 'reward': reward}
+    )
+  for reward in KINDS:
+    cases.append(
+      {'preset': 'reinforce_pp_baseline', 'reward': reward}
+      | {'scale': 'group_std', 'several': 'normalize_then_sum', 'rows': 'some'}
+    )
   return cases
 
 
@@ -580,7 +756,7 @@ def main():
     last = data['V_old'][b, T] if CUT[b] else 0.0
     V, columns = data['V_old'][b], chosen(b)
     log_change = data['l_old'][b] - data['l_roll'][b]
-    togo.append(reward_to_go(r, numbers['gamma']))
+    togo.append(reward_to_go(r, chosen(b), numbers['gamma']))
     found.append(
       gae(r, V, last, columns, numbers['gamma'], numbers['lam'])
       + vtrace(r, V, last, log_change, columns, numbers)
@@ -597,6 +773,8 @@ def main():
     OUT,
     mask=MASK,
     cut=CUT,
+    some=SOME,
+    applies=APPLIES,
     cases=np.array([json.dumps(case) for case in cases]),
     sequence=np.array(json.dumps(SEQUENCE)),
     carry_before=np.array(CARRY),
