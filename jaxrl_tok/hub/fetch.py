@@ -58,7 +58,7 @@ def locate(
   if model.startswith(packages.SCHEME):
     return packages.model_file(model)
   path = Path(model).expanduser()
-  if path.is_dir() or path.is_file() and path.suffix == GGUF:
+  if path.is_dir() or (path.is_file() and path.suffix == GGUF):
     return path
   if path.suffix == GGUF:
     raise FileNotFoundError(f'{model} is not there; pass --model a GGUF file')

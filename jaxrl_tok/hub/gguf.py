@@ -25,6 +25,10 @@ VERSIONS = 2, 3
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))
 STRING, ARRAY = 8, 9
 FACTORS = 'rope_freqs.weight'
+FAULTS = (  # of reading what is no header
+  *(ValueError, struct.error, RecursionError),
+  *(TypeError, ZeroDivisionError, MemoryError),
+)
 KEPT = {'F32', 'F16', 'BF16'}  # dtypes that safetensors has, too
 
 # names of modules: a family's (layout.py) -> llama.cpp's
@@ -131,12 +135,12 @@ def parse(path: Path) -> tuple[dict, dict[str, Stored]]:
   data = np.memmap(path, mode='r') if path.stat().st_size else b''
   try:
     meta, tensors = _header(memoryview(data))
-  except (ValueError, struct.error, MemoryError, ZeroDivisionError) as e:
+  except FAULTS as e:
     raise ValueError(
       f'{path} is damaged or no GGUF file ({e}); fetch it again'
     ) from None
   parts = meta.get('split.count', 1)
-  if parts > 1:
+  if parts != 1:
     raise ValueError(
       f'{path} is one of {parts} parts; join them (llama-gguf-split --merge)'
     )
@@ -223,7 +227,7 @@ class Tensor:
     found = quants.dequantize(data, GGMLQuantizationType(self.kind))
     if self.transposed:
       found = found.T
-    if self.transposed or len(self.shape) == 1 and not self.heads:
+    if self.transposed or (len(self.shape) == 1 and not self.heads):
       found = found[rows]
     return found + np.float32(self.shift) if self.shift else found
 

@@ -24,22 +24,38 @@ REFUSED = (
   'logit_scale',
   'residual_scale',
 )
+# values that are none: {name: type}
+NO_NUMBERS = {
+  'rope.scaling.type': str,
+  'attention.sliding_window_pattern': list,
+}
 # layers of Gemma's 27B models, whose attention is scaled by D / N
 GEMMA_27B = {'gemma2': 46, 'gemma3': 62}
 LONG = 'rope_factors_long.weight'
 
 
 def _reader(meta: dict) -> Callable:
-  """get(name, default) of the architecture's values; without a default a
-  missing one is a ValueError. Equal values for all layers are one."""
+  """get(name, default) of the architecture's numbers; a list that is equal for
+  all layers is its number. Raises ValueError for a number that is missing, and
+  for anything that is none, save the names in NO_NUMBERS."""
   prefix = meta['general.architecture']
 
   def get(name, *default):
     value = meta.get(f'{prefix}.{name}', *default[:1])
-    if value is None and not default:
+    if value is None:
+      if default:
+        return None
       raise ValueError(f'no {prefix}.{name} in the metadata; convert it again')
-    same = isinstance(value, list) and value and value == value[:1] * len(value)
-    return value[0] if same and type(value[0]) is not bool else value
+    if isinstance(value, NO_NUMBERS.get(name, ())):
+      return value
+    if isinstance(value, list) and value and value == value[:1] * len(value):
+      value = value[0]
+    if not isinstance(value, int | float):
+      raise ValueError(
+        f'{prefix}.{name} is {str(value)[:40]}, not one number; use the '
+        'Hugging Face directory of the model'
+      )
+    return value
 
   return get
 
@@ -191,8 +207,8 @@ def _gemma(get: Callable, factors, arch: str, period: int, window) -> dict:
   del found['hidden_act']
   L = found['num_hidden_layers']
   pattern = get('attention.sliding_window_pattern', period)
-  if type(pattern) is int:  # the last layer of each period sees all
-    pattern = [(i + 1) % pattern != 0 for i in range(L)]
+  if isinstance(pattern, int):  # the last layer of each period sees all
+    pattern = [(i + 1) % max(pattern, 1) != 0 for i in range(L)]
   kinds = np.where(pattern, 'sliding_attention', 'full_attention').tolist()
   if window is None:
     kinds = ['full_attention'] * L

@@ -4,6 +4,7 @@ Two kinds of llama.cpp's: 'gpt2', byte-level BPE whose `tokenizer.ggml.pre`
 names how text is split first, and 'llama', SentencePiece's BPE by score.
 """
 
+import collections
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -101,11 +102,12 @@ def _merges_by_score(vocab: dict, mergeable: dict) -> list:
   """
   found = []
   for token, score in mergeable.items():
-    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-    pairs = [pair for pair in cuts if set(pair) <= mergeable.keys()]
-    pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    found += [(-score, vocab[token], pair) for pair in pairs]
-  return [pair for *_, pair in sorted(found, key=lambda x: x[:2])]
+    for i in range(1, len(token)):
+      left = token[:i]
+      if left in mergeable and (right := token[i:]) in mergeable:
+        rank = -score, vocab[token], vocab[left], vocab[right]
+        found.append((rank, (left, right)))
+  return [pair for _, pair in sorted(found)]
 
 
 def _sentencepiece(vocab: dict, merges: list, has_bytes, unknown, add_space):
@@ -133,31 +135,43 @@ def _sentencepiece(vocab: dict, merges: list, has_bytes, unknown, add_space):
   return tokenizer
 
 
+def _list(meta: dict, name: str, kind, length: int | None = None):
+  """List of the metadata, None where there is none. Raises ValueError for one
+  of another kind or length."""
+  found = meta.get(f'tokenizer.ggml.{name}')
+  if found is None:
+    return None
+  right = isinstance(found, list) and all(isinstance(x, kind) for x in found)
+  if not right or length not in (None, len(found)):
+    raise ValueError(
+      f"tokenizer.ggml.{name} is no list of {length or 'all'} tokens' values; "
+      'convert it again'
+    )
+  return found
+
+
 def _vocabulary(meta: dict) -> tuple[list, list]:
   """(tokens, types). Rows without a token, which converters add at the end,
   are left out."""
-  tokens = meta.get('tokenizer.ggml.tokens')
+  tokens = _list(meta, 'tokens', str)
   if not tokens:
-    raise ValueError('no tokenizer.ggml.tokens in the metadata; convert again')
-  types = meta.get('tokenizer.ggml.token_type') or [NORMAL] * len(tokens)
-  if len(types) != len(tokens):
     raise ValueError(
-      f'tokenizer.ggml.token_type has {len(types)} entries for '
-      f'{len(tokens)} tokens; convert it again'
+      'no tokenizer.ggml.tokens in the metadata; convert it again'
     )
   count = len(tokens)
+  types = _list(meta, 'token_type', int, count) or [NORMAL] * count
   while count and types[count - 1] == UNUSED:
     count -= 1
   tokens, types = tokens[:count], types[:count]
   if len(set(tokens)) != count:
-    twice = next(t for i, t in enumerate(tokens) if t in tokens[:i])
+    twice = collections.Counter(tokens).most_common(1)[0][0]
     raise ValueError(f'token {twice!r} has two ids; convert it again')
   return tokens, types
 
 
 def _stated_merges(meta: dict) -> list | None:
   """Merges of the metadata: 'left right', where left may be a space."""
-  merges = meta.get('tokenizer.ggml.merges')
+  merges = _list(meta, 'merges', str)
   if merges is None:
     return None
   cuts = ((merge, merge.find(' ', 1)) for merge in merges)
@@ -183,45 +197,83 @@ def _end_ids(ids: dict, tokens: list, types: list) -> list:
   return list(dict.fromkeys(found))
 
 
+def _of_bytes(meta: dict, vocab: dict):
+  """Byte-level BPE of the metadata: (Tokenizer, whether it begins with bos
+  where the metadata does not say)."""
+  pre, merges = meta.get('tokenizer.ggml.pre'), _stated_merges(meta)
+  if pre not in SPLITTINGS:
+    raise ValueError(
+      f'pre-tokenizer (tokenizer.ggml.pre) {pre!r} is not supported, and ids '
+      f'would be guesses; supported: {", ".join(SPLITTINGS)}'
+    )
+  if merges is None:
+    raise ValueError(
+      'no tokenizer.ggml.merges in the metadata; convert it again'
+    )
+  splitting = SPLITTINGS[pre]
+  return _byte_level(splitting, vocab, merges), splitting.add_bos
+
+
+def _of_pieces(meta: dict, vocab: dict):
+  """SentencePiece's BPE of the metadata; returns as _of_bytes."""
+  tokens, types = _vocabulary(meta)
+  merges, ids = _stated_merges(meta), _special_ids(meta, len(tokens))
+  if merges is None:
+    count = len(meta['tokenizer.ggml.tokens'])
+    scores = _list(meta, 'scores', int | float, count) or [0.0] * count
+    rows = zip(tokens, types, scores)
+    mergeable = {t: score for t, what, score in rows if what == NORMAL}
+    merges = _merges_by_score(vocab, mergeable)
+  unknown = tokens[ids['unknown']] if 'unknown' in ids else None
+  space = meta.get('tokenizer.ggml.add_space_prefix', True)
+  return _sentencepiece(vocab, merges, BYTE in types, unknown, space), True
+
+
+MODELS = {'gpt2': _of_bytes, 'llama': _of_pieces}
+
+
+def _frame(meta: dict, tokens: list, ids: dict, add_bos: bool):
+  """Post-processor that puts bos before a text, or eos behind it; None."""
+  from tokenizers import processors
+
+  around = []
+  for name, default in (('bos', add_bos), ('eos', False)):
+    wanted = meta.get(f'tokenizer.ggml.add_{name}_token', default)
+    if wanted and name not in ids:
+      raise ValueError(
+        f'add_{name}_token is set and there is no {name} token; convert it '
+        'again'
+      )
+    around.append([tokens[ids[name]]] if wanted else [])
+  before, after = around
+  if not before and not after:
+    return None
+  return processors.TemplateProcessing(
+    single=[*before, '$A', *after],
+    pair=[*before, '$A', *after, *(f'{t}:1' for t in before), '$B:1'],
+    special_tokens=[(t, tokens.index(t)) for t in {*before, *after}],
+  )
+
+
 def make_tokenizer(meta: dict):
   """Makes (tokenizers.Tokenizer, special ids, end ids) of the metadata.
 
   Raises ValueError, in one line, for an unknown model or pre-tokenizer.
   """
-  from tokenizers import AddedToken, processors
+  from tokenizers import AddedToken
 
   tokens, types = _vocabulary(meta)
   vocab = {token: i for i, token in enumerate(tokens)}
-  ids, merges = _special_ids(meta, len(tokens)), _stated_merges(meta)
-  kind, pre = (meta.get(f'tokenizer.ggml.{k}') for k in ('model', 'pre'))
-  if kind == 'gpt2':
-    if pre not in SPLITTINGS:
-      raise ValueError(
-        f'pre-tokenizer (tokenizer.ggml.pre) {pre!r} is not supported, and ids '
-        f'would be guesses; supported: {", ".join(SPLITTINGS)}'
-      )
-    if merges is None:
-      raise ValueError('no tokenizer.ggml.merges; convert it again')
-    add_bos = SPLITTINGS[pre].add_bos
-    make, given = _byte_level, (SPLITTINGS[pre], vocab, merges)
-  elif kind == 'llama':
-    if merges is None:
-      scores = meta.get('tokenizer.ggml.scores') or [0.0] * len(tokens)
-      rows = zip(tokens, types, scores)
-      mergeable = {t: s for t, what, s in rows if what == NORMAL}
-      merges = _merges_by_score(vocab, mergeable)
-    unknown = tokens[ids['unknown']] if 'unknown' in ids else None
-    space = meta.get('tokenizer.ggml.add_space_prefix', True)
-    add_bos = True
-    make = _sentencepiece
-    given = (vocab, merges, BYTE in types, unknown, space)
-  else:
+  ids, kind = _special_ids(meta, len(tokens)), meta.get('tokenizer.ggml.model')
+  if kind not in MODELS:
     raise ValueError(
       f'tokenizer {kind!r} is not supported; supported: gpt2 (byte-level BPE), '
       'llama (SentencePiece)'
     )
   try:
-    tokenizer = make(*given)
+    tokenizer, add_bos = MODELS[kind](meta, vocab)
+  except ValueError:
+    raise
   except Exception as e:  # a merge of tokens that are none
     said = ' '.join(str(e).split())
     raise ValueError(f'no tokenizer ({said}); convert it again') from None
@@ -233,21 +285,9 @@ def make_tokenizer(meta: dict):
       if what in special
     ]
   )
-  around = []
-  for name, default in (('bos', add_bos), ('eos', False)):
-    wanted = meta.get(f'tokenizer.ggml.add_{name}_token', default)
-    if wanted and name not in ids:
-      raise ValueError(
-        f'add_{name}_token is set and there is no {name} token; convert it again'
-      )
-    around.append([tokens[ids[name]]] if wanted else [])
-  before, after = around
-  if before or after:
-    tokenizer.post_processor = processors.TemplateProcessing(
-      single=[*before, '$A', *after],
-      pair=[*before, '$A', *after, *(f'{t}:1' for t in before), '$B:1'],
-      special_tokens=[(t, vocab[t]) for t in {*before, *after}],
-    )
+  frame = _frame(meta, tokens, ids, add_bos)
+  if frame is not None:
+    tokenizer.post_processor = frame
   return tokenizer, ids, _end_ids(ids, tokens, types)
 
 
