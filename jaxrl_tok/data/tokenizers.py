@@ -92,8 +92,8 @@ def added_ids(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def open_ended(ids: list[int], start: list[int], end: list[int]) -> list[int]:
-  """Ids of a text to be gone on with: what the tokenizer puts before it is
-  there once, what it puts behind it is not there."""
+  """Ids of a text that a policy continues: the tokenizer's start stands there
+  once, its end not at all."""
   ids = ids[: len(ids) - len(end)]
   twice = bool(start) and ids[: 2 * len(start)] == start + start
   return ids[len(start) :] if twice else ids
@@ -106,7 +106,7 @@ def encode_prompts(
   chat: Chat = Chat(),  # noqa: B008  a record
   tools: Sequence | None = None,
 ) -> list[list[int]]:
-  """Ids of many prompts, which a policy can go on with.
+  """Ids of many prompts, for a policy to continue.
 
   Text begins with the start token that the tokenizer puts there, once; an end
   token that it puts behind is left out. Messages go through the chat template,
