@@ -218,17 +218,17 @@ class Tensor:
   def __getitem__(self, rows: slice) -> np.ndarray:
     from gguf import GGMLQuantizationType, quants
 
-    data = self.data
+    order, where = slice(None), rows
     if self.heads:
-      order = np.arange(len(data)).reshape(self.heads, -1, 2)
-      data = data[order.swapaxes(1, 2).reshape(-1)[rows]]
-    elif len(self.shape) > 1 and not self.transposed:
-      data = data[rows]
-    found = quants.dequantize(data, GGMLQuantizationType(self.kind))
-    if self.transposed:
-      found = found.T
-    if self.transposed or (len(self.shape) == 1 and not self.heads):
-      found = found[rows]
+      order = np.arange(self.shape[0]).reshape(self.heads, -1, 2)
+      order = order.swapaxes(1, 2).reshape(-1)
+      where = order[rows]
+    kind = GGMLQuantizationType(self.kind)
+    if self.transposed or len(self.shape) == 1:  # blocks lie across our rows
+      whole = quants.dequantize(self.data, kind)
+      found = (whole.T if self.transposed else whole)[order][rows]
+    else:
+      found = quants.dequantize(self.data[where], kind)
     return found + np.float32(self.shift) if self.shift else found
 
 
