@@ -169,6 +169,26 @@ def test_the_automaton_is_the_definition(make, data, skip):
     assert found == ends_at(tokenizer, texts, row, skip)
 
 
+LEADS = st.sampled_from(
+  b'\x00\x7f\x80\x8f\x90\x9f\xa0\xbf\xc0\xc2\xdf\xe0\xed\xf0\xf4'
+)
+
+
+@settings(max_examples=1000)
+@given(st.lists(LEADS | st.integers(0, 255), max_size=8).map(bytes))
+def test_runs_of_byte_tokens_are_shown_if_they_are_utf_8(run):
+  state = ()
+  for byte in run:
+    state = stops.next_run(state, byte)
+  try:
+    run.decode()
+    assert state == ()
+  except UnicodeDecodeError as e:
+    cut = e.reason == 'unexpected end of data'  # more bytes may mend it
+    assert (state == stops.BROKEN) != cut
+    assert state
+
+
 def trained() -> PreTrainedTokenizerFast:
   """Byte-level BPE with merges, and added tokens that are no special ones."""
   tokenizer = Tokenizer(models.BPE())

@@ -236,9 +236,10 @@ def make_step(stops: Sequence[bytes]) -> Callable:
     if space:
       end = add(end, ord(' '))
     if symbol < BYTE:
-      # of a run that is no UTF-8, nothing is shown
-      end, run = add(b'' if run else end, symbol), ()
+      # after half a character no stop text, which is UTF-8, goes on
+      end, run = add(end, symbol), ()
     elif symbol < SPACE:
+      # characters of a run that is no UTF-8 are not shown
       run = next_run(run, symbol - BYTE)
       end = b'' if run == BROKEN else add(end, symbol - BYTE)
     return None if end is None else (end, run, symbol == SPACE)
