@@ -23,6 +23,7 @@ from jaxrl_tok import data
 from jaxrl_tok.hub import fetch, gguf, gguf_config, packages
 from jaxrl_tok.hub.directory import open_model, save
 from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.types import Prompts
 
 # changes of config.json to what a file can say, and numbers of a file
 FAMILIES = {
@@ -181,7 +182,8 @@ def write(path: Path, arch: str, values: dict, tensors: dict, kinds=None):
       add_value(writer, key, value)
   for name, x in tensors.items():
     kind = (kinds or {}).get(name, Kind.F32)
-    x = quants.quantize(np.ascontiguousarray(x, np.float32), kind)
+    if x.dtype != np.uint8:  # blocks as they are
+      x = quants.quantize(np.ascontiguousarray(x, np.float32), kind)
     writer.add_tensor(name, x, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
@@ -192,7 +194,6 @@ def write(path: Path, arch: str, values: dict, tensors: dict, kinds=None):
 def contents(directory: Path, arch: str, more=None) -> tuple[dict, dict]:
   """(values, tensors) of the file that a directory becomes."""
   config = json.loads((directory / 'config.json').read_text())
-  sizes = {theirs: config.get(ours) for ours, theirs in SIZES.items()}
   sizes = {
     SIZES[ours]: config[ours] for ours in SIZES if config.get(ours) is not None
   }
@@ -256,7 +257,8 @@ def test_a_file_is_the_model_that_it_was_made_from(made, name, tmp_path):
   # 1 + scale was rounded where the family's norms have it
   assert_equal_trees(theirs, ours, 1e-6 if name.startswith('gemma') else 0)
   tokens = np.load(directory / 'expected.npz')['tokens']
-  prompts = data_prompts(tokens)
+  length = np.full(len(tokens), tokens.shape[1], np.int32)
+  prompts = Prompts(tokens, length)
   policy = want.make_policy()
 
   @jax.jit
@@ -275,8 +277,366 @@ def test_a_file_is_the_model_that_it_was_made_from(made, name, tmp_path):
     assert ids == [data.prompt_ids(got.tokenizer, text) for text in TEXTS]
 
 
-def data_prompts(tokens):
-  from jaxrl_tok.types import Prompts
+# --- quantized tensors -------------------------------------------------------
 
-  length = np.full(len(tokens), tokens.shape[1], np.int32)
-  return Prompts(tokens, length)
+WIDE = {  # Llama whose rows are whole blocks of every kind
+  'embedding_length': 256,
+  'feed_forward_length': 512,
+  'block_count': 1,
+  'attention.head_count': 8,
+  'attention.head_count_kv': 2,
+  'context_length': 64,
+  'attention.layer_norm_rms_epsilon': 1e-5,
+  'rope.freq_base': 1e4,
+}
+WIDE_SHAPES = {
+  'token_embd.weight': (264, 256),
+  'output_norm.weight': (256,),
+  'blk.0.attn_norm.weight': (256,),
+  'blk.0.ffn_norm.weight': (256,),
+  'blk.0.attn_q.weight': (256, 256),
+  'blk.0.attn_k.weight': (64, 256),
+  'blk.0.attn_v.weight': (64, 256),
+  'blk.0.attn_output.weight': (256, 256),
+  'blk.0.ffn_gate.weight': (512, 256),
+  'blk.0.ffn_up.weight': (512, 256),
+  'blk.0.ffn_down.weight': (256, 512),
+}
+KINDS = (
+  *('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1'),
+  *('Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'IQ4_NL', 'IQ4_XS'),
+)
+
+
+def wide_values(**more) -> dict:
+  values = {f'llama.{k}': v for k, v in (WIDE | more).items()}
+  return values | byte_vocabulary(GOLDEN / 'llama', 264)
+
+
+def blocks(rng, shape: tuple, kind) -> np.ndarray:
+  """Random weights, quantized; random bytes for kinds that the gguf package
+  reads alone."""
+  try:
+    return quants.quantize(rng.normal(size=shape).astype(np.float32), kind)
+  except NotImplementedError:
+    block, size = ggml.GGML_QUANT_SIZES[kind]
+    rows = (*shape[:-1], shape[-1] // block * size)
+    return rng.integers(0, 0x7C, rows, np.uint8)  # scales are finite
+
+
+def quantized(path: Path, kind, rng) -> dict:
+  """Writes the wide Llama, its matrices of one kind -> {tensor: blocks}."""
+  stored = {
+    name: blocks(rng, shape, kind if len(shape) > 1 else Kind.F32)
+    for name, shape in WIDE_SHAPES.items()
+  }
+  kinds = {name: kind for name, s in WIDE_SHAPES.items() if len(s) > 1}
+  raw = {name: x.view(np.uint8) for name, x in stored.items()}
+  write(path, 'llama', wide_values(), raw, kinds)
+  return stored
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_rows_are_those_of_the_gguf_package(name, tmp_path):
+  """Rows of every kind, in any pieces; q and k in Hugging Face's order."""
+  kind, rng = Kind[name], np.random.default_rng(0)
+  stored = quantized(tmp_path / 'a.gguf', kind, rng)
+  file = gguf.read(tmp_path / 'a.gguf')
+  layer = 'model.layers.0.'
+  for theirs, ours, heads in (
+    ('token_embd', 'model.embed_tokens', 0),
+    ('blk.0.attn_q', f'{layer}self_attn.q_proj', 8),
+    ('blk.0.attn_k', f'{layer}self_attn.k_proj', 2),
+    ('blk.0.ffn_down', f'{layer}mlp.down_proj', 0),
+  ):
+    want = quants.dequantize(stored[f'{theirs}.weight'], kind)
+    if heads:  # the halves of each head were interleaved
+      want = want.reshape(heads, -1, 2, want.shape[1]).swapaxes(1, 2)
+      want = want.reshape(-1, want.shape[-1])
+    found = file.get_slice(f'{ours}.weight')
+    assert found.get_shape() == want.shape
+    assert found.get_dtype() == (name if name in gguf.KEPT else 'F32')
+    for rows in (slice(None), slice(3, 20), slice(40, 1000)):
+      np.testing.assert_array_equal(found[rows], want[rows])
+
+
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [('Q4_0', 'float32'), ('F16', 'float16'), ('BF16', 'bfloat16')],
+)
+def test_parameters_are_the_dequantized_tensors(name, dtype, tmp_path):
+  rng = np.random.default_rng(1)
+  stored = quantized(tmp_path / 'a.gguf', Kind[name], rng)
+  params = read_params(open_model(tmp_path / 'a.gguf'))
+  down = params['layer_0']['mlp']['down']
+  want = quants.dequantize(stored['blk.0.ffn_down.weight'], Kind[name]).T
+  assert down.dtype == dtype
+  np.testing.assert_array_equal(down, want.astype(down.dtype))
+  as_asked = read_params(open_model(tmp_path / 'a.gguf'), dtype='float32')
+  np.testing.assert_array_equal(as_asked['layer_0']['mlp']['down'], want)
+
+
+# --- the reader --------------------------------------------------------------
+
+SCALARS = st.one_of(
+  st.booleans(),
+  st.integers(0, 2**32 - 1),
+  st.floats(width=32, allow_nan=False),
+  st.text(st.characters(codec='utf-8'), max_size=9),
+)
+LISTS = st.one_of(
+  st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
+  st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=5),
+  st.lists(st.text(st.characters(codec='utf-8'), max_size=9), min_size=1),
+  st.lists(st.booleans(), min_size=1, max_size=5),
+)
+KEYS = st.text('abc.xyz', min_size=1, max_size=9)
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+  st.dictionaries(KEYS, st.one_of(SCALARS, LISTS), max_size=6),
+  st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), max_size=4),
+)
+def test_the_header_is_as_the_gguf_package_reads_it(
+  tmp_path_factory, values, shapes
+):
+  path = tmp_path_factory.mktemp('header') / 'a.gguf'
+  rng = np.random.default_rng(0)
+  tensors = {str(i): rng.normal(size=s) for i, s in enumerate(shapes)}
+  write(path, 'llama', values, tensors)
+  meta, stored = gguf.parse(path)
+  reader = ggml.GGUFReader(path)
+  want = {k: v for k, v in reader.fields.items() if not k.startswith('GGUF.')}
+  assert meta.keys() == want.keys()
+  for key, field in want.items():
+    found = field.contents()
+    # ours is the shortest decimal of the same float32
+    alike = np.float32 if isinstance(found, float) else lambda x: x
+    assert alike(meta[key]) == alike(found)
+  assert list(stored) == [t.name for t in reader.tensors]
+  for t, s in zip(reader.tensors, stored.values()):
+    assert s.shape == tuple(reversed(t.shape.tolist()))
+    assert (s.kind, s.start) == (t.tensor_type, t.data_offset)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """Bytes of a file of the llama fixture."""
+  path = tmp_path_factory.mktemp('whole') / 'a.gguf'
+  write(path, 'llama', *contents(GOLDEN / 'llama', 'llama'))
+  return path.read_bytes()
+
+
+def fault(path) -> str:
+  """Message of the fault, one line that names the file."""
+  with pytest.raises(ValueError, match=r'.') as e:
+    open_model(path)
+  assert type(e.value) is ValueError
+  assert '\n' not in str(e.value)
+  assert str(e.value).startswith(str(path))
+  return str(e.value)
+
+
+@pytest.mark.parametrize('share', [0.0, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.999])
+def test_a_file_that_is_cut_short_is_one_line(whole, share, tmp_path):
+  path = tmp_path / 'a.gguf'
+  path.write_bytes(whole[: int(len(whole) * share)])
+  assert 'fetch it again' in fault(path)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.integers(0, 6000), st.integers(0, 255)),
+    min_size=1,
+    max_size=4,
+  )
+)
+def test_no_byte_breaks_the_reader(tmp_path_factory, whole, changes):
+  """Damage is read, or refused in one line; nothing else is raised."""
+  damaged = bytearray(whole)
+  for at, byte in changes:
+    damaged[at] = byte
+  path = tmp_path_factory.mktemp('damaged') / 'a.gguf'
+  path.write_bytes(damaged)
+  try:
+    open_model(path)
+  except ValueError as e:
+    assert '\n' not in str(e)
+    assert str(e).startswith(str(path))
+
+
+# --- refusals ----------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(tmp_path):
+  """Fixture changed(values, tensors): a file of the llama fixture with other
+  values (None: without it) and tensors."""
+
+  def make(values=(), tensors=(), arch='llama', kinds=None):
+    own, theirs = contents(GOLDEN / 'llama', 'llama')
+    if arch != 'llama':
+      own = {k.replace('llama.', f'{arch}.'): v for k, v in own.items()}
+    theirs |= dict(tensors)
+    kept = {k: v for k, v in theirs.items() if v is not None}
+    path = tmp_path / 'a.gguf'
+    write(path, arch, own | dict(values), kept, kinds)
+    return path
+
+  return make
+
+
+def test_an_unknown_architecture_is_named_with_those_there_are(changed):
+  said = "GGUF architecture 'mamba' is not supported; supported: llama, qwen2"
+  assert said in fault(changed(arch='mamba'))
+
+
+T, G = 'tokenizer.ggml', 'tokenizer.ggml.'
+
+
+@pytest.mark.parametrize(
+  ('values', 'says'),
+  [
+    ({f'{T}.pre': 'viking'}, "(tokenizer.ggml.pre) 'viking' is not supported"),
+    ({f'{T}.pre': None}, '(tokenizer.ggml.pre) None is not supported'),
+    ({f'{T}.model': 'bert'}, "tokenizer 'bert' is not supported; supported:"),
+    ({f'{T}.tokens': None}, 'no tokenizer.ggml.tokens'),
+    ({f'{T}.tokens': ['a', 'b']}, 'is no list of 2 tokens'),
+    ({f'{T}.tokens': ['a'] * 264}, "token 'a' has two ids"),
+    ({f'{T}.merges': ['ÿ ÿÿÿ']}, 'no tokenizer ('),
+    ({f'{T}.merges': None}, 'no tokenizer.ggml.merges'),
+    ({f'{T}.add_bos_token': True}, 'there is no bos token'),
+    ({f'{T}.eos_token_id': None}, 'no end token'),
+    ({'llama.block_count': None}, 'no llama.block_count in the metadata'),
+    ({'llama.block_count': 3}, 'weights are missing: model.layers.2.'),
+    ({'llama.block_count': 1}, 'tensor blk.1.'),
+    ({'llama.block_count': 'two'}, 'block_count is two, not one number'),
+    ({'llama.attention.head_count_kv': [1, 2]}, '[1, 2], not one number'),
+    ({'llama.attention.head_count': 0}, 'numbers above zero'),
+    ({'llama.attention.value_length': 4}, 'key_length 8 and value_length 4'),
+    ({'llama.embedding_length': 32}, 'weights do not fit config.json'),
+    ({'llama.expert_count': 8}, 'expert_count 8 is not supported'),
+    ({'llama.logit_scale': 0.5}, 'logit_scale 0.5 is not supported'),
+    ({'llama.rope.scaling.type': 'longrope'}, 'rope_freqs.weight holds'),
+    ({'split.count': 2}, 'is one of 2 parts; join them'),
+  ],
+)
+def test_values_that_cannot_be_are_one_line(changed, values, says):
+  tensors = {}
+  if 'longrope' in values.values():  # factors of no rule
+    tensors['rope_freqs.weight'] = np.float32([1, 3, 2, 4])
+  assert says in fault(changed(values, tensors))
+
+
+@pytest.mark.parametrize(
+  ('arch', 'values', 'says'),
+  [
+    ('qwen2', {'attention.sliding_window': 4}, 'sliding_window 4 is not supp'),
+    ('olmo2', {'attention.sliding_window': 4}, 'sliding_window 4 is not supp'),
+    ('qwen3', {'rope.scaling.type': 'longrope'}, "'longrope' is not supported"),
+    ('phi3', {}, "'longrope' is not supported: a token's angle depends on"),
+  ],
+)
+def test_numbers_of_another_architecture_are_refused(arch, values, says):
+  meta = {f'{arch}.{k}': v for k, v in (WIDE | values).items()}
+  meta['general.architecture'] = arch
+  shapes = {'token_embd.weight': (264, 256)}
+  if arch == 'phi3':
+    shapes['rope_factors_long.weight'] = (16,)
+  with pytest.raises(ValueError, match=r'.') as e:
+    gguf_config.make_config(meta, shapes)
+  assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('tensors', 'says'),
+  [
+    (
+      {'blk.0.ffn_gate_inp.weight': np.ones((2, 24))},
+      'has no place in a llama',
+    ),
+    ({'mystery': np.ones(3)}, 'tensor mystery has no place in a llama model'),
+    ({'blk.0.attn_q.weight': None}, 'are missing: model.layers.0.self_attn.q'),
+    ({'token_embd.weight': None}, 'no token_embd.weight'),
+    ({'blk.0.attn_q.weight': np.ones((32, 20))}, 'is [32, 20], not [32, 24]'),
+    ({'blk.0.attn_q.weight': np.ones((31, 24))}, 'is [31, 24], not [32, 24]'),
+    ({'blk.0.attn_norm.weight': np.ones(5)}, 'is [5], not [24]'),
+    ({'output_norm.bias': np.ones(24)}, 'weights of no use: model.norm.bias'),
+  ],
+)
+def test_tensors_that_do_not_fit_are_one_line(changed, tensors, says):
+  assert says in fault(changed(tensors=tensors))
+
+
+def test_a_kind_that_nobody_dequantizes_is_named(changed):
+  name = 'blk.0.attn_v.weight'
+  raw = {name: np.zeros((16, 24 * 2), np.uint8)}
+  said = fault(changed(tensors=raw, kinds={name: Kind.I16}))
+  assert f'{name} is quantized as I16, which is not supported; use' in said
+
+
+def test_a_gguf_file_that_is_not_there_is_no_hub_id(tmp_path):
+  assert not fetch.is_hub_id('models/llama.gguf')
+  with pytest.raises(FileNotFoundError, match='pass --model a GGUF file'):
+    open_model('models/llama.gguf')
+
+
+# --- configuration -----------------------------------------------------------
+
+
+def config_of(arch, shapes=None, factors=None, **values) -> dict:
+  meta = {f'{arch}.{k}': v for k, v in (WIDE | values).items()}
+  shapes = {'token_embd.weight': (264, 256), **(shapes or {})}
+  meta['general.architecture'] = arch
+  return gguf_config.make_config(meta, shapes, factors)
+
+
+@pytest.mark.parametrize('factor', [8.0, 32.0])
+def test_factors_of_llama3_give_back_its_numbers(factor):
+  rope = {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': factor}
+  rope |= {'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+  rope['original_max_position_embeddings'] = 8192
+  config = {'head_dim': 64, 'rope_parameters': rope}
+  more = {'rope.freq_base': 5e5, 'attention.key_length': 64}
+  found = config_of('llama', factors=llama3_factors(config), **more)
+  del rope['rope_theta']
+  assert found['rope_scaling'] == rope
+
+
+def test_factors_of_one_are_no_scaling():
+  assert 'rope_scaling' not in config_of('llama', factors=np.ones(16))
+
+
+def test_gemma_of_27b_scales_its_attention_by_width_and_heads():
+  assert config_of('gemma2', block_count=46)['query_pre_attn_scalar'] == 32
+  more = {'attention.key_length': 64}
+  for layers, want in ((62, 32), (34, 64)):
+    found = config_of('gemma3', block_count=layers, **more)
+    assert found['query_pre_attn_scalar'] == want
+
+
+def test_layers_of_a_window_are_a_period_or_a_list():
+  more = {'attention.sliding_window': 8, 'block_count': 7}
+  kinds = config_of('gemma3', **more)['layer_types']
+  assert [kind[0] for kind in kinds] == list('sssssfs')
+  name = 'attention.sliding_window_pattern'
+  for pattern, want in (
+    (3, 'ssfssfs'),
+    ([True, False] * 3 + [True], 'sfsfsfs'),
+  ):
+    kinds = config_of('gemma3', **more, **{name: pattern})['layer_types']
+    assert [kind[0] for kind in kinds] == list(want)
+
+
+def test_yarn_of_another_magnitude():
+  more = {'rope.scaling.type': 'yarn', 'rope.scaling.factor': 4.0}
+  more['rope.scaling.original_context_length'] = 16
+  found = config_of('qwen2', **more, **{'rope.scaling.yarn_attn_factor': 2.0})
+  want = 2 * (0.1 * np.log(4) + 1)
+  np.testing.assert_allclose(found['rope_scaling']['attention_factor'], want)
+  found = config_of(
+    'llama', **more, **{'rope.scaling.yarn_log_multiplier': 1.0}
+  )
+  assert found['rope_scaling']['mscale_all_dim'] == 1.0

@@ -315,9 +315,9 @@ def _factors(path: Path, stored: dict):
 
 @functools.cache
 def _read(path: Path, version: tuple) -> File:
-  meta, stored = parse(path)
-  shapes = {name: s.shape for name, s in stored.items()}
   try:
+    meta, stored = parse(path)
+    shapes = {name: s.shape for name, s in stored.items()}
     hf_config = gguf_config.make_config(meta, shapes, _factors(path, stored))
     families.read_config(hf_config)
     tensors = _tensors(path, stored, hf_config)
@@ -325,7 +325,9 @@ def _read(path: Path, version: tuple) -> File:
     out = Path(lifetime.name)
     ids = gguf_tokenizer.write(out, meta)
   except ValueError as e:
-    raise ValueError(f'{path}: {e}') from None
+    said = str(e)
+    here = said.startswith(str(path))
+    raise ValueError(said if here else f'{path}: {said}') from None
   for name, content in (
     ('config.json', hf_config),
     ('generation_config.json', ids),
