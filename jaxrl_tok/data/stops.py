@@ -133,7 +133,8 @@ def decoded_words(
   # a text that an anchor changes is no sum, which the probes will find
   later = [as_word(text.removeprefix(before)) for text in after]
   for i, name in enumerate(names):
-    if has_bytes and re.fullmatch(r'<0x[0-9A-Fa-f]{2}>', name):
+    byte = has_bytes and name.startswith('<0x')
+    if byte and re.fullmatch(r'<0x[0-9A-Fa-f]{2}>', name):
       later[i] = chr(BYTE + int(name[3:5], 16))
       first[i] = later[i] if alone[i] else ''
   return first, later
