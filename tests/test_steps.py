@@ -2,6 +2,7 @@
 host inside."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -160,8 +161,15 @@ class Runs:
         return found.evaluations['held_out'](state, jax.random.key(0), prompts)
 
       metrics, rows = evaluate_held_out(
-        sample, judge, self.held_out, 4, P, step
+        sample,
+        judge,
+        self.held_out,
+        4,
+        P,
+        step,
+        mismatch=functools.partial(found.mismatch, state),
       )
+      assert 0 < metrics['eval/mismatch/logp_gap_max'] < 1e-5
       return metrics, at(step, rows)
 
     return [Due('train', EVERY, own_batch), Due('held_out', EVERY, held_out)]
@@ -196,7 +204,6 @@ class Runs:
       LoopConfig(stop, save_every=2),
       logger,
       save,
-      lambda step: 0.005,
     )
     checkpoints.close()
     logger.close()

@@ -138,8 +138,11 @@ def test_a_run_leaves_what_it_promises(whole):
     assert row['sampler_logp_gap'] < 1e-5
     assert row['reward'] == pytest.approx(row['rewards/exact_match/mean'])
   assert ['kl' in row for row in steps] == [False, True] * 3
-  evals = [row['step'] for row in found if row['phase'] == 'eval']
-  assert evals == [0, 2, 4, 6]
+  evals = [row for row in found if row['phase'] == 'eval']
+  assert [row['step'] for row in evals] == [0, 2, 4, 6]
+  for row in evals:
+    for name in ('logp_gap_mean', 'logp_gap_max', 'kl', 'prob_gap_max'):
+      assert 0 <= row[f'eval/mismatch/{name}'] < 1e-5
   splits = {row['split'] for row in rows(out / 'samples.jsonl')}
   assert splits == {'before', 'train', 'after'}
   sampled = [r for r in rows(out / 'samples.jsonl') if r['split'] == 'train']
