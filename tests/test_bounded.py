@@ -100,7 +100,7 @@ def assert_finite(tree):
 
 
 @pytest.mark.parametrize('name', names.LOSSES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches)
 def test_every_number_is_finite(name, batch):
   """Losses x KL forms x importance modes x value loss; and what a gradient of
@@ -120,7 +120,7 @@ def test_every_number_is_finite(name, batch):
       assert_finite(jnp.square(jnp.abs(found[1][0]).sum()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches)
 def test_value_loss_is_finite(batch):
   batch = tiled(batch)
@@ -162,7 +162,7 @@ def held_by(name: str, batch: dict, low=0.2, high=0.2):
 
 
 @pytest.mark.parametrize('name', names.LOSSES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(batch=batches)
 def test_held_tokens_and_tokens_without_advantage_have_no_gradient(name, batch):
   batch = tiled(batch)
@@ -180,7 +180,7 @@ def test_held_tokens_and_tokens_without_advantage_have_no_gradient(name, batch):
     assert (np.sign(by_l) == -np.sign(batch['A']))[some].all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(x=floats(-1e4, MAX_LOG_RATIO))
 def test_values_inside_the_bound_are_untouched(x):
   """Bit for bit, gradients too."""
