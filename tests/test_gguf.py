@@ -14,13 +14,13 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, ONE
+from conftest import GOLDEN
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from safetensors.numpy import load_file
 
 from jaxrl_tok import data
-from jaxrl_tok.hub import fetch, gguf, gguf_config, packages
+from jaxrl_tok.hub import fetch, gguf, gguf_config
 from jaxrl_tok.hub.directory import open_model, save
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.types import Prompts
@@ -445,6 +445,14 @@ def test_a_file_that_is_cut_short_is_one_line(whole, share, tmp_path):
   assert 'fetch it again' in fault(path)
 
 
+def refusal(path) -> str | None:
+  """Message of a file that is refused; None: it is read."""
+  try:
+    open_model(path)
+  except ValueError as e:
+    return str(e)
+
+
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
   st.lists(
@@ -460,11 +468,8 @@ def test_no_byte_breaks_the_reader(tmp_path_factory, whole, changes):
     damaged[at] = byte
   path = tmp_path_factory.mktemp('damaged') / 'a.gguf'
   path.write_bytes(damaged)
-  try:
-    open_model(path)
-  except ValueError as e:
-    assert '\n' not in str(e)
-    assert str(e).startswith(str(path))
+  said = refusal(path)
+  assert said is None or (said.startswith(str(path)) and '\n' not in said)
 
 
 # --- refusals ----------------------------------------------------------------

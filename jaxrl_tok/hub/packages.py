@@ -90,10 +90,7 @@ def model_file(model: str) -> Path:
 
 
 def described(model: str) -> str:
-  """Describes where a model comes from; a package with its version and its
-  licence."""
-  if not model.startswith(SCHEME):
-    return model
+  """Describes pip:PACKAGE: with its version and its licence."""
   about = _package(model).metadata
   classifiers = [
     c.rpartition(' :: ')[2]

@@ -16,6 +16,7 @@ from jaxrl_tok import checkpoint
 from jaxrl_tok.credit import losses
 from jaxrl_tok.data import data_fingerprint
 from jaxrl_tok.finite import check_finite
+from jaxrl_tok.hub import packages
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.report.logger import Logger
@@ -68,6 +69,8 @@ def first_params(setup: Setup) -> tuple:
     if setup.task.answers and setup.model.hf_config:
       return warm_start(setup), None
     return None, None
+  if setup.model.origin.startswith(packages.SCHEME):
+    setup.logger.message(packages.described(setup.model.origin))
   with setup.logger.doing(f'reading {setup.model.origin}'):
     return setup.trainable.load(setup.mesh)
 
