@@ -300,12 +300,14 @@ def solver(preset):
   """Preset with all that may be added to it, and its `solve`, jitted."""
   several = preset in (algorithms.ppo, algorithms.nlpo)
   capped = {'importance_cap': 2.0, 'recompute_logp': several}
+  if preset is algorithms.rloo:  # one ratio a sequence
+    capped['importance_mode'] = 'sequence_mask'
   algorithm = preset(
     max_length=T,
     kl='forward',
     beta=0.1,
     entropy_coef=0.01,
-    **({} if preset is algorithms.rloo else capped),
+    **capped,
   )
   return algorithm, jax.jit(
     lambda batch: solve(algorithm, batch, batch['outcome'], algorithm.aggregate)

@@ -113,6 +113,7 @@ PLAIN = {
   'dual_clip': None,
   'cap': None,  # cispo's
   'importance_cap': None,
+  'importance_mode': 'token_truncate',
   'on_policy': False,  # one pass a rollout: l_old is the held l
   'value_coef': 0.0,
   'value_clip': None,
@@ -545,6 +546,16 @@ def kl_loss(case, data, l, l_held, l_old, b, t) -> float:
   return case['beta'] * ratio * estimate
 
 
+def importance_weight(case, data, l_old, b, t) -> float:
+  """Ratio of a token or of its row, up to the cap; above it the cap or 0."""
+  level, rule = case['importance_mode'].split('_')
+  columns = chosen(b) if level == 'sequence' else [t]
+  ratio = math.exp(sum(l_old[b, k] - data['l_roll'][b, k] for k in columns))
+  if ratio <= case['importance_cap']:
+    return ratio
+  return case['importance_cap'] if rule == 'truncate' else 0.0
+
+
 def value_loss(case, V, V_old, target) -> float:
   loss = (V - target) ** 2
   if case['value_clip'] is not None:
@@ -564,8 +575,7 @@ def loss_of(case, data, A, target, l, H, V, l_held) -> float:
     for t in chosen(b):
       loss = policy_loss(case, A, l, l_held, l_old, b, t)
       if case['importance_cap']:
-        log_change = l_old[b, t] - data['l_roll'][b, t]
-        loss *= min(math.exp(log_change), case['importance_cap'])
+        loss *= importance_weight(case, data, l_old, b, t)
       loss += kl_loss(case, data, l, l_held, l_old, b, t)
       loss -= case['entropy_coef'] * H[b, t]
       total += weights[b] * loss
@@ -656,7 +666,23 @@ def make_cases() -> list:
       cases.append(plain | {'credit': 'vtrace'} | SEQUENCE)
     if PRESETS[preset].get('surrogate') == 'clip':
       cases.append(plain | {'dual_clip': 3.0, 'importance_cap': 2.0})
-  return cases + row_cases() + scale_cases()
+  return cases + importance_cases() + row_cases() + scale_cases()
+
+
+def importance_cases() -> list:
+  """Cases of weights by token or by row, truncated or masked."""
+  return [
+    {'preset': preset, 'reward': 'dense', 'rows': rows}
+    | {'importance_cap': 2.0, 'importance_mode': mode}
+    | KLS[kl]
+    for preset, mode, (rows, kl) in product(
+      ('reinforce', 'rloo', 'grpo', 'gspo', 'cispo', 'ppo'),
+      ('token_mask', 'sequence_truncate', 'sequence_mask'),
+      (('all', 'none'), ('some', 'forward')),
+    )
+    # a row's ratio takes no weights of tokens
+    if preset != 'rloo' or mode != 'token_mask'
+  ]
 
 
 def row_cases() -> list:
@@ -687,7 +713,8 @@ def scale_cases() -> list:
     BASELINES, ('group_std', 'batch_std'), KINDS
   ):
     one = plain | {'baseline': baseline, 'scale': scale, 'reward': reward}
-    cases += [one, one | {'rows': 'some'}]
+    rows = 'some' if scale == 'group_std' else 'all'
+    cases.append(one | {'rows': rows})
     if baseline not in ('ema', 'greedy'):
       cases.append(one | {'several': 'normalize_then_sum'})
   for preset, several, rows, reward in product(
@@ -731,7 +758,11 @@ def check_inputs(data):
     side = np.exp(sums) < bound
     assert 0 < side.sum() < len(rows), bound
     assert abs(np.exp(sums) - bound).min() > 1e-3, bound
-  weight = np.exp((data['l_old'] - data['l_roll'])[MASK])
+  lag = data['l_old'] - data['l_roll']
+  whole = np.exp([lag[b, MASK[b]].sum() for b in rows])
+  assert 0 < (whole > 2).sum() < len(rows)
+  assert abs(whole - 2).min() > 1e-3
+  weight = np.exp(lag[MASK])
   for bound in (SEQUENCE['c_bar'], SEQUENCE['rho_bar'], 2.0):
     assert (weight > bound).any(), bound
     assert (weight < bound).any(), bound
