@@ -81,6 +81,7 @@ def test_words_and_functions_have_one_place():
   assert tuple(algorithms.CREDITS) == names.CREDITS
   assert tuple(algorithms.BASELINES) == names.BASELINES
   assert tuple(algorithms.SCALES) == names.SCALES
+  assert tuple(algorithms.MULTI_OBJECTIVE) == names.MULTI_OBJECTIVE
   assert tuple(algorithms.LOSSES) == names.LOSSES
   assert tuple(algorithms.AGGREGATIONS) == names.AGGREGATIONS
   assert tuple(losses.KL_FORMS) == names.KL_NAMES
@@ -255,6 +256,38 @@ def test_passes(make, want):
     (lambda: algorithms.grpo(clip_low=1.0), 'empty or impossible'),
     (lambda: algorithms.cispo(ratio_floor=5.0), 'empty range'),
     (lambda: algorithms.ppo(dual_clip=0.9), 'must be above 1'),
+    (
+      lambda: algorithms.dr_grpo(
+        max_length=4, multi_objective_aggregation='normalize_then_sum'
+      ),
+      'dr_grpo has none; pass --scale group_std',
+    ),
+    (
+      lambda: algorithms.grpo(
+        baseline='ema', multi_objective_aggregation='normalize_then_sum'
+      ),
+      'knows their sum alone; pass --baseline group_mean',
+    ),
+    (
+      lambda: algorithms.remax(
+        scale='batch_std', multi_objective_aggregation='normalize_then_sum'
+      ),
+      'knows their sum alone; pass --baseline group_mean',
+    ),
+    (
+      lambda: algorithms.ppo(multi_objective_aggregation='normalize_then_sum'),
+      'multi_objective_aggregation has no effect on ppo',
+    ),
+    (
+      lambda: algorithms.grpo(multi_objective_aggregation='normalise_then_sum'),
+      'did you mean normalize_then_sum',
+    ),
+    (
+      lambda: algorithms.ppo(
+        mask_truncated_completions=True, bootstrap_truncated=True
+      ),
+      'bootstrap_truncated has no effect on completions',
+    ),
     (lambda: algorithms.ppo(credit='returns'), 'needs a baseline'),
     (lambda: algorithms.grpo(baseline=None), 'needs a baseline'),
     (
@@ -309,7 +342,7 @@ def test_every_choice_is_a_flag():
     *('--aggregation', 'token_mean', '--scale', 'none', '--kl', 'forward'),
     *('--beta', '0.04', '--dual_clip', '3', '--whiten', 'True'),
     *('--reference_dtype', 'bfloat16', '--baseline', 'ema'),
-    *('--ema_decay', '0.5'),
+    *('--ema_decay', '0.5', '--mask_truncated_completions', 'True'),
   )
   words = algorithms.described(algorithm)
   want = {
@@ -324,10 +357,24 @@ def test_every_choice_is_a_flag():
     'whiten': True,
     'reference_dtype': 'bfloat16',
     'baseline': 'ema 0.5',
+    'mask_truncated_completions': True,
+    'multi_objective_aggregation': 'sum_then_normalize',
   }
   assert {k: words[k] for k in want} == want
   assert algorithm.kl.form == 'forward'
   assert algorithm.passes.count == 2
+
+
+def test_several_rewards_are_normalised_by_flag():
+  argv = '--multi_objective_aggregation normalize_then_sum --scale batch_std'
+  words = algorithms.described(made('--algorithm', 'grpo', *argv.split()))
+  assert words['multi_objective_aggregation'] == 'normalize_then_sum'
+  assert words['scale'] == 'batch_std'
+
+
+def test_the_deviation_of_the_batch_needs_no_group():
+  argv = '--baseline ema --scale batch_std --num_generations 1'
+  assert made(*argv.split()).min_group == 1
 
 
 def test_zero_turns_a_limit_off():
@@ -368,6 +415,10 @@ def test_one_sample_a_prompt_has_an_average_for_a_baseline():
     ('--importance_mode token_mask', 'pass --importance_cap 2'),
     ('--credit returns --algorithm ppo', 'needs a baseline'),
     ('--algorithm nlpo --top_p 1', 'pass --top_p 0.9'),
+    (
+      '--multi_objective_aggregation normalize_then_sum',
+      'reinforce has none; pass --scale group_std',
+    ),
     ('--overlong_buffer 9', 'more than a completion'),
   ],
 )

@@ -128,7 +128,9 @@ def ascend(params):
   return ascend
 
 
-def expected_gradient(ascend, everything, baseline, reward, G, carries):
+def expected_gradient(
+  ascend, everything, baseline, reward, G, carries, penalty=None, **changes
+):
   """E[gradient of update] over every group of G.
 
   A row's gradient is linear in its advantage, so the rows that hold the same
@@ -139,7 +141,7 @@ def expected_gradient(ascend, everything, baseline, reward, G, carries):
   logp = np.asarray(everything[0], np.float64)
   prob = np.exp(logp[groups].sum(1))
   assert prob.sum() == pytest.approx(1, abs=1e-5)
-  algorithm = algorithms.reinforce(baseline)
+  algorithm = algorithms.reinforce(baseline, **changes)
 
   def advantage_of(index):
     """Advantage [G, T] of a batch that is this group."""
@@ -149,6 +151,8 @@ def expected_gradient(ascend, everything, baseline, reward, G, carries):
     inputs = advantage_inputs(
       one, jnp.asarray(reward)[index], greedy_reward=jnp.full((1,), GREEDY)
     )
+    if penalty is not None:
+      inputs = inputs._replace(kl_penalty=penalty[index])
     return algorithm.advantage(inputs, carries).advantage
 
   advantage = np.asarray(jax.jit(jax.vmap(advantage_of))(groups), np.float64)
@@ -188,6 +192,57 @@ def test_expected_gradient_is_exact(
   found = expected_gradient(ascend, everything, baseline, reward, G, carries)
   want = true_gradient(everything, share * reward.sum(1).astype(np.float64))
   assert_close(found, want)
+
+
+def doubled(whole_CxG, valid_CxG):
+  """A scale of one's own; group_std would be 1e-4 where a sequence is drawn
+  twice, and float32 lose what is added to such an advantage."""
+  return jnp.full((len(whole_CxG), 1), 2.0)
+
+
+@pytest.mark.parametrize('equal', [False, True])
+@pytest.mark.parametrize(
+  ('baseline', 'G', 'share', 'changes'),
+  [
+    (advantages.group_mean(), 2, 1 / 2, {'scale': 'group_std'}),
+    (advantages.group_mean(), 3, 2 / 3, {'scale': 'group_std'}),
+    (advantages.leave_one_out(), 2, 1.0, {'scale': 'group_std'}),
+    (advantages.ema(0.9), 1, 1.0, {'scale': doubled}),
+    (advantages.greedy(), 1, 1.0, {'scale': doubled}),
+    (
+      advantages.group_mean(),
+      3,
+      2 / 3,
+      {
+        'scale': 'group_std',
+        'multi_objective_aggregation': 'normalize_then_sum',
+      },
+    ),
+  ],
+  ids=lambda x: x.name if isinstance(x, tuple) else str(x),
+)
+def test_a_kl_in_the_reward_adds_its_gradient_at_one_factor(
+  params, ascend, everything, kl_gradients, baseline, G, share, changes, equal
+):
+  """E[gradient] is that of the scaled rewards plus beta times the KL's, which
+  no deviation of rewards divides; also where all rewards are equal."""
+  reference, wanted = kl_gradients
+  reward = token_rewards('outcome')
+  if equal:
+    reward = np.where(reward != 0, np.float32(1 / 3), 0)
+  one = rollout_of(np.arange(N)[:, None])
+  logps = (look(POLICY, p, one, RULE).logp for p in (params, reference))
+  d = np.subtract(*map(np.asarray, logps))
+  carries = {'ema_baseline': jnp.float32(0.4)}
+  given = ascend, everything, baseline, reward, G, carries
+  alone = expected_gradient(*given, **changes)
+  if equal and baseline.min_group > 1:
+    assert max(np.abs(g).max() for g in jax.tree.leaves(alone)) == 0
+  want = jax.tree.map(lambda g: -share * np.asarray(g), wanted['reward'])
+  for beta in (1.0, 0.01):
+    both = expected_gradient(*given, penalty=beta * jnp.asarray(d), **changes)
+    found = jax.tree.map(lambda x, y, by=beta: (x - y) / by, both, alone)
+    assert_close(found, want, max(1e-5, 1e-7 / beta))
 
 
 @pytest.mark.parametrize('gae_lambda', [1.0, 0.0])
