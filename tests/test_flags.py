@@ -151,7 +151,7 @@ def test_every_flag_has_a_name_of_its_own():
     ('--ema_decay', '-0.1', 'in [0, 1)'),
     ('--learning_rate', '0.0', 'above 0'),
     ('--learning_rate', 'inf', 'finite'),
-    ('--max_grad_norm', '0.0', 'above 0'),
+    ('--max_grad_norm', '-1.0', '0 or more'),
     ('--micro_batch', '-1', '0 or more'),
     ('--lora_rank', '-1', '0 or more'),
     ('--lora_alpha', '0.0', 'above 0'),
