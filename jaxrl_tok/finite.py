@@ -57,10 +57,10 @@ def _is_finite(x) -> jax.Array:
 
 # --- the first tensor of an update -------------------------------------------
 
-REWARD = 'the reward'
+SAMPLED, REWARD = "the sampler's log-probs", 'the reward'
 # tensors of a batch, in the order in which they are computed
 OF_BATCH = (
-  "the sampler's log-probs",
+  SAMPLED,
   "the reference's log-probs",
   'the old log-probs',
   REWARD,

@@ -24,7 +24,7 @@ import jax
 from jaxrl_tok import Interrupted, finite
 from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.rewards.functions import RewardError, shorten
+from jaxrl_tok.rewards.functions import shorten
 from jaxrl_tok.step.collectors import Batch, Collector
 from jaxrl_tok.step.state import step_key
 from jaxrl_tok.step.update import FIRST, IN_A_ROW
@@ -60,12 +60,14 @@ class NotFinite(ValueError):
 
   Attributes:
     since: step of the state that they began from; they changed nothing.
-    by_reward: the policy has no part in it.
+    by_reward: the reward was the first tensor; the policy has no part in it.
+    by_policy: the sampler's log-probs were: the policy is spoilt.
   """
 
-  def __init__(self, message: str, since: int, by_reward: bool):
+  def __init__(self, message: str, since: int, first: str):
     super().__init__(message)
-    self.since, self.by_reward = since, by_reward
+    self.since, self.by_reward = since, first == finite.REWARD
+    self.by_policy = first == finite.SAMPLED
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -145,14 +147,15 @@ def is_errors(name: str) -> bool:
 class StepLog:
   """Times the phases of a step and logs it when its metrics are there.
 
-  `hold` keeps a step whose update has been dispatched; `flush` waits for it,
-  which ends its update phase, and writes it down.
+  `hold` keeps a step whose update has been dispatched, or the steps of a call;
+  `flush` waits for them, which ends an update phase, and writes them down.
 
   Args:
     tensors: names of an update's tensors, see finite.tensor_names.
 
   Attributes:
     in_a_row: updates that were not finite, up to the step written last.
+    first: name of the first tensor of the first of them.
   """
 
   def __init__(
@@ -164,7 +167,8 @@ class StepLog:
   ):
     self._logger, self._show = logger, show
     self._config, self._tensors = config, tensors
-    self._held, self._warned, self.in_a_row = None, set(), 0
+    self._held, self._warned = [], set()
+    self.in_a_row, self.first = 0, ''
     self.restart()
 
   def restart(self) -> None:
@@ -181,7 +185,7 @@ class StepLog:
     """Returns progress after the batch; metrics may still be on the device."""
     counts = batch.counts
     if counts.generated is None:  # many steps in one call, over already
-      return self._hold_last(progress, batch, jax.device_get(metrics))
+      return self._hold_all(progress, batch, jax.device_get(metrics))
     times = {'time/score': batch.metrics['time/score']}
     times['time/rollout'] = self._elapsed() - times['time/score']
     progress = dataclasses.replace(
@@ -190,27 +194,31 @@ class StepLog:
       num_tokens=progress.num_tokens + counts.generated + counts.read,
     )
     found = dict(batch.metrics)
-    self._held = progress, counts.generated, metrics, found, times
+    self._held = [(progress, counts.generated, metrics, found, times)]
     return progress
 
   def add(self, metrics: dict) -> None:
-    """Adds metrics of the step that is held."""
-    if self._held is not None:
-      self._held[3].update(metrics)
+    """Adds metrics of the last step that is held."""
+    if self._held:
+      self._held[-1][3].update(metrics)
 
   def flush(self) -> None:
-    """Waits for the step that is held, and writes its row."""
-    if self._held is None:
-      return
-    held, self._held = self._held, None
-    progress, generated, metrics, found, times = held
-    metrics = jax.device_get(metrics) | jax.device_get(found)
-    if 'time/step' not in times:
-      times['time/update'] = self._elapsed()
-    self._write(progress, generated, metrics, times)
+    """Waits for the steps that are held, and writes their rows."""
+    while self._held:
+      progress, generated, metrics, found, times = self._held.pop(0)
+      metrics = jax.device_get(metrics) | jax.device_get(found)
+      if 'time/step' not in times:
+        times['time/update'] = self._elapsed()
+      self._write(progress, generated, metrics, times)
 
-  def _hold_last(self, progress: Progress, batch: Batch, metrics: dict):
-    """Writes all steps of a call but the last, and holds that one."""
+  def drain(self) -> None:
+    """Writes the rows that can be written, before an error ends the run."""
+    while self._held:
+      with contextlib.suppress(Exception):
+        self.flush()
+
+  def _hold_all(self, progress: Progress, batch: Batch, metrics: dict):
+    """Holds all steps of a call."""
     n, read = len(batch.counts.read), batch.counts.read
     taken = self._elapsed() / n
     for i in range(n):
@@ -221,8 +229,8 @@ class StepLog:
         step=progress.step + 1,
         num_tokens=progress.num_tokens + generated + int(read[i]),
       )
-      self.flush()
-      self._held = progress, generated, row, {}, {'time/step': taken}
+      held = progress, generated, row, {}, {'time/step': taken}
+      self._held.append(held)
     return progress
 
   def _write(
@@ -234,10 +242,12 @@ class StepLog:
       errors = {n: metrics.pop(n) for n in list(metrics) if is_errors(n)}
     self.in_a_row = int(metrics.pop(IN_A_ROW, 0))
     first = self._tensors[int(metrics.pop(FIRST, 0))]
+    if self.in_a_row <= 1 or not self.first:
+      self.first = first
     metrics['step_time'] = sum(times.values())
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
-    self._check(progress.step, errors, first)
+    self._check(progress.step, errors)
     for kind, text in find_warnings(metrics, first).items():
       if kind not in self._warned:
         self._warned.add(kind)
@@ -252,28 +262,25 @@ class StepLog:
     text = (f'{n} {v:{form}}' for n, v, form in parts if v is not None)
     self._show(progress.step, '  '.join(text))
 
-  def _check(self, step: int, errors: dict, first: str) -> None:
+  def _check(self, step: int, errors: dict) -> None:
     """Raises ValueError, in one line, for a step that ends the run."""
     most = self._config.max_nonfinite
     for name, value in errors.items():
       if value:
-        raise RewardError(
+        raise ValueError(
           f'@on_device reward {name[8:-7]} gave {value:.0f} completions of '
           f'step {step} values that are not finite; mend it, or pass '
           '--reward_on_error mask'
         )
     if most and self.in_a_row >= most:
-      by_reward = first == finite.REWARD
-      cure = (
-        'make the rewards smaller'
-        if by_reward
-        else 'lower --learning_rate, or mend the loss or the reward'
-      )
+      cure = 'lower --learning_rate, or mend the loss or the reward'
+      if self.first == finite.REWARD:
+        cure = 'make the rewards smaller'
       raise NotFinite(
         f'{self.in_a_row} updates in a row, up to step {step}, were not finite '
-        f'and changed nothing; the first such tensor is {first}; {cure}',
+        f'and changed nothing; the first such tensor is {self.first}; {cure}',
         step - self.in_a_row,
-        by_reward,
+        self.first,
       )
 
   def evaluation(
@@ -335,14 +342,15 @@ def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   """Saves the last whole moment before an error ends the run, so that a resumed
   run repeats the step that failed. A note on the error tells where it cannot.
 
-  Updates that were not finite leave the policy that they began from, which is
-  saved where the rewards are at fault, or where there is no checkpoint. On
-  several processes nothing is saved: the others do not know.
+  Updates that were not finite leave the policy that they began from. It is
+  saved where the rewards are at fault, and where there is no checkpoint unless
+  it is spoilt. On several processes nothing is saved: the others do not know.
   """
   if at.progress.step in (begun, at.saved) or jax.process_count() > 1:
     return
   if isinstance(error, NotFinite):
-    if not error.by_reward and (begun or at.saved is not None):
+    older = begun or at.saved is not None
+    if error.by_policy or (older and not error.by_reward):
       return
     at.state = at.state.replace(skipped=at.state.skipped * 0)
   try:
@@ -399,8 +407,7 @@ def train(
     except Interrupted:
       raise
     except Exception as error:
-      with contextlib.suppress(Exception):
-        log.flush()  # the row of the step before
+      log.drain()
       rescue(at, begun, save, error)
       raise
   if at.progress.step not in (begun, at.saved):

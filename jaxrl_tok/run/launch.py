@@ -8,6 +8,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrl_tok import Interrupted, checkpoint
+from jaxrl_tok import Interrupted, checkpoint, finite
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
@@ -46,6 +47,7 @@ from jaxrl_tok.step.collectors import (
   Collector,
   dynamic,
   examples_at,
+  has_reward_variance,
   single_turn,
 )
 from jaxrl_tok.step.device_steps import table_rows
@@ -170,15 +172,17 @@ def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
 
 def resume_note(run_dir: Path, error: Exception) -> str | None:
   """Sentence on how to go on after an error: from the newest checkpoint, or
-  after updates that were not finite from the newest one whose own update was.
-  None without a checkpoint."""
-  steps = checkpoint.saved_steps(run_dir)
+  after updates that were not finite from the newest one that an update which
+  was has proven. None without a checkpoint."""
+  steps = good = checkpoint.saved_steps(run_dir)
+  if isinstance(error, NotFinite) and not error.by_reward:
+    # of the state that they began from, no update is known to be finite
+    good = [s for s in steps if s < error.since]
+    if not good and error.by_policy:
+      return 'no good checkpoint is there: begin again'
   if not steps:
     return None
-  step = steps[-1]
-  if isinstance(error, NotFinite) and not error.by_reward:
-    # the state that they began from is finite, and all that follows is not
-    step = max((s for s in steps if s < error.since), default=step)
+  step = (good or steps)[-1]
   command = resume_command(run_dir, 'auto' if step == steps[-1] else step)
   return f'the last good checkpoint is step {step}: {command}'
 
@@ -253,8 +257,22 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   step = progress.step
   logged = not_logged(setup, step) if step > begun else set()
   metrics, rows = evaluate_all(setup, programs, state, step, 'after', logged)
+  check_last(metrics, step)
   reward = metrics['eval/reward']
   return Finished(setup, programs, state, progress, reward, rows)
+
+
+def check_last(metrics: dict, step: int) -> None:
+  """Refuses to finish with a policy whose log-probs are not finite: its last
+  update has spoilt it, and no later one could tell."""
+  gap = metrics.get('eval/mismatch/logp_gap_mean', 0.0)
+  if not math.isfinite(gap):
+    raise NotFinite(
+      f'the policy after step {step} has log-probs that are not finite, and is '
+      'not exported; lower --learning_rate',
+      step,
+      finite.SAMPLED,
+    )
 
 
 def run(setup: Setup) -> Result | None:

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet, batch_at
-from jaxrl_tok.rewards.functions import RewardError
 from jaxrl_tok.rewards.scoring import quote_samples
 from jaxrl_tok.sharding import put_replicated, put_rows
 from jaxrl_tok.types import Rollout, Scored, TrainState
@@ -133,7 +132,7 @@ def check_device(
   scorer: Scorer, rewards: dict, applies: dict, samples: list[str]
 ) -> tuple[dict, dict, dict]:
   """Treats values of device rewards that are not finite by scorer.on_error:
-  (rewards, applies, metrics). Raises RewardError, in one line.
+  (rewards, applies, metrics). Raises ValueError, in one line.
 
   samples: completions, quoted, for the error.
   """
@@ -145,7 +144,7 @@ def check_device(
     if not failed.any():
       continue
     b = int(failed.argmax())
-    error = RewardError(
+    error = ValueError(
       f'@on_device reward {name} gave {values[b][~np.isfinite(values[b])][0]} '
       f'for completion {b} ({samples[b]}); rewards must be finite (return '
       '(values, applies) where it does not apply)'
@@ -237,13 +236,21 @@ def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
 # --- groups, on the host -----------------------------------------------------
 
 
-def has_reward_variance(scored: Scored, by_reward: bool = False) -> np.ndarray:
+def has_reward_variance(
+  scored: Scored, by_reward: bool = False, ended_only: bool = False
+) -> np.ndarray:
   """Groups bool [C] whose valid rows do not all have one reward.
 
-  by_reward: compares each reward by itself over the rows that it applies to,
-  as its normalisation does (normalize_then_sum).
+  Args:
+    by_reward: compares each reward by itself over the rows that it applies to,
+      as its normalisation does (normalize_then_sum).
+    ended_only: asks for a valid row that ended, where others are not learnt
+      from (mask_truncated_completions).
   """
   C = len(scored.rollout.prompts.length)
+  valid = valid_rows(scored)
+  some = valid & jax.device_get(scored.rollout.ended) if ended_only else valid
+  some = some.reshape(C, -1).any(axis=1)
 
   def varies(rows, on):
     rows, on = rows.reshape(C, -1), on.reshape(C, -1)
@@ -251,7 +258,7 @@ def has_reward_variance(scored: Scored, by_reward: bool = False) -> np.ndarray:
     return high > np.where(on, rows, np.inf).min(axis=1)
 
   if not by_reward:
-    return varies(total_reward(scored), valid_rows(scored))
+    return some & varies(total_reward(scored), valid)
   applies = jax.device_get(scored.applies)
   alone = (
     scored._replace(
@@ -262,7 +269,7 @@ def has_reward_variance(scored: Scored, by_reward: bool = False) -> np.ndarray:
     for name, reward in scored.rewards.items()
   )
   each = [varies(total_reward(s), valid_rows(s)) for s in alone]
-  return np.any(each, axis=0)
+  return some & np.any(each, axis=0)
 
 
 def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
@@ -307,13 +314,13 @@ def place(scored: Scored) -> Scored:
 
 
 def dynamic(
-  collector: Collector, rounds: int, by_reward: bool = False
+  collector: Collector, rounds: int, varied: Callable = has_reward_variance
 ) -> Collector:
   """Dynamic sampling: replaces groups of equal rewards, which have no
   advantage, by groups of the next prompts. After `rounds` rollouts they fill
   what is missing. DAPO, arXiv:2503.14476.
 
-  by_reward: see has_reward_variance.
+  varied: Scored -> groups bool [C] that are kept.
   """
 
   def finish(pending: Pending):
@@ -322,8 +329,7 @@ def dynamic(
       batch, cursor = collector.finish(pending)
       number, C = len(batches), len(batch.examples)
       batches.append(batch)
-      varied = has_reward_variance(batch.scored, by_reward)
-      for group, fine in enumerate(varied):
+      for group, fine in enumerate(varied(batch.scored)):
         (good if fine else rest).append((number, group))
       if len(good) >= C or len(batches) >= rounds:
         break

@@ -355,9 +355,11 @@ def make_guarded_step(apply: Callable) -> Callable:
     def first():
       return finite.first_tensor(batch, grads, moved()[0])
 
-    found = jax.lax.cond(fine, lambda: jnp.int32(0), first)
+    def stay():  # one branch has all of it: a second one would copy the state
+      return moving, jax.lax.cond(fine, lambda: jnp.int32(0), first)
+
     made = fine & wanted
-    moving = jax.lax.cond(made, moved, lambda: moving)
+    moving, found = jax.lax.cond(made, lambda: (moved(), jnp.int32(0)), stay)
     return moving, Step(jnp.bool_(True), made, ~fine, found)
 
   return step
