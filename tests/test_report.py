@@ -469,6 +469,15 @@ def test_components_of_the_reward_are_named(tmp_path):
   assert figures.panels(alone) == []  # it is the reward
 
 
+def test_a_mismatch_is_one_panel_whatever_is_evaluated():
+  names = ('logp_gap_mean', 'kl', 'prob_gap_max')
+  found = {f'eval/mismatch/{n}': 0.1 for n in names}
+  found |= {f'eval/words/mismatch/{n}': 0.1 for n in names}
+  rows = [{'phase': 'eval', 'step': k, **found} for k in range(3)]
+  headings = [panel['heading'] for panel in figures.panels(rows)]
+  assert headings == ['KL of sampler and gradient']
+
+
 def test_a_prompt_of_messages_is_a_conversation(tmp_path):
   parts = [{'type': 'text', 'text': 'Look:'}, {'type': 'image'}]
   prompt = [

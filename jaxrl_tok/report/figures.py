@@ -20,6 +20,7 @@ PANELS = (  # phase, metric, heading, unit
   ('train', 'tokens_per_second', 'Speed', 'tokens per second'),
   ('train', 'frac_reward_zero_std', 'Groups without variance', 'fraction'),
   ('train', 'sampler_logp_gap', 'Sampler log-prob gap', 'nats'),
+  ('eval', 'eval/mismatch/kl', 'KL of sampler and gradient', 'nats per token'),
   ('warm_start', 'loss', 'Warm-start loss', 'cross-entropy'),
 )
 MOST_PANELS = 30
@@ -93,7 +94,8 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   found = found if len(found) > 1 else []  # one is drawn above
   for name in held_out:
     parts = name.split('/')
-    if parts[0] == 'eval' and parts[-1] != 'reward':
+    drawn = parts[-1] == 'reward' or 'mismatch' in parts[:-1]  # elsewhere
+    if parts[0] == 'eval' and not drawn:
       evaluation = '/'.join(parts[1:-1]) or HELD_OUT
       found.append(('eval', name, parts[-1].replace('_', ' '), evaluation))
   return found

@@ -19,6 +19,7 @@ from jaxrl_tok.step.programs import (
 )
 
 SHOWN = 20  # held-out completions in samples.jsonl
+LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
 
 
 def evaluation_shape(e: EvalSetup) -> EvaluationShape:
@@ -118,6 +119,19 @@ def not_logged(setup: Setup, step: int) -> set[str]:
   return {e.name for e in every} - {e.name for e in ran}
 
 
+def mismatch_warning(metrics: dict) -> str | None:
+  """Warning of an evaluation where sampler and gradient are two distributions;
+  None where they are one."""
+  name = next((n for n in metrics if n.endswith('mismatch/kl')), None)
+  if name is None or metrics[name] < LARGEST_MISMATCH:
+    return None
+  return (
+    f'{name} is {metrics[name]:.2g} nats: the policy that samples is not the '
+    "one that is trained; compare the policy's extend with a cache to extend "
+    'without, or pass --attention xla'
+  )
+
+
 def evaluate_all(
   setup: Setup,
   programs: Programs,
@@ -132,6 +146,8 @@ def evaluate_all(
   first = None
   for e in setup.evaluations:
     metrics, rows = evaluate(setup, programs, e, state, step)
+    if line := mismatch_warning(metrics):
+      setup.logger.warn(line)
     at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
     setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
     if e.evaluation.name in logged:
