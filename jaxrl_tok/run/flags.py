@@ -34,7 +34,6 @@ import tyro
 
 from jaxrl_tok import mesh_spec
 from jaxrl_tok.credit.names import check_kl
-from jaxrl_tok.data.stops import check_texts
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
 from jaxrl_tok.run.settings import (
@@ -385,7 +384,10 @@ def check(settings: Settings) -> None:
   if settings.algorithm.kl is not None:
     check_kl(settings.algorithm.kl)
   check_chat(settings.data)
-  check_texts(settings.sampling.stop)
+  if settings.sampling.stop:
+    from jaxrl_tok.data.stops import check_texts
+
+    check_texts(settings.sampling.stop)
   for pair in settings.data.rename:
     if not re.fullmatch(r'[^=]+=[^=]+', pair):
       raise ValueError(f'--rename {pair!r} is not old=new')
