@@ -517,6 +517,9 @@ T, G = 'tokenizer.ggml', 'tokenizer.ggml.'
     ({'llama.block_count': None}, 'no llama.block_count in the metadata'),
     ({'llama.block_count': 3}, 'weights are missing: model.layers.2.'),
     ({'llama.block_count': 1}, 'tensor blk.1.'),
+    ({'llama.block_count': 10**9}, 'block_count 1000000000 does not fit a'),
+    ({'llama.block_count': 0}, 'block_count 0 does not fit a file of'),
+    ({'llama.block_count': 2.0}, 'block_count 2.0 does not fit a file of'),
     ({'llama.block_count': 'two'}, 'block_count is two, not one number'),
     ({'llama.attention.head_count_kv': [1, 2]}, '[1, 2], not one number'),
     ({'llama.attention.head_count': 0}, 'numbers above zero'),
@@ -588,12 +591,19 @@ def test_a_gguf_file_that_is_not_there_is_no_hub_id(tmp_path):
     open_model('models/llama.gguf')
 
 
+def test_a_directory_that_holds_a_gguf_file_names_it(changed, tmp_path):
+  path = changed()
+  with pytest.raises(FileNotFoundError, match=f'; pass --model {path}$'):
+    open_model(tmp_path)
+
+
 # --- configuration -----------------------------------------------------------
 
 
 def config_of(arch, shapes=None, factors=None, **values) -> dict:
   meta = {f'{arch}.{k}': v for k, v in (WIDE | values).items()}
   shapes = {'token_embd.weight': (264, 256), **(shapes or {})}
+  shapes |= {f'blk.{i}.attn_q.weight': (256, 256) for i in range(62)}
   meta['general.architecture'] = arch
   return gguf_config.make_config(meta, shapes, factors)
 

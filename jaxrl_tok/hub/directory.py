@@ -71,10 +71,15 @@ def open_model(
   place = fetch.locate(str(model), revision, weights=False)
   directory = gguf.read(place).directory if place.is_file() else place
   if not (directory / 'config.json').is_file():
-    raise FileNotFoundError(
-      f'{directory} is no model directory (no config.json); '
-      'pass --model a directory or hub id of a supported family: '
+    files = sorted(directory.glob('*.gguf'))
+    cure = (
+      f'pass --model {files[0]}'
+      if files
+      else 'pass --model a directory or hub id of a supported family: '
       f'{", ".join(families.FAMILIES)}'
+    )
+    raise FileNotFoundError(
+      f'{directory} is no model directory (no config.json); {cure}'
     )
   hf_config = read_json(directory / 'config.json')
   try:

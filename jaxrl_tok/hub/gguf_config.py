@@ -312,6 +312,12 @@ def make_config(meta: dict, shapes: dict, factors=None) -> dict:
       )
   if 'token_embd.weight' not in shapes:
     raise ValueError('no token_embd.weight; the file holds no whole model')
+  layers = get('block_count')
+  if type(layers) is not int or not 0 < layers <= len(shapes):
+    raise ValueError(
+      f'block_count {layers} does not fit a file of {len(shapes)} tensors; '
+      'fetch it again'
+    )
   found = ARCHITECTURES[meta['general.architecture']](get, shapes, factors)
   family = families.FAMILIES[found['model_type']]
   ids = {

@@ -66,7 +66,8 @@ class ModelSettings:
   """The model and the machine."""
 
   model: str | None = None
-  """Hugging Face directory or hub id to start from."""
+  """Model to start from: Hugging Face directory, GGUF file, hub id, or
+  pip:PACKAGE, an installed package that holds a GGUF file."""
   revision: str | None = None
   """Branch, tag or commit of a hub id."""
   param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
