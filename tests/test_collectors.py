@@ -262,6 +262,27 @@ def test_variance_is_of_the_rows_that_are_valid():
   assert has_reward_variance(half).tolist() == [False, True, False, False]
   none = make_scored(rollout, a[:, None], applies=np.zeros(12, bool))
   assert not has_reward_variance(none).any()
+  # each by itself: b differs in the second group, and applies to one row of it
+  each = [has_reward_variance(x, True).tolist() for x in (two, half, none)]
+  assert each[:2] == [[False, True, False, True], [False, True, False, False]]
+  assert each[2] == [False] * 4
+  on = two.applies | {'b': valid & (np.arange(12) != 3)}
+  alone = half._replace(applies=on)
+  assert not has_reward_variance(alone, True).any()
+  # rows 3, 8 and 9 ended, of which 3 alone is valid
+  ended = rollout._replace(ended=np.isin(np.arange(12), (3, 8, 9)))
+  found = has_reward_variance(one._replace(rollout=ended), ended_only=True)
+  assert found.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize('reward', [1e5, 1234.567, 1e-9])
+def test_variance_begins_with_the_last_bit(reward):
+  prompts = Prompts(jnp.ones((2, 1), jnp.int32), jnp.ones(2, jnp.int32))
+  rollout = make_rollout(prompts, np.ones((6, 1)), np.ones((6, 1)))
+  rows = np.full((6, 1), reward, np.float32)
+  rows[4] = np.nextafter(rows[4], np.float32(0))
+  scored = make_scored(rollout, rows)
+  assert has_reward_variance(scored).tolist() == [False, True]
 
 
 def test_after_the_last_round_the_rest_is_filled():
@@ -294,6 +315,15 @@ def test_greedy_rewards_go_with_their_prompts():
   assert all(e['varies'] for e in batch.examples)
   # 2 * (g = 1) of the host, 0.5 * target of the device
   np.testing.assert_array_equal(batch.scored.greedy_reward, [2.5] * C)
+
+
+def test_a_greedy_completion_without_a_reward_is_no_zero():
+  step = order(0, N).index(7) // C
+  batch, _ = collect(collector_of(greedy=greedy), step + 1)[step]
+  numbered = np.array(numbers(batch)) == 7
+  assert numbered.sum() == 1
+  want = np.where(numbered, np.nan, 2.0)
+  np.testing.assert_array_equal(batch.scored.greedy_reward, want)
 
 
 def test_greedy_rewards_are_of_each_prompt():

@@ -8,6 +8,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -119,8 +120,13 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
   )
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
-    each = algorithms.normalizes_each(setup.algorithm.settings)
-    collector = dynamic(collector, rounds, each)
+    choices = setup.algorithm.settings
+    varied = functools.partial(
+      has_reward_variance,
+      by_reward=algorithms.normalizes_each(choices),
+      ended_only=choices.get('mask_truncated_completions', False),
+    )
+    collector = dynamic(collector, rounds, varied)
   if sampling.replay_groups:
     collector = off_policy.replayed(
       collector,
