@@ -473,3 +473,69 @@ def test_a_cursor_is_numbers_and_arrays(kind):
   whole = collect(KINDS[kind](), 4)
   cursor = jax.tree.map(np.asarray, jax.device_get(whole[1].cursor))
   assert_same_batches(collect(KINDS[kind](), 2, 2, cursor), whole[2:])
+
+
+# --- numbers that are not finite ---------------------------------------------
+
+
+def spoilt(rollout, columns):
+  """Rewards of the device: NaN for the second sample of prompt order 0."""
+  rewards, applies = device(rollout, columns)
+  bad = jnp.arange(rollout.mask.shape[0]) == 1
+  value = jnp.where(bad[:, None], jnp.nan, rewards['device'] + 1.0)
+  return {'device': value}, applies
+
+
+@pytest.mark.parametrize('on_error', ['mask', 'zero'])
+def test_device_rewards_that_are_not_finite_are_masked_or_zero(on_error):
+  warned = []
+  scorer = Scorer(
+    lambda *given: host(*given)._replace(rewards={}, applies={}),
+    jax.jit(spoilt),
+    {'device': 1.0},
+    rewards.TrainerState,
+    on_error,
+    lambda name, text: warned.append(text),
+  )
+  (step,) = collect(collector_of(scorer=scorer))
+  scored = step.batch.scored
+  failed = np.arange(C * G) == 1
+  value = scored.rewards['device']
+  assert np.isfinite(value).all()
+  np.testing.assert_array_equal(value[failed], 0)
+  assert (value[~failed] >= 1).all()
+  want = ~failed if on_error == 'mask' else np.ones(C * G, bool)
+  np.testing.assert_array_equal(scored.applies['device'], want)
+  assert step.batch.metrics['rewards/device/errors'] == 1
+  (text,) = warned
+  assert text.startswith('@on_device reward device gave nan for completion 1 (')
+
+
+def test_device_rewards_that_are_not_finite_are_refused():
+  scorer = BOTH._replace(device=jax.jit(spoilt))
+  with pytest.raises(ValueError, match='device gave nan for completion 1') as e:
+    collect(collector_of(scorer=scorer))
+  assert '\n' not in str(e.value)
+
+
+def test_what_is_not_finite_is_not_replayed():
+  """A row whose reward or log-prob is not finite is not valid in the buffer;
+  the others stay."""
+
+  def huge(tokens, mask, examples, trainer_state):
+    found = host(tokens, mask, examples, trainer_state)
+    found.rewards['host'][2] = 3e38
+    return found
+
+  collector = collector_of(scorer=SCORER._replace(host=huge))
+  examples = [{'prompt': '1', 'varies': True}]
+  collector = replayed(collector, C, C, lambda p: examples * len(p), 4)
+  steps = collect(collector, 2)
+  new, old = np.split(steps[1].batch.scored.applies['host'], 2)
+  numbers = steps[1].batch.scored.rollout.prompts.tokens[:, 0]
+  assert new[2]  # this step's own: its update is skipped
+  rewards_of = steps[1].batch.scored.rewards['host'][C * G :]
+  bad = rewards_of.sum(1) > 1e38
+  assert not old[bad].any()
+  seven = np.repeat(numbers[C:], G) == 7  # no reward applies to it
+  assert old[~bad & ~seven].all()

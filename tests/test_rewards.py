@@ -356,3 +356,93 @@ def test_digits_takes_whatever_a_byte_tokenizer_samples(raw):
   assert not foreign or not any(row[foreign[0] :])
   if raw != [*b'035']:
     assert sum(row) < 1
+
+
+# --- functions that fail
+
+
+def raises(completions, **columns):
+  raise RuntimeError('the judge answered 503')
+
+
+async def raises_later(completions, **columns):
+  raise RuntimeError('the judge answered 503')
+
+
+def leaves(completions, **columns):
+  raise SystemExit(1)
+
+
+async def leaves_later(completions, **columns):
+  raise SystemExit(1)
+
+
+def too_few(completions, **columns):
+  return [1.0]
+
+
+def dark(completions, **columns):
+  return [1.0, np.nan, 'good', [1.0]]
+
+
+def fine(completions, **columns):
+  return [1.0, 2.0, None, 4.0]
+
+
+WHOLE = [raises, raises_later, leaves, leaves_later, too_few]
+
+
+def scored_with(on_error, *functions):
+  """(HostScores, warnings) of functions."""
+  named, _ = rewards.name_rewards(functions)
+  warned = []
+  score = make_scorer(
+    named,
+    decode,
+    [END],
+    on_error=on_error,
+    warn=lambda name, text: warned.append((name, text)),
+  )
+  return score(TOKENS, MASK_OF_TOKENS, EXAMPLES), warned
+
+
+@pytest.mark.parametrize('function', [*WHOLE, dark])
+@pytest.mark.parametrize('on_error', ['mask', 'zero'])
+def test_a_function_that_fails_is_masked_or_zero(function, on_error):
+  """The other function keeps its values; None stays None."""
+  scores, warned = scored_with(on_error, function, fine)
+  name = function.__name__
+  # a wrong value concerns its own completion
+  failed = np.array([function is not dark, True, True, True])
+  assert scores.applies[name].tolist() == (
+    (~failed).tolist() if on_error == 'mask' else [True] * 4
+  )
+  want = np.where(failed, 0.0, 1.0)
+  np.testing.assert_array_equal(scores.rewards[name].sum(1), want)
+  np.testing.assert_array_equal(scores.rewards['fine'].sum(1), [1, 2, 0, 4])
+  assert scores.applies['fine'].tolist() == [True, True, False, True]
+  assert scores.metrics[f'rewards/{name}/errors'] == failed.sum()
+  assert scores.metrics['rewards/fine/errors'] == 0
+  ((who, text),) = warned
+  assert who == name
+  assert f'--reward_on_error {on_error} goes on' in text
+  assert '\n' not in text
+
+
+@pytest.mark.parametrize('function', WHOLE[:4])
+def test_an_exception_names_function_sample_and_cure(function):
+  with pytest.raises(rewards.RewardError) as e:
+    scored_with('raise', fine, function)
+  said = {'raises': 'RuntimeError: the judge answered 503'}
+  want = said.get(function.__name__.removesuffix('_later'), 'SystemExit: 1')
+  assert str(e.value) == (
+    f'reward {function.__name__} raised {want} on 4 completions, the first '
+    "'ab' of prompt 'p'; mend it, return None where it does not apply, or pass "
+    '--reward_on_error mask'
+  )
+
+
+def test_without_a_policy_there_is_no_count():
+  scores, warned = scored_with('raise', fine)
+  assert 'rewards/fine/errors' not in scores.metrics
+  assert warned == []
