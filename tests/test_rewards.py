@@ -1,5 +1,7 @@
 """Values of a reward function land on the right token, or are refused."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxrl_tok import rewards
 from jaxrl_tok.rewards import digits, exact_match, lift, make_scorer
+from jaxrl_tok.run.settings import RunSettings
 
 END = 9
 MASK = np.array(
@@ -440,6 +443,11 @@ def test_an_exception_names_function_sample_and_cure(function):
     "'ab' of prompt 'p'; mend it, return None where it does not apply, or pass "
     '--reward_on_error mask'
   )
+
+
+def test_the_flag_has_the_choices_of_the_scorer():
+  flag = get_type_hints(RunSettings)['reward_on_error']
+  assert get_args(flag) == rewards.ON_ERROR
 
 
 def test_without_a_policy_there_is_no_count():

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
-from jaxrl_tok.rewards import ON_ERROR
 from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 
 
@@ -46,7 +45,7 @@ class RunSettings:
   steps_per_call: int = 0
   """Steps in one program, with rewards that are JAX functions; 0: step by step,
   with rewards on the host, too."""
-  reward_on_error: Literal[ON_ERROR] = 'raise'
+  reward_on_error: Literal['raise', 'mask', 'zero'] = 'raise'
   """Treatment of a reward that fails: save and stop, mask (it does not apply to
   those completions) or zero. An exception concerns its function's whole batch,
   a value that is no finite number its completion."""
