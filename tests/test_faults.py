@@ -40,6 +40,7 @@ from jaxrl_tok.credit import algorithms
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.trainable import full
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.run.launch import resume_note
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.device_steps import Table, make_device_steps
 from jaxrl_tok.step.passes import param_labels
@@ -474,8 +475,9 @@ def test_a_rate_of_1e9_ends_in_one_line_or_in_numbers(tmp_path, capsys, kind):
     return
   line = failed(capsys, out, reward, *flags, **rate)
   assert '3 updates in a row, up to step ' in line
-  assert f'the first such tensor is {finite.SAMPLED}; lower --learn' in line
-  assert line.endswith('; no good checkpoint is there: begin again')
+  spoilt = f'the first such tensor is {finite.SAMPLED}; lower --learn' in line
+  assert spoilt == line.endswith('; no good checkpoint is there: begin again')
+  assert spoilt != ('is of the policy that they began from: go on' in line)
   rows = train_rows(out)
   assert sum(row['nonfinite_updates'] > 0 for row in rows) >= 3
   assert [row['step'] for row in rows] == list(range(1, len(rows) + 1))
@@ -584,6 +586,30 @@ def test_a_metric_that_raises_loses_nothing(tmp_path, capsys):
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   said = capsys.readouterr().out
   assert said.count('it is left out (--reward_on_error)') == 1
+
+
+def test_the_last_good_checkpoint_is_one_that_an_update_has_proven(tmp_path):
+  """Updates of steps 5 to 7 were not finite; that of step 4 is the last that
+  was, and step 4 is where they began."""
+
+  def note(steps, first):
+    out = tmp_path / '-'.join(['run', *map(str, steps)])
+    for step in steps:
+      (out / 'checkpoints' / str(step)).mkdir(parents=True, exist_ok=True)
+    return resume_note(out, NotFinite('three', 4, first))
+
+  for steps, first, want in (
+    ((2, 3), 'the loss', 'good checkpoint is step 3: '),
+    ((2, 4), 'the loss', 'good checkpoint is step 2: '),
+    ((2, 4), finite.SAMPLED, 'good checkpoint is step 2: '),
+    ((2, 7), finite.REWARD, 'good checkpoint is step 7: '),
+    ((4,), 'the loss', 'checkpoint 4 is of the policy that they began from'),
+    ((4,), finite.SAMPLED, 'no good checkpoint is there: begin again'),
+    ((), 'the loss', 'no good checkpoint is there: begin again'),
+  ):
+    assert want in note(steps, first), (steps, first)
+  assert note((2, 4), 'the loss').endswith('--resume 2')
+  assert note((2, 3), 'the loss').endswith('--resume auto')
 
 
 def test_a_full_disk_is_said_beside_the_error(tmp_path, capsys, monkeypatch):

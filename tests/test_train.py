@@ -16,8 +16,16 @@ from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.record import claim_output_dir
 from jaxrl_tok.run.settings import RunSettings
+from jaxrl_tok.step.collectors import Batch, TokenCounts
 from jaxrl_tok.step.programs import make_reference_kl
-from jaxrl_tok.train import LoopConfig, Progress, find_warnings, stop_reason
+from jaxrl_tok.step.update import FIRST, IN_A_ROW
+from jaxrl_tok.train import (
+  LoopConfig,
+  Progress,
+  StepLog,
+  find_warnings,
+  stop_reason,
+)
 
 TINY = {
   'digits': 1,
@@ -471,3 +479,94 @@ def test_drift_is_zero_for_the_policy_itself(tiny):
   assert float(same) == pytest.approx(0, abs=1e-6)
   other = jax.tree.map(lambda x: x * 1.2, tiny.params)
   assert float(reference_kl((other, None), tiny.rollout, tiny.rule)) > 1e-3
+
+
+# --- the log of steps --------------------------------------------------------
+
+
+class Rows:
+  """Logger that keeps rows and warnings."""
+
+  def __init__(self):
+    self.rows, self.warned = [], []
+
+  def metrics(self, phase, step, values):
+    self.rows.append((step, values))
+
+  def warn(self, text):
+    self.warned.append(text)
+
+
+def log_steps(rows, **config):
+  """Logs rows of metrics, all steps of one call; returns the Logger, and the
+  error that ended the run."""
+  logger = Rows()
+  names = ['the loss', 'the gradient of w', 'w after the step']
+  config = LoopConfig(**config)
+  log = StepLog(logger, lambda *given: None, config, names)
+  usual = {
+    'completions/tokens': 4.0,
+    'completions/clipped_ratio': 0.0,
+    'frac_reward_zero_std': 0.0,
+    'reward': 1.0,
+    'entropy': 1.0,
+  }
+  found = [usual | row for row in rows]
+  stacked = {k: np.array([row[k] for row in found]) for k in found[0]}
+  counts = TokenCounts(np.full(len(rows), 2), None, np.full(len(rows), 3))
+  batch = Batch(None, [], None, {}, counts, {})
+  progress = log.hold(Progress(), batch, stacked)
+  assert progress == Progress(len(rows), 7 * len(rows))
+  assert logger.rows == []  # the caller's progress comes first
+  try:
+    log.flush()
+  except ValueError as e:
+    log.drain()
+    return logger, e
+  return logger, None
+
+
+def bad(in_a_row: int, first: int = 0) -> dict:
+  found = {'nonfinite_updates': float(in_a_row > 0)}
+  return found | {IN_A_ROW: in_a_row, FIRST: first}
+
+
+def test_updates_in_a_row_that_are_not_finite_end_the_run():
+  rows = [bad(0), bad(1, 1), bad(2, 2), bad(3), bad(0)]
+  logger, error = log_steps(rows)
+  assert str(error) == (
+    '3 updates in a row, up to step 4, were not finite and changed nothing; the '
+    'first such tensor is the gradient of w; lower --learning_rate, or mend the '
+    'loss or the reward'
+  )
+  assert (error.since, error.by_reward, error.by_policy) == (1, False, False)
+  assert [step for step, _ in logger.rows] == [1, 2, 3, 4, 5]  # none is lost
+  for _, values in logger.rows:
+    assert not {IN_A_ROW, FIRST} & values.keys()
+    assert 'nonfinite_updates' in values
+  (warned,) = logger.warned
+  assert warned == (
+    'step 2: an update was not finite and changed nothing; the first such tensor '
+    'is the gradient of w; the metric nonfinite_updates counts them'
+  )
+
+
+@pytest.mark.parametrize('most', [0, 4])
+def test_fewer_than_max_nonfinite_go_on(most):
+  logger, error = log_steps([bad(1), bad(2), bad(3)], max_nonfinite=most)
+  assert error is None
+  assert len(logger.rows) == 3
+
+
+def test_rewards_on_the_device_that_are_not_finite_end_many_steps():
+  name = 'rewards/judge/errors'
+  _, error = log_steps([bad(0) | {name: 0.0}, bad(1) | {name: 2.0}])
+  assert str(error) == (
+    '@on_device reward judge gave 2 completions of step 2 values that are not '
+    'finite; mend it, or pass --reward_on_error mask'
+  )
+  logger, error = log_steps([bad(0) | {name: 2.0}], reward_on_error='mask')
+  assert error is None
+  assert logger.rows[0][1][name] == 2
+  logger, error = log_steps([bad(0) | {name: 0.0}])
+  assert name not in logger.rows[0][1]

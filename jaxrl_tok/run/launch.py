@@ -177,20 +177,24 @@ def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
 
 
 def resume_note(run_dir: Path, error: Exception) -> str | None:
-  """Sentence on how to go on after an error: from the newest checkpoint, or
-  after updates that were not finite from the newest one that an update which
-  was has proven. None without a checkpoint."""
+  """Sentence on how to go on after an error, from the newest good checkpoint;
+  None without a checkpoint.
+
+  After updates that were not finite, a checkpoint is good where a later update
+  was finite: that of the policy that they began from is not known to be.
+  """
   steps = good = checkpoint.saved_steps(run_dir)
   if isinstance(error, NotFinite) and not error.by_reward:
-    # of the state that they began from, no update is known to be finite
     good = [s for s in steps if s < error.since]
-    if not good and error.by_policy:
+    if not good and (error.by_policy or not steps):
       return 'no good checkpoint is there: begin again'
   if not steps:
     return None
   step = (good or steps)[-1]
   command = resume_command(run_dir, 'auto' if step == steps[-1] else step)
-  return f'the last good checkpoint is step {step}: {command}'
+  if good:
+    return f'the last good checkpoint is step {step}: {command}'
+  return f'checkpoint {step} is of the policy that they began from: {command}'
 
 
 class Finished(NamedTuple):
