@@ -12,7 +12,7 @@ from conftest import advantage_inputs, make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_tok.credit import advantages, algorithms, losses, names
+from jaxrl_tok.credit import advantages, algorithms, compose, losses, names
 from jaxrl_tok.run import build, flags
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.types import (
@@ -68,7 +68,7 @@ def outcomes(mask, R):
 def test_every_alias_is_found_and_described(name):
   algorithm = algorithms.by_name(name)(max_length=4)
   assert algorithm.name == name
-  words = algorithms.described(algorithm)
+  words = compose.described(algorithm)
   assert words['max_length'] == 4
   assert all(
     v is None or isinstance(v, str | int | float | bool) for v in words.values()
@@ -78,12 +78,12 @@ def test_every_alias_is_found_and_described(name):
 
 def test_words_and_functions_have_one_place():
   assert tuple(ALIASES) == names.ALGORITHMS
-  assert tuple(algorithms.CREDITS) == names.CREDITS
-  assert tuple(algorithms.BASELINES) == names.BASELINES
-  assert tuple(algorithms.SCALES) == names.SCALES
-  assert tuple(algorithms.MULTI_OBJECTIVE) == names.MULTI_OBJECTIVE
-  assert tuple(algorithms.LOSSES) == names.LOSSES
-  assert tuple(algorithms.AGGREGATIONS) == names.AGGREGATIONS
+  assert tuple(compose.CREDITS) == names.CREDITS
+  assert tuple(compose.BASELINES) == names.BASELINES
+  assert tuple(compose.SCALES) == names.SCALES
+  assert tuple(compose.MULTI_OBJECTIVE) == names.MULTI_OBJECTIVE
+  assert tuple(compose.LOSSES) == names.LOSSES
+  assert tuple(compose.AGGREGATIONS) == names.AGGREGATIONS
   assert tuple(losses.KL_FORMS) == names.KL_NAMES
 
 
@@ -91,7 +91,7 @@ def test_presets_are_those_of_their_papers():
   """The design's table, by the words of --print_config."""
 
   def words(name, *fields):
-    found = algorithms.described(ALIASES[name](max_length=10))
+    found = compose.described(ALIASES[name](max_length=10))
     return tuple(found.get(field) for field in fields)
 
   parts = 'credit', 'baseline', 'scale', 'loss', 'aggregate'
@@ -171,7 +171,7 @@ def test_every_choice_can_be_changed_by_word_or_by_value():
   }
   for changes in (by_word, by_value):
     algorithm = algorithms.grpo(**numbers, **changes)
-    words = algorithms.described(algorithm)
+    words = compose.described(algorithm)
     assert {k: words[k] for k in want} == want
     assert algorithm.kl == ('forward', 0.04)
     assert algorithm.passes.count == 2
@@ -332,8 +332,8 @@ def made(*argv):
 @pytest.mark.parametrize('name', names.ALGORITHMS)
 def test_every_alias_is_a_flag(name):
   algorithm = made('--algorithm', name)
-  want = algorithms.described(ALIASES[name](max_length=4))
-  assert algorithms.described(algorithm) == want
+  want = compose.described(ALIASES[name](max_length=4))
+  assert compose.described(algorithm) == want
 
 
 def test_every_choice_is_a_flag():
@@ -344,7 +344,7 @@ def test_every_choice_is_a_flag():
     *('--reference_dtype', 'bfloat16', '--baseline', 'ema'),
     *('--ema_decay', '0.5', '--mask_truncated_completions', 'True'),
   )
-  words = algorithms.described(algorithm)
+  words = compose.described(algorithm)
   want = {
     'clip_high': 0.28,
     'clip_low': 0.2,
@@ -367,7 +367,7 @@ def test_every_choice_is_a_flag():
 
 def test_several_rewards_are_normalised_by_flag():
   argv = '--multi_objective_aggregation normalize_then_sum --scale batch_std'
-  words = algorithms.described(made('--algorithm', 'grpo', *argv.split()))
+  words = compose.described(made('--algorithm', 'grpo', *argv.split()))
   assert words['multi_objective_aggregation'] == 'normalize_then_sum'
   assert words['scale'] == 'batch_std'
 
@@ -384,7 +384,7 @@ def test_zero_turns_a_limit_off():
 
 def test_one_sample_a_prompt_has_an_average_for_a_baseline():
   algorithm = made('--num_generations', '1')
-  assert algorithms.described(algorithm)['baseline'] == 'ema 0.9'
+  assert compose.described(algorithm)['baseline'] == 'ema 0.9'
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_own_loss(loss, word):
   )
   for changes, power in (({}, 2.0), ({'power': 3.0}, 3.0)):
     algorithm = algorithms.grpo(loss=loss, **changes)
-    words = algorithms.described(algorithm)
+    words = compose.described(algorithm)
     assert (words['loss'], words['power']) == (word, power)
     assert not algorithm.flat_without_advantage
     found, metrics = algorithm.loss(stats, trajectory)
@@ -557,7 +557,7 @@ def test_own_baseline_scale_and_aggregation():
     ),
     power=0.5,
   )
-  assert algorithms.described(algorithm)['baseline'] == 'own_baseline'
+  assert compose.described(algorithm)['baseline'] == 'own_baseline'
   found = algorithm.advantage(inputs_of(mask, outcomes(mask, R), valid), {})
   best = np.where(valid, R, -np.inf).reshape(C, G).max(1).repeat(G)
   want = np.where(mask & valid[:, None], (R - best)[:, None] / 2, 0)

@@ -16,7 +16,7 @@ from conftest import make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_tok.credit import algorithms, losses, names
+from jaxrl_tok.credit import algorithms, compose, losses, names
 from jaxrl_tok.credit.losses import MAX_LOG_RATIO, bounded
 from jaxrl_tok.step.passes import total_loss
 from jaxrl_tok.types import TokenStats, Trajectory
@@ -218,7 +218,7 @@ def test_on_policy_a_clip_is_the_policy_gradient(name, low, high, n, A):
   """A ratio of 1 is not held, also by a bound of 0, where maximum and clip are
   tied."""
   l = jnp.full(n, -0.5)
-  loss = algorithms.LOSSES[name](low, high)
+  loss = compose.LOSSES[name](low, high)
 
   def total(l):
     return loss(*alone(l, jnp.full(n, -0.5), A))[0].sum()

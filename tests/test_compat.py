@@ -8,7 +8,7 @@ from conftest import advantage_inputs, make_rollout, random_prompts
 
 from experiments import arithmetic
 from jaxrl_tok import masked
-from jaxrl_tok.credit import algorithms
+from jaxrl_tok.credit import compose
 from jaxrl_tok.credit.names import ALGORITHMS
 from jaxrl_tok.run import build, compat, flags
 from jaxrl_tok.run.optimizer import make_optimizer
@@ -54,7 +54,7 @@ def test_every_default_arrives(system, algorithm):
   settings = given(system, algorithm)
   algorithm_made = made(settings)
   make_optimizer(settings, build.Own(), algorithm_made)
-  found, typed = algorithms.described(algorithm_made), flatten(settings)
+  found, typed = compose.described(algorithm_made), flatten(settings)
   choices = build.choices_of(settings)
   for name, value in compat.DEFAULTS[system][algorithm].items():
     assert typed[name] == value

@@ -219,7 +219,14 @@ def doubled(whole_CxG, valid_CxG):
       },
     ),
   ],
-  ids=lambda x: x.name if isinstance(x, tuple) else str(x),
+  ids=(
+    'mean of 2',
+    'mean of 3',
+    'leave one out',
+    'ema',
+    'greedy',
+    'each reward',
+  ),
 )
 def test_a_kl_in_the_reward_adds_its_gradient_at_one_factor(
   params, ascend, everything, kl_gradients, baseline, G, share, changes, equal

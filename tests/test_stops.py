@@ -377,7 +377,7 @@ STATES, KINDS = 48, 12  # of all automata here: one program samples by them all
 
 
 def padded(kind, next_state):
-  """The same automaton with more states and kinds, which nothing reaches."""
+  """An automaton padded with states and kinds that nothing reaches."""
   last = len(next_state) - 1
   assert last < STATES
   assert next_state.shape[1] <= KINDS

@@ -48,7 +48,7 @@ def check_own(own: Own) -> None:
       )
 
 
-# settings of the algorithm's group that are no choice of algorithms.compose
+# settings of the algorithm's group that are no choice of compose.compose
 _OTHERS = (
   'algorithm',
   'compat',
@@ -69,7 +69,7 @@ _LIMITS = (
 
 
 def choices_of(settings: Settings) -> dict:
-  """Choices {name: value} for algorithms.compose, of the settings given."""
+  """Choices {name: value} for compose.compose, of the settings given."""
   f = settings.algorithm
   given = {k: v for k, v in vars(f).items() if k not in _OTHERS}
   given['reference_dtype'] = (

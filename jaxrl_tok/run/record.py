@@ -11,7 +11,7 @@ import jax
 import yaml
 
 from jaxrl_tok import data, sharding
-from jaxrl_tok.credit import algorithms
+from jaxrl_tok.credit import compose
 from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.report.files import atomic_write
@@ -97,7 +97,7 @@ def settings_of_run(setup: Setup) -> dict:
     **flatten(setup.settings),
     'max_completion_length': setup.config.max_completion_length,
     'learning_rate': peak_learning_rate(setup.settings),
-    'algorithm_resolved': algorithms.described(setup.algorithm),
+    'algorithm_resolved': compose.described(setup.algorithm),
     'rewards': setup.rewards.weights,
     'reward_unit': setup.task.reward_unit,
     'compute_dtype': setup.dtype,
