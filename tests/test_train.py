@@ -535,9 +535,9 @@ def test_updates_in_a_row_that_are_not_finite_end_the_run():
   rows = [bad(0), bad(1, 1), bad(2, 2), bad(3), bad(0)]
   logger, error = log_steps(rows)
   assert str(error) == (
-    '3 updates in a row, up to step 4, were not finite and changed nothing; the '
-    'first such tensor is the gradient of w; lower --learning_rate, or mend the '
-    'loss or the reward'
+    '3 updates in a row, up to step 4, were not finite and changed nothing; '
+    'the first such tensor is the gradient of w; lower --learning_rate, or '
+    'mend the loss or the reward'
   )
   assert (error.since, error.by_reward, error.by_policy) == (1, False, False)
   assert [step for step, _ in logger.rows] == [1, 2, 3, 4, 5]  # none is lost
@@ -546,8 +546,8 @@ def test_updates_in_a_row_that_are_not_finite_end_the_run():
     assert 'nonfinite_updates' in values
   (warned,) = logger.warned
   assert warned == (
-    'step 2: an update was not finite and changed nothing; the first such tensor '
-    'is the gradient of w; the metric nonfinite_updates counts them'
+    'step 2: an update was not finite and changed nothing; the first such '
+    'tensor is the gradient of w; the metric nonfinite_updates counts them'
   )
 
 
