@@ -3,6 +3,7 @@
 Nothing here imports jax before the command line has been read and checked.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -181,6 +182,16 @@ def train(task: Task, **settings) -> 'Result':
   return start(task, found, given, caller, {})
 
 
+def wait_for_devices() -> None:
+  """Waits for the arrays that devices are still making: a process that ends
+  while they do may crash, and then its exit status says nothing."""
+  jax = sys.modules.get('jax')
+  for array in jax.live_arrays() if jax else ():
+    if not array.is_deleted():
+      with contextlib.suppress(Exception):  # an error that was raised already
+        array.block_until_ready()
+
+
 def main(
   task: Task | Callable, argv: list[str] | None = None, /, **defaults
 ) -> 'Result | None':
@@ -218,8 +229,10 @@ def main(
     found = function(**parsed.own) if function else task
     return start(found, parsed.settings, given, caller, parsed.own)
   except Interrupted:
+    wait_for_devices()
     raise SystemExit(TRY_AGAIN) from None
   except (ValueError, OSError) as e:
+    wait_for_devices()
     if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
       print(e.traceback, file=sys.stderr)
     flags.fail(e)
