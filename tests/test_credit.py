@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import advantages, algorithms, names
+from jaxrl_tok.credit import advantages, algorithms, names, sequence
 from jaxrl_tok.step.metrics import reward_metrics
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
@@ -198,11 +198,11 @@ def test_the_clock_ticks_with_chosen_tokens(bits, seed):
   mask = np.array([bits >> i & 1 for i in range(8)], bool)
   reward = np.random.default_rng(seed).normal(size=8).astype(np.float32)
   with jax.disable_jit():
-    togo = advantages.reward_to_go(reward, mask, 0.5)
+    togo = sequence.reward_to_go(reward, mask, 0.5)
     zeros = jnp.zeros(8)
-    gae = advantages.gae_advantage(reward, zeros, mask, jnp.float32(0), 0.5, 1)
-    clock = np.asarray(advantages.to_clock(jnp.asarray(reward), mask))
-    back = advantages.from_clock(jnp.asarray(clock), jnp.asarray(mask))
+    gae = sequence.gae_advantage(reward, zeros, mask, jnp.float32(0), 0.5, 1)
+    clock = np.asarray(sequence.to_clock(jnp.asarray(reward), mask))
+    back = sequence.from_clock(jnp.asarray(clock), jnp.asarray(mask))
   np.testing.assert_allclose(togo[mask], gae[mask], rtol=1e-6)
   n = mask.sum()
   np.testing.assert_array_equal(clock, [*reward[mask], *np.zeros(8 - n)])
@@ -212,7 +212,7 @@ def test_the_clock_ticks_with_chosen_tokens(bits, seed):
 def test_a_discount_skips_columns_that_were_not_chosen():
   mask = jnp.array([True, False, False, True])
   reward = jnp.array([0.0, 9.0, 9.0, 1.0])  # 9 is the tool's, not counted
-  togo = advantages.reward_to_go(reward, mask, 0.5)
+  togo = sequence.reward_to_go(reward, mask, 0.5)
   np.testing.assert_array_equal(togo, [0.5, 1, 1, 1])
 
 

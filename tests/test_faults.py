@@ -43,7 +43,7 @@ from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.run.launch import resume_note
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.device_steps import Table, make_device_steps
-from jaxrl_tok.step.passes import param_labels
+from jaxrl_tok.step.guard import param_labels
 from jaxrl_tok.step.state import init_state, with_value_head
 from jaxrl_tok.step.update import FIRST, IN_A_ROW, make_update
 from jaxrl_tok.train import Moment, NotFinite, Progress, rescue

@@ -21,7 +21,7 @@ from conftest import advantage_inputs, make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_tok.credit import advantages, algorithms, losses
+from jaxrl_tok.credit import advantages, algorithms, losses, sequence
 from jaxrl_tok.step.passes import total_loss
 from jaxrl_tok.step.update import kl_penalty
 from jaxrl_tok.types import Prompts, Rollout, Scored, TokenStats, Trajectory
@@ -274,12 +274,12 @@ def test_functions_of_one_sequence():
   last = jnp.where(batch['cut'], value[:, T], 0.0)
   given = reward, value[:, :T], MASK, last
   with jax.disable_jit():
-    togo = jax.vmap(advantages.reward_to_go, (0, 0, None))(reward, MASK, gamma)
-    gae = jax.vmap(advantages.gae_advantage, (0,) * 4 + (None,) * 2)(
+    togo = jax.vmap(sequence.reward_to_go, (0, 0, None))(reward, MASK, gamma)
+    gae = jax.vmap(sequence.gae_advantage, (0,) * 4 + (None,) * 2)(
       *given, gamma, lam
     )
     advantage, target = jax.vmap(
-      advantages.vtrace_advantage, (0,) * 5 + (None,) * 4
+      sequence.vtrace_advantage, (0,) * 5 + (None,) * 4
     )(
       *(*given, jnp.exp(log_rho), gamma, lam),
       *(numbers['rho_bar'], numbers['c_bar']),

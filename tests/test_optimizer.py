@@ -25,7 +25,8 @@ from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings, with_values
 from jaxrl_tok.step import optimizer as parts
-from jaxrl_tok.step.passes import make_optimizer_step, make_passes
+from jaxrl_tok.step.guard import make_optimizer_step
+from jaxrl_tok.step.passes import make_passes
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.types import Passes, Trajectory
 

@@ -24,7 +24,7 @@ from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate, values
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.step.passes import param_labels
+from jaxrl_tok.step.guard import param_labels
 from jaxrl_tok.step.state import init_state, with_value_head
 from jaxrl_tok.step.update import (
   columns_needed,

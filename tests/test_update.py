@@ -18,7 +18,7 @@ from conftest import (
 )
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import advantages, algorithms, losses
+from jaxrl_tok.credit import advantages, algorithms, losses, sequence
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.groups import merge_rows, split_groups, split_rows
@@ -419,7 +419,7 @@ def test_reward_to_go_is_its_sum():
   reward = rng.normal(size=7).astype(np.float32)
   mask = np.array([1, 1, 0, 1, 1, 0, 0], bool)
   for gamma in (1.0, 0.9, 0.0):
-    found = advantages.reward_to_go(jnp.asarray(reward), mask, gamma)
+    found = sequence.reward_to_go(jnp.asarray(reward), mask, gamma)
     want = [
       sum(gamma ** mask[t:k].sum() * reward[k] for k in range(t, 7) if mask[k])
       for t in range(7)

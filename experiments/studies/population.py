@@ -40,8 +40,9 @@ from jaxrl_tok.report.files import atomic_write
 from jaxrl_tok.run import begin, build, compat
 from jaxrl_tok.run import flags as flag_layer
 from jaxrl_tok.run.api import Caller
+from jaxrl_tok.run.inputs import prompt_set, split_rewards
 from jaxrl_tok.run.optimizer import make_optimizer
-from jaxrl_tok.run.prepare import Setup, prepare, prompt_set, split_rewards
+from jaxrl_tok.run.prepare import Setup, prepare
 from jaxrl_tok.run.record import claim_output_dir
 from jaxrl_tok.run.settings import RunSettings, Settings, flatten, with_values
 from jaxrl_tok.step.device_rewards import exact_tokens, make_device_scorer

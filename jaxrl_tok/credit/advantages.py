@@ -11,11 +11,6 @@ token. A row that ended before token t enters the others' baseline with its
 last return: for outcomes a baseline is the textbook one on R, for token
 rewards it is compared token by token.
 
-The clock ticks with the tokens that the policy chose: columns of a tool's or an
-environment's text are skipped by discounts, by V and by baselines, so that a
-batch without them has the same advantages. A reward that stands on such a
-column does not count.
-
 A row that is not valid (no reward applies to it) has no credit, and is in no
 baseline, scale or whitening: the numbers of the others are those of a batch
 without it. None is "not applicable", not 0.
@@ -27,57 +22,13 @@ the choices that they read.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import losses
+from jaxrl_tok.credit import losses, sequence
 from jaxrl_tok.policy import check_array
 from jaxrl_tok.types import Advantage, AdvantageInputs, Carry, Scored
-
-
-def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
-  """Return [T] of one sequence, G_t = r_t + gamma G_{t'} with t' the next
-  chosen token. A token that the policy did not choose carries G_{t'} across."""
-  chex.assert_rank([reward, mask], 1)
-
-  def back(later, now):
-    r, chosen = now
-    total = jnp.where(chosen, r + gamma * later, later)
-    return total, total
-
-  gained = masked.fill(reward.astype(jnp.float32), mask)
-  return jax.lax.scan(back, jnp.float32(0), (gained, mask), reverse=True)[1]
-
-
-def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
-  """Returns [T] of a sequence, with the last chosen token's held after it.
-
-  # G [3 2 1 0 0]  mask [1 1 1 0 0]  ->  [3 2 1 1 1]
-  """
-  last = jnp.sum(masked.fill(returns, masked.last_chosen(mask)))
-  over = jnp.cumsum(jnp.flip(mask)) == 0
-  return jnp.where(jnp.flip(over), last, returns)
-
-
-def to_clock(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Values of a sequence [T] by the clock: the chosen ones first, then 0.
-
-  # x [5 6 7 8]  mask [1 0 1 1]  ->  [5 7 8 0]
-  """
-  at = jnp.where(mask, jnp.cumsum(mask) - 1, len(mask))
-  return jnp.zeros_like(x).at[at].set(x, mode='drop')
-
-
-def from_clock(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Undoes to_clock; 0 where not chosen.
-
-  # x [5 7 8 0]  mask [1 0 1 1]  ->  [5 0 7 8]
-  """
-  at = jnp.maximum(jnp.cumsum(mask) - 1, 0)
-  return masked.fill(x[at], mask)
-
 
 # --- baselines ---------------------------------------------------------------
 
@@ -281,13 +232,13 @@ def returns(
     mask, scored = inputs.mask, inputs.scored
     B, T = mask.shape
     C = scored.rollout.prompts.length.shape[0]
-    ticks = jax.vmap(to_clock)(mask, mask)
+    ticks = jax.vmap(sequence.to_clock)(mask, mask)
 
     def held(reward_BxT):
       """Returns by the clock, the last held: [C, G, T]."""
-      reward = jax.vmap(to_clock)(masked.fill(reward_BxT, mask), mask)
-      togo = jax.vmap(reward_to_go, (0, 0, None))(reward, ticks, gamma)
-      return jax.vmap(hold_last)(togo, ticks).reshape(C, B // C, T)
+      reward = jax.vmap(sequence.to_clock)(masked.fill(reward_BxT, mask), mask)
+      togo = jax.vmap(sequence.reward_to_go, (0, 0, None))(reward, ticks, gamma)
+      return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
     def base(returns_CxGxT, valid_CxG):
       given = returns_CxGxT, valid_CxG, carries, scored.greedy_reward
@@ -316,87 +267,10 @@ def returns(
       found = multi_objective_aggregation(scored, normalise) + moved - held(kl)
     whole_CxG = held(reward)[:, :, 0]
     metrics = {'return_mean': masked.mean(whole_CxG, valid_CxG)}
-    found_BxT = jax.vmap(from_clock)(found.reshape(B, T), mask)
+    found_BxT = jax.vmap(sequence.from_clock)(found.reshape(B, T), mask)
     return Advantage(found_BxT, metrics=metrics)
 
   return advantage
-
-
-def gae_advantage(
-  reward: jax.Array,
-  value: jax.Array,
-  mask: jax.Array,
-  bootstrap: jax.Array,
-  gamma: float,
-  gae_lambda: float,
-) -> jax.Array:
-  """GAE [T] of one sequence.
-
-  delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1}
-
-  Reward, value, mask are [T]; bootstrap [] is V after the last chosen token. A
-  token that the policy did not choose carries V and A across.
-  arXiv:1506.02438.
-  """
-  chex.assert_rank([reward, value, mask, bootstrap], [1, 1, 1, 0])
-
-  def back(later, now):
-    r, v, chosen = now
-    value_later, advantage_later = later
-    delta = r + gamma * value_later - v
-    advantage = delta + gamma * gae_lambda * advantage_later
-    kept = jnp.where(chosen, v, value_later)
-    carried = jnp.where(chosen, advantage, advantage_later)
-    return (kept, carried), jnp.where(chosen, advantage, 0.0)
-
-  steps = masked.fill(reward, mask), masked.fill(value, mask), mask
-  start = bootstrap, jnp.float32(0)
-  return jax.lax.scan(back, start, steps, reverse=True)[1]
-
-
-def vtrace_advantage(
-  reward: jax.Array,
-  value: jax.Array,
-  mask: jax.Array,
-  bootstrap: jax.Array,
-  rho: jax.Array,
-  gamma: float,
-  gae_lambda: float,
-  rho_bar: float,
-  c_bar: float,
-) -> tuple[jax.Array, jax.Array]:
-  """V-trace: (advantage [T], value target [T]) of one off-policy sequence.
-
-  e_t = min(rho_t, rho_bar) delta_t + gamma c_t e_{t+1}
-  c_t = lambda min(rho_t, c_bar);  target v_t = e_t + V_t
-  A_t = min(rho_t, 1) (r_t + gamma (lambda v_{t+1} + (1-lambda) V_{t+1}) - V_t)
-
-  rho [T] is pi / mu. arXiv:1802.01561, in rlax's form (its lambda also mixes
-  the targets in A). With rho = 1, the targets are GAE's.
-  """
-  chex.assert_rank([reward, value, mask, bootstrap, rho], [1, 1, 1, 0, 1])
-
-  def back(later, now):
-    r, v, ratio, chosen = now
-    value_later, target_later, error_later = later
-    delta = r + gamma * value_later - v
-    c = gae_lambda * jnp.minimum(ratio, c_bar)
-    error = jnp.minimum(ratio, rho_bar) * delta + gamma * c * error_later
-    mixed = gae_lambda * target_later + (1 - gae_lambda) * value_later
-    advantage = jnp.minimum(ratio, 1.0) * (r + gamma * mixed - v)
-    after = v, error + v, error
-    carry = jax.tree.map(lambda x, y: jnp.where(chosen, x, y), after, later)
-    out = advantage, error + v
-    return carry, jax.tree.map(lambda x: jnp.where(chosen, x, 0.0), out)
-
-  steps = (
-    masked.fill(reward, mask),
-    masked.fill(value, mask),
-    masked.fill(rho, mask, 1.0),
-    mask,
-  )
-  start = bootstrap, bootstrap, jnp.float32(0)
-  return jax.lax.scan(back, start, steps, reverse=True)[1]
 
 
 def _value_after(inputs: AdvantageInputs, bootstrap_truncated: bool):
@@ -424,7 +298,7 @@ def gae(
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
-    found = jax.vmap(gae_advantage, (0, 0, 0, 0, None, None))(
+    found = jax.vmap(sequence.gae_advantage, (0, 0, 0, 0, None, None))(
       inputs.reward, value, mask, last, gamma, gae_lambda
     )
     return Advantage(found, masked.fill(found + value, mask))
@@ -446,7 +320,7 @@ def vtrace(
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
     rho = jnp.exp(losses.bounded(masked.fill(inputs.log_change, mask)))
-    found, target = jax.vmap(vtrace_advantage, (0,) * 5 + (None,) * 4)(
+    found, target = jax.vmap(sequence.vtrace_advantage, (0,) * 5 + (None,) * 4)(
       *(inputs.reward, value, mask, last, rho),
       *(gamma, gae_lambda, rho_bar, c_bar),
     )

@@ -7,6 +7,7 @@
   held_out    training and held-out records
   tokenizers  text <-> ids
   prompts     records -> batches of a few lengths
+  words       tokens -> the bytes that they add to decoded text
   stops       stop texts -> an automaton over tokens
 
 Nothing here imports jax, transformers or datasets before it is used.

@@ -11,7 +11,8 @@ It gets the arguments that it names, of ARGUMENTS and the columns; `async def`
 functions wait side by side.
 
   functions.py   names, weights, arguments: what can be called
-  scoring.py     calls, values, metrics: a rollout -> HostScores
+  calls.py       plain functions, then coroutines side by side
+  scoring.py     values, logs, metrics: a rollout -> HostScores
   combine.py     gated, product: rewards of rewards
   adapters.py    verl, Tunix, reasoning-gym, verifiers
   load.py        FILE:NAME=WEIGHT of a command line

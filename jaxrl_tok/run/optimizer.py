@@ -7,7 +7,7 @@ import optax
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.step import optimizer as parts
-from jaxrl_tok.step.passes import param_labels
+from jaxrl_tok.step.guard import param_labels
 from jaxrl_tok.types import Algorithm
 
 

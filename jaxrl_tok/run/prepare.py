@@ -2,46 +2,39 @@
 run is made of, checked and placed, not yet compiled."""
 
 import dataclasses
-import datetime
-import functools
-import json
 from collections.abc import Callable
-from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import yaml
 
 from jaxrl_tok import data, distribution, rewards, sharding
-from jaxrl_tok.data.chat import asks_date
-from jaxrl_tok.data.records import has_messages, select
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
 from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.inputs import (
+  Rewards,
+  check_chat_used,
+  completion_length,
+  message_counts,
+  open_task,
+  prompt_set,
+  renames,
+  rewards_of,
+  split_rewards,
+  with_chat_date,
+)
 from jaxrl_tok.run.optimizer import make_optimizer
-from jaxrl_tok.run.settings import DataSettings, Settings, with_values
+from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.sampler import SamplerConfig
-from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.collectors import Scorer
 from jaxrl_tok.step.programs import ProgramConfig
 
-DEFAULT_LENGTH = 64  # tokens of a completion at most, by default
 EVAL_BATCH = 512  # held-out prompts at a time
 RESERVED = ('prompt', 'answer', 'completion', 'reward', 'tokens', 'advantage')
-
-
-class Rewards(NamedTuple):
-  """Reward functions of training or of an evaluation, on host and device."""
-
-  host: dict  # {name: function}
-  device: dict  # {name: function of JAX}
-  weights: dict  # {name: float}, of both
 
 
 class EvalSetup(NamedTuple):
@@ -112,124 +105,6 @@ class Setup(NamedTuple):
   def warn_of_reward(self, name: str, text: str) -> None:
     """Prints the first warning of a reward."""
     self.logger.warn_once(f'reward {name}', text)
-
-
-def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
-  """Splits named reward functions into those of the host and the device."""
-  is_device, model = device_rewards.is_on_device, device_rewards.REWARD_MODEL
-  taken = () if reward_model_weight is None else (model,)
-  functions, weights = rewards.name_rewards(given, taken)
-  if reward_model_weight is not None:
-    weights = weights | {model: reward_model_weight}
-  return Rewards(
-    {k: f for k, f in functions.items() if not is_device(f)},
-    {k: f for k, f in functions.items() if is_device(f)},
-    weights,
-  )
-
-
-def rewards_of(task: Task, settings: Settings) -> Rewards:
-  """Rewards of training; with --steps_per_call those that are JAX functions.
-  Raises ValueError where the task has none."""
-  weight = settings.model.reward_model_weight
-  weight = weight if settings.model.reward_model else None
-  given = task.rewards
-  if settings.run.steps_per_call and task.device_rewards is not None:
-    given = task.device_rewards
-  found = split_rewards(given, weight)
-  if settings.run.steps_per_call and found.host:
-    raise ValueError(
-      f'--steps_per_call needs rewards that are JAX functions, and '
-      f'{", ".join(found.host)} is none; pass --steps_per_call 0, or mark it '
-      '@on_device'
-    )
-  return found
-
-
-def renames(settings: Settings) -> dict[str, str]:
-  """Columns {old: new} that --rename names."""
-  return dict(pair.split('=') for pair in settings.data.rename)
-
-
-def open_task(task: Task, settings: Settings) -> data.Split:
-  """Opens training and held-out records, disjoint."""
-  columns = renames(settings)
-  opened = data.open_records(task.train, settings.run.seed, columns)
-  count, held_out = settings.run.held_out, task.held_out
-  if isinstance(held_out, Integral):
-    return data.split(opened, count or held_out)
-  held_out = data.open_records(held_out, settings.run.seed, columns)
-  if count and held_out.num_records and count < held_out.num_records:
-    held_out = select(held_out, np.arange(count))
-  return data.split(opened, held_out)
-
-
-def answer_ids(settings: Settings, model, answer) -> list[int]:
-  """Ids of a right answer, its end token included unless it ends with a stop
-  text. Raises ValueError for a stop text before its end."""
-  ids = data.answer_ids(model.tokenizer, answer, model.end_tokens)
-  decode = functools.partial(
-    data.decode_all,
-    model.tokenizer,
-    skip_special_tokens=not settings.run.keep_special_tokens,
-  )
-  return data.end_at_stop(decode, ids, settings.sampling.stop)
-
-
-def chat_of(settings: Settings) -> data.Chat:
-  """Choices that prompts of messages are rendered with."""
-  found = settings.data
-  return data.Chat(json.loads(found.chat_template_kwargs), found.chat_date)
-
-
-def with_chat_date(settings: Settings, tokenizer) -> Settings:
-  """Fixes the date that a chat template asks for: the one given, that of the
-  run to go on with, else today's."""
-  run = settings.run
-  if settings.data.chat_date is not None or not asks_date(tokenizer):
-    return settings
-  date = None
-  if run.resume != 'never':
-    file = Path(run.output_dir) / 'config.yaml'
-    begun = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    date = begun.get('chat_date')
-  today = datetime.date.today().isoformat()
-  return with_values(settings, {'chat_date': date or today})
-
-
-def check_chat_used(settings: Settings, sets) -> None:
-  """Refuses choices of chats where no prompt is a list of messages."""
-  used = settings.data.chat_template_kwargs != DataSettings.chat_template_kwargs
-  if used and not any(has_messages(found.records) for found in sets):
-    raise ValueError(
-      '--chat_template_kwargs has no effect: no prompt is a list of messages; '
-      'leave it out'
-    )
-
-
-def completion_length(task: Task, settings: Settings, model, split) -> int:
-  """Length T of completions: as given, else that of the longest answer if a
-  supervised start learns them, else DEFAULT_LENGTH."""
-  given, column = settings.sampling.max_completion_length, task.answers
-  new = model.directory is None and model.hf_config is not None
-  learns = column is not None and new
-  if not learns or split.train.num_records is None:
-    return given or DEFAULT_LENGTH
-  need = 0
-  for records in (split.train, split.held_out):
-    for i, record in enumerate(records):
-      if not isinstance(record.get(column), str):
-        raise ValueError(
-          f'{records.where(i)}: no {column!r} that is text; a supervised '
-          'start needs an answer for each prompt, or pass --model'
-        )
-      need = max(need, len(answer_ids(settings, model, record[column])))
-  if given is not None and given < need:
-    raise ValueError(
-      f'--max_completion_length {given} cannot hold an answer of {need - 1} '
-      f'tokens and the end; pass --max_completion_length {need}'
-    )
-  return given or need
 
 
 def check_devices(settings: Settings, mesh, mini_batches: int) -> None:
@@ -354,33 +229,6 @@ def make_rule(settings: Settings, model):
   )
 
 
-def prompt_set(
-  settings: Settings, model, found: Rewards, records, task, T, name
-):
-  """Makes prompts of records, with the columns that device rewards read."""
-  columns, first = None, records[0]
-  rewards.check_functions(found.host, first)
-  if found.device:
-    columns = device_rewards.make_columns(
-      found.device,
-      first,
-      task.answers,
-      functools.partial(answer_ids, settings, model),
-      T,
-    )
-  return data.prompt_set(
-    records,
-    model.tokenizer,
-    model.vocab_size,
-    settings.data.max_prompt_length,
-    settings.data.long_prompts,
-    columns=columns,
-    name=name,
-    num_prompts=settings.sampling.num_prompts,
-    chat=chat_of(settings),
-  )
-
-
 def check_evaluation(e: Evaluation, taken, steps_per_call: int) -> None:
   """Refuses an evaluation that cannot be, or that says nothing."""
   n = steps_per_call
@@ -459,29 +307,6 @@ def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
   return dataclasses.replace(
     config, samples_per_prompt=samples, compact_levels=0
   )
-
-
-def message_counts(logger: Logger, asked, split, train, held_out) -> None:
-  """Prints how many prompts are held out, left out or cut; `asked` is the
-  number that was to be held out, or None."""
-  counts = split.counts
-  if isinstance(asked, int) and counts['held_out'] < asked:
-    logger.message(
-      f'data: {counts["held_out"]:,} prompts are held out, not {asked:,}: '
-      'all that were given, or a fifth of the different ones'
-    )
-  if counts['removed'] or counts['repeated']:
-    logger.message(
-      f'data: {counts["removed"]:,} training records have a held-out prompt '
-      f'and are left out; {counts["repeated"]:,} held-out ones were repeated'
-    )
-  for found in (train, held_out):
-    for what in ('dropped', 'cut'):
-      if found.counts.get(what):
-        logger.message(
-          f'data: {found.counts[what]:,} of {found.counts["records"]:,} '
-          f'{found.name}s are longer than --max_prompt_length and were {what}'
-        )
 
 
 def prepare(

@@ -16,7 +16,8 @@ from jaxrl_tok.data.chat import content_text
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
-from jaxrl_tok.run.prepare import Setup, chat_of, make_evaluations, renames
+from jaxrl_tok.run.inputs import chat_of, renames
+from jaxrl_tok.run.prepare import Setup, make_evaluations
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 

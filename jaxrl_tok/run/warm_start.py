@@ -21,7 +21,8 @@ from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
-from jaxrl_tok.run.prepare import Setup, answer_ids, make_networks
+from jaxrl_tok.run.inputs import answer_ids
+from jaxrl_tok.run.prepare import Setup, make_networks
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.compile import QUICKLY
 from jaxrl_tok.step.supervised import make_supervised_step

@@ -18,13 +18,14 @@ import optax
 from jaxrl_tok import finite, masked
 from jaxrl_tok.policy import check_array, check_prompts, evaluate, values
 from jaxrl_tok.step.groups import merge_rows, split_groups
+from jaxrl_tok.step.guard import Step
 from jaxrl_tok.step.metrics import (
   length_metrics,
   reward_metrics,
   value_metrics,
 )
 from jaxrl_tok.step.optimizer import rate_metrics
-from jaxrl_tok.step.passes import Fixed, Step, make_gradient, make_passes
+from jaxrl_tok.step.passes import Fixed, make_gradient, make_passes
 from jaxrl_tok.step.state import carries_of
 from jaxrl_tok.types import (
   AdvantageInputs,
