@@ -302,12 +302,9 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     if rule.stop is not None:
       stop_state = jnp.zeros((C * G,), jnp.int32)
     first, done, stop_state = record(config, sampled, done, stop_state, 0, rule)
+    shape = (ends[-1] * chunk if ends else 0, C * G)
     tables = jax.tree.map(
-      lambda value, x: jnp.full(
-        (ends[-1] * chunk if ends else 0, C * G), value, x.dtype
-      ),
-      fills,
-      first,
+      lambda value, x: jnp.full(shape, value, x.dtype), fills, first
     )
     cache = policy.init_cache(C * G, 0)
     rows = RowState(cache, first.token, done, stop_state)

@@ -40,7 +40,7 @@ class LoopConfig:
   stop_at_reward: float | None = None  # held-out, greedy
   patience: int = 0  # evaluations without a better one
   max_nonfinite: int = 3  # updates in a row that are not finite
-  reward_on_error: str = 'raise'  # see rewards.scoring.ON_ERROR
+  reward_on_error: str = 'raise'  # see rewards.ON_ERROR
 
 
 @dataclasses.dataclass(frozen=True)

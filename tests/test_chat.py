@@ -14,7 +14,7 @@ import yaml
 
 from jaxrl_tok import Task, data, main, rewards
 from jaxrl_tok.data.chat import Chat, date_codes, render
-from jaxrl_tok.run import api, build, flags, prepare, record
+from jaxrl_tok.run import api, build, flags, inputs, prepare, record
 from jaxrl_tok.run.begin import saved_settings
 from jaxrl_tok.run.task import Caller
 
@@ -292,7 +292,7 @@ def dated_model(tmp_path_factory):
 def on_day(monkeypatch, day: str):
   """Lets a run begin on a day."""
   date = types.SimpleNamespace(today=lambda: datetime.date.fromisoformat(day))
-  monkeypatch.setattr(prepare, 'datetime', types.SimpleNamespace(date=date))
+  monkeypatch.setattr(inputs, 'datetime', types.SimpleNamespace(date=date))
 
 
 def test_a_resumed_run_renders_the_prompts_of_its_first_day(
@@ -339,15 +339,13 @@ def test_a_resumed_run_renders_the_prompts_of_its_first_day(
   assert other.model.tokenizer.decode(other.data.ids[0]) == '05 Jul 2024: 0!'
 
 
-def test_variables_of_no_chat_are_refused(dated_model, capsys):
+@pytest.mark.parametrize(
+  ('flag', 'value'),
+  [('--chat_template_kwargs', '{"mood": "x"}'), ('--chat_date', '2026-01-02')],
+)
+def test_choices_of_no_chat_are_refused(dated_model, capsys, flag, value):
   task = Task([{'prompt': f'{i}'} for i in range(9)], lambda **_: [])
-  argv = [
-    '--chat_template_kwargs',
-    '{"mood": "x"}',
-    '--model',
-    str(dated_model),
-  ]
   with pytest.raises(SystemExit):
-    main(task, argv)
+    main(task, [flag, value, '--model', str(dated_model)])
   said = capsys.readouterr().err
-  assert 'no effect: no prompt is a list of messages; leave it out' in said
+  assert f'{flag} has no effect: no prompt is a list of messages' in said

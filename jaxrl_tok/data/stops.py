@@ -231,7 +231,7 @@ def check_reached(tokenizer, decode: Callable, stops, words: Words) -> None:
       )
 
 
-def random_ids(tokenizer, stops, words: Words, kind: np.ndarray) -> list:
+def random_ids(tokenizer, stops, kind: np.ndarray) -> list:
   """Rows of ids for check_probes: any of them, those that touch a stop text,
   and stop texts as the tokenizer reads them."""
   rng, V = np.random.default_rng(0), len(kind)
@@ -252,7 +252,7 @@ def check_probes(
 ) -> None:
   """Refuses a tokenizer for which the automaton and decode disagree."""
   last = len(next_state) - 1
-  for ids in random_ids(tokenizer, stops, words, kind):
+  for ids in random_ids(tokenizer, stops, kind):
     texts = decode([ids[: n + 1] for n in range(len(ids))])
     want = [any(stop in text for stop in stops) for text in texts]
     # once complete, a text stays: what decode shows later does not matter

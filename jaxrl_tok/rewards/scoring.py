@@ -268,6 +268,26 @@ def judge(values, mask: np.ndarray, name: str, samples: list) -> _Judged:
   return _Judged(reward, applies, failed, error)
 
 
+def treat(
+  judged: _Judged, name: str, on_error: str, warn: Callable
+) -> tuple[np.ndarray, dict]:
+  """Treats what failed as ON_ERROR has it: (rows bool [B] that the function
+  applies to, metrics). Raises the first error with raise."""
+  if on_error == 'raise':
+    if judged.error is not None:
+      raise judged.error
+    return judged.applies, {}
+  errors = f'rewards/{name}/errors'
+  if judged.error is not None:
+    warn(
+      name,
+      f'{judged.error}; --reward_on_error {on_error} goes on, and {errors} '
+      'counts them',
+    )
+  kept = ~judged.failed | (on_error == 'zero')
+  return judged.applies & kept, {errors: float(judged.failed.sum())}
+
+
 def make_scorer(
   functions: dict[str, Callable],
   decode: Callable[[list[list[int]]], list[str]],
@@ -320,25 +340,15 @@ def make_scorer(
       given = takes[name].choose(arguments | log)
       return functools.partial(functions[name], **given)
 
-    raises = on_error == 'raise'
-    values = call_all({name: bind(name) for name in functions}, raises)
+    calls = {name: bind(name) for name in functions}
+    values = call_all(calls, first_only=on_error == 'raise')
     samples = quote_samples(examples, texts)
     rewards, applies, metrics = {}, {}, {}
     for name, found in values.items():
       judged = judge(found, mask, name, samples)
-      if judged.error is not None and raises:
-        raise judged.error
-      if judged.error is not None:
-        warn(
-          name,
-          f'{judged.error}; --reward_on_error {on_error} goes on, and '
-          f'rewards/{name}/errors counts them',
-        )
       rewards[name] = judged.reward
-      applies[name] = judged.applies & (~judged.failed | (on_error == 'zero'))
-      metrics |= summarize(name, rewards[name], applies[name])
-      if not raises:
-        metrics[f'rewards/{name}/errors'] = float(judged.failed.sum())
+      applies[name], errors = treat(judged, name, on_error, warn)
+      metrics |= summarize(name, rewards[name], applies[name]) | errors
     extra, logged = _merge_logs(list(logs.values()))
     return HostScores(rewards, applies, texts, metrics | logged, extra)
 

@@ -75,12 +75,11 @@ RANGES = (
     lambda x: x >= 0,
     '0 or more',
     'top_k compact_levels beta micro_batch eval_every save_every patience '
-    'max_nonfinite '
-    'lr_warmup_steps max_grad_norm weight_decay lora_rank steps_per_call '
-    'clip_high dual_clip ratio_floor advantage_clip importance_cap kl_target '
-    'max_update_kl value_clip value_coef entropy_coef critic_warmup_steps '
-    'overlong_buffer dynamic_sampling_rounds ref_sync_steps mask_sync_steps '
-    'replay_groups',
+    'max_nonfinite lr_warmup_steps max_grad_norm weight_decay lora_rank '
+    'steps_per_call clip_high dual_clip ratio_floor advantage_clip '
+    'importance_cap kl_target max_update_kl value_clip value_coef entropy_coef '
+    'critic_warmup_steps overlong_buffer dynamic_sampling_rounds '
+    'ref_sync_steps mask_sync_steps replay_groups',
   ),
 )
 
@@ -141,6 +140,7 @@ def check_chat(data) -> None:
 
 
 def check_run(settings: Settings) -> None:
+  """Refuses steps that a call does not divide, and places that cannot be."""
   from jaxrl_tok.hub import fetch
 
   run = settings.run
@@ -163,6 +163,7 @@ def check_run(settings: Settings) -> None:
 
 
 def check_model(settings: Settings) -> None:
+  """Refuses models that are not there, and settings that need another one."""
   from jaxrl_tok.hub import fetch
 
   model = settings.model
@@ -189,16 +190,23 @@ def check_model(settings: Settings) -> None:
     fetch.locate(model.reward_model, weights=False)
 
 
+def check_warm_up(settings: Settings, waits: int = 0) -> None:
+  """Refuses a warm-up that is longer than the run, less the `waits` steps at
+  first in which the critic learns alone."""
+  steps, warmup = settings.run.max_steps, settings.optimizer.lr_warmup_steps
+  if warmup and waits + warmup > steps:
+    after = f' after --critic_warmup_steps {waits}' if waits else ''
+    raise ValueError(
+      f'--lr_warmup_steps {warmup}{after} is longer than the run of '
+      f'--max_steps {steps}; pass --lr_warmup_steps {max(steps - waits, 0)}'
+    )
+
+
 def check_optimizer(settings: Settings) -> None:
   """Refuses settings without an effect on the optimizer, and a warm-up that is
   longer than the run."""
   f, defaults = settings.optimizer, algorithm_defaults(settings)
-  steps, warmup = settings.run.max_steps, f.lr_warmup_steps
-  if warmup > steps:
-    raise ValueError(
-      f'--lr_warmup_steps {warmup} is longer than the run of --max_steps '
-      f'{steps}; pass --lr_warmup_steps {steps}'
-    )
+  check_warm_up(settings)
   adams = f.optimizer in ('adamw', 'muon')
   unused = {
     'min_lr_ratio': (f.lr_schedule == 'constant', 'a constant learning rate'),
@@ -242,18 +250,24 @@ def check_collectors(settings: Settings) -> None:
 def check_batches(settings: Settings) -> None:
   """Refuses mini-batches and micro-batches that would split groups."""
   sampling, parts = settings.sampling, settings.algorithm.mini_batches or 1
-  micro = settings.model.micro_batch
-  micro = 0 if micro == 'auto' else micro
   C = sampling.num_prompts + sampling.replay_groups
-  G = sampling.num_generations
   if C % parts:
     fit = -(-C // parts) * parts - sampling.replay_groups
     raise ValueError(
       f'--mini_batches {parts} must divide the {C} prompts of a step; pass '
       f'--num_prompts {fit}'
     )
+  check_micro_batch(settings, parts)
+
+
+def check_micro_batch(settings: Settings, parts: int) -> None:
+  """Refuses micro-batches that do not divide a mini-batch, one of the `parts`
+  of a step, into whole groups."""
+  sampling, micro = settings.sampling, settings.model.micro_batch
+  C = sampling.num_prompts + sampling.replay_groups
+  G = sampling.num_generations
   rows = C * G // parts
-  if micro and (micro % G or rows % micro):
+  if micro not in ('auto', 0) and (micro % G or rows % micro):
     sizes = [n * G for n in range(1, C // parts + 1) if C // parts % n == 0]
     raise ValueError(
       f'--micro_batch {micro} must divide the {rows} completions of a '

@@ -124,14 +124,15 @@ def with_chat_date(settings: Settings, tokenizer) -> Settings:
   return with_values(settings, {'chat_date': date or today})
 
 
-def check_chat_used(settings: Settings, sets) -> None:
+def check_chat_used(given: DataSettings, sets) -> None:
   """Refuses choices of chats where no prompt is a list of messages."""
-  used = settings.data.chat_template_kwargs != DataSettings.chat_template_kwargs
-  if used and not any(has_messages(found.records) for found in sets):
-    raise ValueError(
-      '--chat_template_kwargs has no effect: no prompt is a list of messages; '
-      'leave it out'
-    )
+  for name in ('chat_template_kwargs', 'chat_date'):
+    if getattr(given, name) == getattr(DataSettings, name):
+      continue
+    if not any(has_messages(found.records) for found in sets):
+      raise ValueError(
+        f'--{name} has no effect: no prompt is a list of messages; leave it out'
+      )
 
 
 def answer_ids(settings: Settings, model, answer) -> list[int]:

@@ -5,6 +5,7 @@ import functools
 import optax
 
 from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.checks import check_warm_up
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.step import optimizer as parts
 from jaxrl_tok.step.guard import param_labels
@@ -55,12 +56,7 @@ def make_optimizer(
   f, passes = settings.optimizer, algorithm.passes
   steps, warmup = settings.run.max_steps, f.lr_warmup_steps
   waits = passes.critic_warmup_steps if algorithm.value_loss is not None else 0
-  if warmup and waits + warmup > steps:
-    after = f' after --critic_warmup_steps {waits}' if waits else ''
-    raise ValueError(
-      f'--lr_warmup_steps {warmup}{after} is longer than the run of '
-      f'--max_steps {steps}; pass --lr_warmup_steps {max(steps - waits, 0)}'
-    )
+  check_warm_up(settings, waits)
   chain = functools.partial(make_chain, settings)
   warmup, peak = warmup * passes.count, peak_learning_rate(settings)
   policy = chain(peak, (steps - waits) * passes.count, warmup)

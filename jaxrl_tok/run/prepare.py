@@ -14,6 +14,7 @@ from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
 from jaxrl_tok.run.build import Own
+from jaxrl_tok.run.checks import check_micro_batch
 from jaxrl_tok.run.inputs import (
   Rewards,
   check_chat_used,
@@ -157,14 +158,9 @@ def micro_batches(settings: Settings, mini_batches: int) -> int | None:
   sampling, wanted = settings.sampling, settings.model.micro_batch
   if wanted == 'auto':
     return None
+  check_micro_batch(settings, mini_batches)
   C = sampling.num_prompts + sampling.replay_groups
-  G = sampling.num_generations
-  rows = C * G // mini_batches
-  if wanted and (rows % wanted or wanted % G):
-    raise ValueError(
-      f'--micro_batch {wanted} must divide the {rows} completions of a '
-      f'mini-batch into whole groups of {G}; pass --micro_batch {G}'
-    )
+  rows = C * sampling.num_generations // mini_batches
   return rows // wanted if wanted else 1
 
 
@@ -327,7 +323,7 @@ def prepare(
   found = rewards_of(task, settings)
   tokenizer = task.tokenizer or data.byte_tokenizer
   model = models.make_model(settings, own.policy, tokenizer)
-  settings = with_chat_date(settings, model.tokenizer)
+  chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
   algorithm = build.make_algorithm(settings, own, T)
@@ -343,7 +339,7 @@ def prepare(
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )
-  check_chat_used(settings, [train, *(e.data for e in evaluations)])
+  check_chat_used(chat, [train, *(e.data for e in evaluations)])
   P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
   models.check_context(model, P, T)
   reward_model = models.make_reward_model(settings, model)

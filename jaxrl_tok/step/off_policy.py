@@ -69,14 +69,24 @@ def read_buffer(buffer: dict, places: np.ndarray, like: Scored) -> Scored:
 
 
 def only_finite(scored: Scored) -> Scored:
-  """Makes rows not valid whose log-probs or rewards are not finite, on the
-  host: replayed, they would spoil every later batch."""
+  """Makes rows not valid whose log-probs or rewards are not finite, as
+  finite.py has it, on the host: replayed, they would spoil every later
+  batch."""
   numbers = scored.rollout.logp, token_rewards(scored)
   with np.errstate(over='ignore', invalid='ignore'):
     sizes = [np.square(x).sum(1) for x in numbers]
   fine = np.isfinite(sizes).all(axis=0)
   applies = {name: on & fine for name, on in scored.applies.items()}
   return scored._replace(applies=applies)
+
+
+def not_valid(scored: Scored, groups: np.ndarray) -> Scored:
+  """Groups int [n] of a record, with rows that are not valid."""
+  C = len(scored.rollout.prompts.length)
+  buffer = write_buffer(None, scored, np.arange(C), C)
+  found = read_buffer(buffer, groups, scored)
+  none = {name: np.zeros_like(on) for name, on in found.applies.items()}
+  return found._replace(applies=none)
 
 
 def replayed(
@@ -116,14 +126,9 @@ def replayed(
     if count:
       old = read_buffer(outer['buffer'], drawn, new)
       positions = outer['positions'][drawn]
-    else:  # rows that are not valid
-      some = write_buffer(None, new, into, capacity)
-      old = read_buffer(some, into[np.arange(groups) % C], new)
-      none = {k: np.zeros_like(v) for k, v in old.applies.items()}
-      old, positions = (
-        old._replace(applies=none),
-        batch.positions[np.arange(groups) % C],
-      )
+    else:
+      some = np.arange(groups) % C
+      old, positions = not_valid(new, some), batch.positions[some]
     held = outer.get('positions', np.zeros(capacity, np.int64)).copy()
     held[into] = batch.positions
     cursor = {
