@@ -3,6 +3,7 @@ arrive however small they are."""
 
 import functools
 import re
+from typing import get_args, get_type_hints
 
 import flax.traverse_util
 import hypothesis
@@ -23,7 +24,7 @@ from jaxrl_tok.models import lora
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.optimizer import make_optimizer
-from jaxrl_tok.run.settings import Settings, with_values
+from jaxrl_tok.run.settings import OptimizerSettings, Settings, with_values
 from jaxrl_tok.step import optimizer as parts
 from jaxrl_tok.step.guard import make_optimizer_step
 from jaxrl_tok.step.passes import make_passes
@@ -643,6 +644,12 @@ def test_settings_of_no_use_are_refused(values, line):
     flags.settings_of(values)
   assert str(e.value).startswith(line)
   assert '\n' not in str(e.value)
+
+
+def test_flags_name_all_directions_and_schedules():
+  kinds = get_type_hints(OptimizerSettings)
+  assert get_args(kinds['optimizer']) == tuple(parts.DIRECTIONS)
+  assert get_args(kinds['lr_schedule']) == tuple(parts.SCHEDULES)
 
 
 def test_defaults_of_a_system_are_not_refused():

@@ -119,14 +119,14 @@ def chat_templates(directory: Path, settings: dict):
 def check_added(directory: Path, settings: dict, known) -> None:
   """Refuses added tokens to which the files give different ids. A pad that
   only one of them has is never read."""
-  listed = read_if_there(directory / 'added_tokens.json')
+  given = read_if_there(directory / 'added_tokens.json')
   for i, token in (settings.get('added_tokens_decoder') or {}).items():
-    listed[token_text(token)] = int(i)
+    given[token_text(token)] = int(i)
   if known(token_text(settings.get('pad_token')) or '') is None:
-    listed.pop(token_text(settings.get('pad_token')), None)
+    given.pop(token_text(settings.get('pad_token')), None)
   wrong = [
     f'{text!r} is {i} and {known(text)}'
-    for text, i in listed.items()
+    for text, i in given.items()
     if text and known(text) != i
   ]
   if wrong:
@@ -354,6 +354,7 @@ def special_tokens(
 
 
 def is_row(i, vocab_size: int) -> bool:
+  """Tells whether it is the id of a row of the model."""
   return type(i) is int and 0 <= i < vocab_size
 
 

@@ -25,7 +25,6 @@ from jaxrl_tok.report.files import (
 )
 
 PLAIN_EVERY = 5.0  # seconds between plain progress lines
-REPORTS = ('tensorboard', 'none')
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from jaxrl_tok import mesh_spec
 from jaxrl_tok.credit.names import check_kl
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
-from jaxrl_tok.run.settings import Settings, flatten
+from jaxrl_tok.run.settings import DataSettings, Settings, flatten
 
 
 def is_of_kind(value, kind) -> bool:
@@ -108,7 +108,7 @@ def check(settings: Settings) -> None:
   check_batches(settings)
   if settings.algorithm.kl is not None:
     check_kl(settings.algorithm.kl)
-  check_chat(settings.data)
+  check_chat_settings(settings.data)
   if settings.sampling.stop:
     from jaxrl_tok.data.stops import check_texts
 
@@ -118,7 +118,7 @@ def check(settings: Settings) -> None:
       raise ValueError(f'--rename {pair!r} is not old=new')
 
 
-def check_chat(data) -> None:
+def check_chat_settings(data: DataSettings) -> None:
   """Refuses variables of a chat template and a date that are none."""
   try:
     found = json.loads(data.chat_template_kwargs)
@@ -222,11 +222,10 @@ def check_optimizer(settings: Settings) -> None:
 
 def check_collectors(settings: Settings) -> None:
   """Refuses collectors that cannot wrap each other."""
-  sampling, rounds = settings.sampling, settings.algorithm
-  rounds = rounds.dynamic_sampling_rounds
+  sampling = settings.sampling
   chosen = {
     '--steps_per_call': settings.run.steps_per_call,
-    '--dynamic_sampling_rounds': rounds,
+    '--dynamic_sampling_rounds': settings.algorithm.dynamic_sampling_rounds,
     '--replay_groups': sampling.replay_groups,
     '--ahead': sampling.ahead,
   }

@@ -172,7 +172,7 @@ def close(setup: Setup, checkpoints, error: BaseException) -> None:
 
 
 def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
-  """Flags that go on with a run."""
+  """Sentence with the flags that go on with a run."""
   return f'go on with --output_dir {run_dir} --resume {step}'
 
 
