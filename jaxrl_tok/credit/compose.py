@@ -33,6 +33,7 @@ from typing import Any
 
 from jaxrl_tok import masked
 from jaxrl_tok.credit import advantages, losses, names
+from jaxrl_tok.credit.choices import check_choices, num_passes
 from jaxrl_tok.policy import check_array
 from jaxrl_tok.types import (
   KL,
@@ -213,147 +214,6 @@ def resolved(name: str, own: dict, changes: dict) -> dict:
   return found
 
 
-# --- choices that cannot be --------------------------------------------------
-
-
-def _outside_unit(choice: str) -> Callable:
-  return lambda c: not 0 <= c.get(choice, 1.0) <= 1
-
-
-def _empty_clip(c: dict) -> bool:
-  if not {'clip_low', 'clip_high'} <= c.keys():
-    return False
-  low, high = c['clip_low'], c['clip_high']
-  return not (0 <= low < 1 and high >= 0 and low + high > 0)
-
-
-def _empty_cap(c: dict) -> bool:
-  bounds = 'ratio_floor', 'ratio_cap'
-  if not c.keys() >= set(bounds):
-    return False
-  floor, cap = (c[bound] for bound in bounds)
-  return not 0 <= floor < cap
-
-
-def normalizes_each(c: dict) -> bool:
-  """Tells whether these choices normalise each reward by itself."""
-  chosen = c.get('multi_objective_aggregation')
-  return chosen is advantages.normalize_then_sum
-
-
-def _passes(c: dict) -> int:
-  return c['epochs'] * c['mini_batches']
-
-
-# (choices -> whether they are refused, the fact and the cure)
-_REFUSED = (
-  (_outside_unit('gamma'), 'gamma {gamma} is outside [0, 1]'),
-  (_outside_unit('gae_lambda'), 'gae_lambda {gae_lambda} is outside [0, 1]'),
-  (
-    _empty_clip,
-    'clip_low {clip_low} and clip_high {clip_high} leave the ratio an empty or '
-    'impossible range; pass 0 <= clip_low < 1 and clip_high >= 0, not both 0',
-  ),
-  (
-    lambda c: c.get('dual_clip') is not None and c['dual_clip'] <= 1,
-    'dual_clip {dual_clip} must be above 1',
-  ),
-  (
-    _empty_cap,
-    'ratio_floor {ratio_floor} and ratio_cap {ratio_cap} leave an empty range',
-  ),
-  (
-    lambda c: (c['kl'] == 'none') != (c['beta'] == 0),
-    'kl {kl} with beta {beta} has no effect; pass both '
-    '--kl reward|reverse|forward and --beta, or neither',
-  ),
-  (
-    lambda c: c['kl_target'] is not None and c['kl'] == 'none',
-    'kl_target steers a coefficient; pass --kl and --beta, its first value',
-  ),
-  (
-    lambda c: c['ref_sync_steps'] and c['kl'] == 'none',
-    'ref_sync_steps has no effect without a KL; pass --kl and --beta',
-  ),
-  (
-    lambda c: (
-      c['importance_cap'] is not None
-      and _passes(c) > 1
-      and not c['recompute_logp']
-    ),
-    'importance_cap has no effect: with several passes over a rollout l_old '
-    "is the sampler's; pass --recompute_logp True",
-  ),
-  (
-    lambda c: c['importance_mode'] not in (None, *names.IMPORTANCE_MODES),
-    'importance_mode {importance_mode!r} is none of '
-    + ', '.join(names.IMPORTANCE_MODES),
-  ),
-  (
-    lambda c: c['importance_mode'] is not None and c['importance_cap'] is None,
-    'importance_mode has no effect without weights; pass --importance_cap 2',
-  ),
-  (
-    lambda c: (
-      c['importance_cap'] is not None
-      and c['loss'] is losses.sequence_clip
-      and not (c['importance_mode'] or '').startswith('sequence')
-    ),
-    '{name} has one ratio a sequence, and importance_cap weighs tokens; pass '
-    '--importance_mode sequence_truncate, or --loss clip',
-  ),
-  (
-    lambda c: c['max_update_kl'] is not None and _passes(c) == 1,
-    'max_update_kl has no effect on one pass over a rollout; pass --epochs or '
-    '--mini_batches',
-  ),
-  (
-    lambda c: (
-      c['loss'] is losses.sequence_clip
-      and c['aggregate'] in (losses.token_mean, losses.seq_mean_token_mean)
-    ),
-    '{name} has one loss a sequence, of which no mean over tokens can be '
-    'taken; pass --aggregation seq_mean_token_sum',
-  ),
-  (
-    lambda c: normalizes_each(c) and c['scale'] is None,
-    'normalize_then_sum divides each reward by a scale of its own, and {name} '
-    'has none; pass --scale group_std',
-  ),
-  (
-    lambda c: (
-      normalizes_each(c) and bool(c['baseline'].greedy or c['baseline'].carries)
-    ),
-    'normalize_then_sum compares each reward by itself, and the baseline of '
-    '{name} knows their sum alone; pass --baseline group_mean',
-  ),
-  (
-    lambda c: c['mask_truncated_completions'] and c.get('bootstrap_truncated'),
-    'bootstrap_truncated has no effect on completions that '
-    'mask_truncated_completions leaves out; pass one of them',
-  ),
-  (
-    lambda c: c['max_length'] is None and c['overlong_buffer'],
-    '{name} counts in shares of the longest completion; give max_length',
-  ),
-  (
-    lambda c: (
-      c['max_length'] is not None and c['overlong_buffer'] > c['max_length']
-    ),
-    'overlong_buffer {overlong_buffer} is more than a completion of '
-    '{max_length} tokens',
-  ),
-)
-
-
-def _check(name: str, choices: dict) -> None:
-  """Raises ValueError for numbers and pairs of choices that cannot be."""
-  names.check_kl(choices['kl'])
-  for refused, message in _REFUSED:
-    if refused(choices):
-      raise ValueError(message.format_map(choices | {'name': name}))
-
-
 # --- composition -------------------------------------------------------------
 
 
@@ -435,7 +295,7 @@ def _old_logp(c: dict) -> str:
   so its old log-probs are the policy's own."""
   if c['recompute_logp'] or c['credit'] is advantages.vtrace:
     return 'recomputed'
-  return 'sampler' if _passes(c) > 1 else 'current'
+  return 'sampler' if num_passes(c) > 1 else 'current'
 
 
 def compose(name: str, own: dict, changes: dict) -> Algorithm:
@@ -444,7 +304,7 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
   Raises ValueError, with the cure, for what cannot be or has no effect.
   """
   c = resolved(name, own, changes)
-  _check(name, c)
+  check_choices(name, c)
   learned = _has_critic(c)
   baseline = c.get('baseline')
   min_group = 1 if baseline is None else baseline.min_group

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrl_tok import Interrupted, checkpoint, finite
-from jaxrl_tok.credit import compose
+from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.report.charts import figure
@@ -123,7 +123,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
     choices = setup.algorithm.settings
     varied = functools.partial(
       has_reward_variance,
-      by_reward=compose.normalizes_each(choices),
+      by_reward=normalizes_each(choices),
       ended_only=choices.get('mask_truncated_completions', False),
     )
     collector = dynamic(collector, rounds, varied)
