@@ -203,7 +203,7 @@ def test_a_gradient_is_named_by_its_first_leaf(params, batch):
   )
   assert int(new.skipped) == 1
   paths = jax.tree_util.tree_leaves_with_path(params)
-  first = finite.path_name(paths[0][0])
+  first = sharding.path_name(paths[0][0])
   named = finite.tensor_names(state.trained)[int(metrics[FIRST])]
   assert named == f'the gradient of {first}'
 
