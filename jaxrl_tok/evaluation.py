@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.rewards import accepted, get_name
+from jaxrl_tok.rewards.functions import own_lists
 from jaxrl_tok.rewards.scoring import as_reward_error, quote_samples
 from jaxrl_tok.sharding import put_rows
 from jaxrl_tok.step.collectors import (
@@ -143,7 +144,7 @@ def corpus_metrics(
   for metric in metrics:
     name = get_name(metric)
     try:
-      value = metric(**accepted(metric).choose(given))
+      value = metric(**own_lists(accepted(metric).choose(given)))
       value = value if isinstance(value, dict) else {name: value}
       value = {k: float(v) for k, v in value.items()}
     except (Exception, SystemExit) as e:

@@ -296,6 +296,24 @@ def test_after_the_last_round_the_rest_is_filled():
   check_groups(batch)
 
 
+def test_counts_are_of_all_rounds():
+  """Completions of prompt 7 fail; numbers that functions log are averaged."""
+  each = []
+
+  def failing(tokens, mask, examples, trainer_state):
+    found = host(tokens, mask, examples, trainer_state)
+    each.append(float((~found.applies['host']).sum()))
+    count = {'rewards/host/errors': each[-1], 'size': 1.0 * len(each)}
+    return found._replace(metrics=count)
+
+  scorer = SCORER._replace(host=failing)
+  plain = collector_of([False] * N, scorer=scorer)
+  ((batch, _),) = collect(dynamic(plain, N // C))
+  assert len(each) > 1
+  assert batch.metrics['rewards/host/errors'] == sum(each) > 0
+  assert batch.metrics['size'] == (1 + len(each)) / 2
+
+
 def test_a_full_first_round_is_not_touched():
   plain = collector_of([i != 7 for i in range(N)])
   found = collect(dynamic(plain, 10))
@@ -509,6 +527,7 @@ def test_device_rewards_that_are_not_finite_are_masked_or_zero(on_error):
   assert step.batch.metrics['rewards/device/errors'] == 1
   (text,) = warned
   assert text.startswith('@on_device reward device gave nan for completion 1 (')
+  assert 'or pass' not in text, 'advises what is passed already'
 
 
 def test_device_rewards_that_are_not_finite_are_refused():
@@ -516,6 +535,7 @@ def test_device_rewards_that_are_not_finite_are_refused():
   with pytest.raises(ValueError, match='device gave nan for completion 1') as e:
     collect(collector_of(scorer=scorer))
   assert '\n' not in str(e.value)
+  assert str(e.value).endswith('; or pass --reward_on_error mask')
 
 
 def test_what_is_not_finite_is_not_replayed():

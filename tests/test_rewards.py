@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxrl_tok import rewards
 from jaxrl_tok.rewards import digits, exact_match, lift, make_scorer
+from jaxrl_tok.rewards.scoring import merge_metrics
 from jaxrl_tok.run.settings import RunSettings
 
 END = 9
@@ -221,29 +222,16 @@ def test_components_are_kept_by_name():
     'first': [True, True, False, True],
     'each': [True] * 4,
   }
-  assert scores.metrics == pytest.approx(
-    {
-      'rewards/length/mean': 2.0,
-      'rewards/length/std': np.std([2, 4, 0, 2], ddof=1),
-      'rewards/first/mean': 1.0,  # None is not counted as 0
-      'rewards/first/std': 0.0,
-      'rewards/first/not_applicable': 1,
-      'rewards/each/mean': 0.5 * (3 + 4 + 1 + 2) / 4,
-      'rewards/each/std': np.std([1.5, 2, 0.5, 1], ddof=1),
-    }
-  )
+  # the update has the means, of the batch that is trained
+  assert scores.metrics == {'rewards/first/not_applicable': 1}
 
 
-def test_a_function_that_never_applies_has_mean_zero():
+def test_a_function_that_never_applies_is_counted():
   def silent(completions, **columns):
     return [None] * len(completions)
 
   scores = scored(silent)
-  assert scores.metrics == {
-    'rewards/silent/mean': 0.0,
-    'rewards/silent/std': 0.0,
-    'rewards/silent/not_applicable': 4.0,
-  }
+  assert scores.metrics == {'rewards/silent/not_applicable': 4.0}
   assert not scores.rewards['silent'].any()
   assert not scores.applies['silent'].any()
 
@@ -429,6 +417,7 @@ def test_a_function_that_fails_is_masked_or_zero(function, on_error):
   ((who, text),) = warned
   assert who == name
   assert f'--reward_on_error {on_error} goes on' in text
+  assert 'or pass' not in text, 'advises what is passed already'
   assert '\n' not in text
 
 
@@ -443,6 +432,26 @@ def test_an_exception_names_function_sample_and_cure(function):
     "'ab' of prompt 'p'; mend it, return None where it does not apply, or pass "
     '--reward_on_error mask'
   )
+
+
+def test_a_wrong_value_names_the_flag_once():
+  with pytest.raises(ValueError, match='finite') as e:
+    scored_with('raise', lambda completions, **columns: [np.nan] * 4)
+  assert str(e.value).endswith('; or pass --reward_on_error mask')
+  assert str(e.value).count('--reward_on_error') == 1
+
+
+def test_rollouts_of_a_step_are_counted_together():
+  rounds = [
+    {'rewards/a/errors': 1.0, 'accuracy': 0.5, 'rewards/b/not_applicable': 2.0},
+    {'rewards/a/errors': 3.0, 'accuracy': 1.0, 'now_and_then': 7.0},
+  ]
+  assert merge_metrics(rounds) == {
+    'rewards/a/errors': 4.0,
+    'rewards/b/not_applicable': 2.0,
+    'accuracy': 0.75,
+    'now_and_then': 7.0,
+  }
 
 
 def test_the_flag_has_the_choices_of_the_scorer():

@@ -2,6 +2,7 @@
 before a call."""
 
 import asyncio
+import copy
 import functools
 import operator
 import threading
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_tok.evaluation import corpus_metrics
 from jaxrl_tok.rewards import (
   ARGUMENTS,
   RewardError,
@@ -21,6 +23,7 @@ from jaxrl_tok.rewards import (
   name_rewards,
   product,
 )
+from jaxrl_tok.rewards.functions import own_lists
 
 END = 9
 TOKENS = np.array([[0, 1, END], [2, 3, 4], [END, 0, 0], [5, END, 0]])
@@ -542,3 +545,99 @@ def test_a_combination_refuses_in_one_line():
     with pytest.raises(ValueError, match='reward') as e:
       make()
     assert says in one_line(e)
+
+
+# --- arguments are a function's own ------------------------------------------
+
+
+def spoil(value):
+  """Changes all that can be changed in a value, the inside first."""
+  if isinstance(value, dict | list):
+    for inner in value.values() if isinstance(value, dict) else value:
+      spoil(inner)
+    value.clear()
+  elif isinstance(value, np.ndarray | Box):
+    spoil_number(value)
+
+
+def spoil_number(value):
+  if isinstance(value, Box):
+    value.content = 'spoilt'
+  else:
+    value[...] = -1
+
+
+class Box:
+  """An object of a user's class."""
+
+  content = 'whole'
+
+
+def spoiling(prompts, completions, completion_ids, **columns):
+  n = len(completions)
+  for value in (prompts, completions, completion_ids, *columns.values()):
+    spoil(value)
+  return [1.0] * n
+
+
+async def spoiling_later(prompts, completions, completion_ids, **columns):
+  return spoiling(prompts, completions, completion_ids, **columns)
+
+
+def rows_of_all():
+  """Records with mutable values of all kinds."""
+  return [
+    {**row, 'cases': [[1], {'a': [2]}], 'array': np.ones(2), 'pair': ([3], 4)}
+    for row in copy.deepcopy(CHAT)
+  ]
+
+
+@pytest.mark.parametrize(
+  'function',
+  [spoiling, spoiling_later, gated(spoiling, spoiling), product(spoiling)],
+)
+def test_what_a_function_changes_is_its_own(function):
+  """Neither the records nor what the next function sees."""
+  seen, examples = [], [dict(row, box=Box()) for row in rows_of_all()]
+
+  def looks(prompts, completions, completion_ids, box, **columns):
+    names = 'answer', 'cases', 'array', 'pair'
+    seen.append((prompts, completions, completion_ids, box))
+    seen.append([columns[name] for name in names])
+    return [0.0] * 4
+
+  def saw():
+    score(looks, examples=examples)
+    return str([[b.content for b in seen[0][3]], seen[0][:3], seen[1]])
+
+  want = saw()
+  seen.clear()
+  score(function, looks, product(function, looks), examples=examples)
+  for i in (0, 2):  # beside the function, and in one product with it
+    found = [[b.content for b in seen[i][3]], seen[i][:3], seen[i + 1]]
+    assert str(found) == want
+  bare = [{k: v for k, v in e.items() if k != 'box'} for e in examples]
+  assert str(bare) == str(rows_of_all())
+  assert [e['box'].content for e in examples] == ['whole', 'whole']
+
+
+def test_what_cannot_be_copied_is_passed_itself():
+  lock, place = threading.Lock(), object()
+  given = {'lock': [lock], 'environments': [place], 'trainer_state': lock}
+  found = own_lists(given)
+  assert found['lock'][0] is lock
+  assert found['trainer_state'] is lock
+  assert found['environments'] == [place]
+  assert found['environments'] is not given['environments']
+
+
+def test_a_metric_of_an_evaluation_gets_copies():
+  examples, completions = rows_of_all(), ['a', 'b']
+
+  def count(prompts, completions, **columns):
+    spoil([prompts, completions, *columns.values()])
+    return 1.0
+
+  assert corpus_metrics([count], examples, completions) == {'count': 1.0}
+  assert str(examples) == str(rows_of_all())
+  assert completions == ['a', 'b']

@@ -16,6 +16,7 @@ from jaxrl_tok.rewards.functions import (
   accepted,
   get_name,
   make_signature,
+  own_lists,
   unwrap,
 )
 
@@ -90,7 +91,8 @@ def _combine(name: str, functions: tuple, multiply: Callable) -> Callable:
     return rows([await v if inspect.isawaitable(v) else v for v in found])
 
   def combined(**arguments):
-    found = [f(**has.choose(arguments)) for f, has in zip(functions, takes)]
+    given = [own_lists(has.choose(arguments)) for has in takes]
+    found = [f(**own) for f, own in zip(functions, given)]
     return (wait if any(map(inspect.isawaitable, found)) else rows)(found)
 
   combined.__name__ = combined.__qualname__ = name

@@ -8,6 +8,7 @@ A call passes by name the arguments that a signature accepts, and no others:
 
 import asyncio
 import concurrent
+import copy
 import difflib
 import functools
 import importlib
@@ -199,6 +200,46 @@ class Accepted(NamedTuple):
     if self.any_name:
       return arguments
     return {k: v for k, v in arguments.items() if k in self.names}
+
+
+# types whose values cannot be changed
+ATOMS = frozenset((str, int, float, bool, type(None), bytes))
+
+
+def own_lists(arguments: dict) -> dict:
+  """Copies of arguments that are lists, for one function: what it does to its
+  lists, messages or ids changes neither the data nor what others get.
+  Environments are objects that are shared: their list alone is new."""
+  copies = {
+    'completion_ids': lambda rows: [copy.copy(row) for row in rows],
+    'environments': list,
+  }
+  return {
+    name: copies.get(name, own_values)(value) if type(value) is list else value
+    for name, value in arguments.items()
+  }
+
+
+def own_values(values: list) -> list:
+  """Copies of the values of a list; one that cannot be copied, such as an open
+  file, is passed itself."""
+  return [v if type(v) in ATOMS else _own_value(v) for v in values]
+
+
+def _own_value(value):
+  try:
+    return _copy(value)
+  except Exception:  # whatever the copy of a user's class raises
+    return value
+
+
+def _copy(value):
+  """copy.deepcopy, faster for lists and dicts of JSON."""
+  if type(value) is list:
+    return [v if type(v) in ATOMS else _copy(v) for v in value]
+  if type(value) is dict:
+    return {k: v if type(v) in ATOMS else _copy(v) for k, v in value.items()}
+  return copy.deepcopy(value)
 
 
 def accepted(function: Callable) -> Accepted:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl_tok.rewards.calls import as_reward_error, call_all
 from jaxrl_tok.rewards.functions import (
   accepted,
+  own_lists,
   quote,
   shorten,
 )
@@ -27,7 +28,7 @@ class HostScores(NamedTuple):
   rewards: dict  # {name: float32 [B, T]}
   applies: dict  # {name: bool [B]}  False: the function said None
   texts: list  # B completions
-  metrics: dict  # {name: float}
+  metrics: dict  # {name: float}: counts, and what functions log
   extra: dict  # {column: list of B}, of log_extra
 
 
@@ -146,17 +147,29 @@ def _number(value, name: str, where: str) -> float:
   return number
 
 
-def summarize(name: str, reward: np.ndarray, applies: np.ndarray) -> dict:
-  """Mean and standard deviation (over n - 1) of the completions' rewards where
-  the function applies, and the count of those where it does not."""
-  sums = reward.sum(1, dtype=np.float64)[applies]
-  metrics = {
-    f'rewards/{name}/mean': float(sums.mean()) if len(sums) else 0.0,
-    f'rewards/{name}/std': float(sums.std(ddof=1)) if len(sums) > 1 else 0.0,
+# endings of rewards/NAME/... that count completions
+COUNTS = ('/errors', '/not_applicable')
+
+
+def count_missing(name: str, applies: np.ndarray) -> dict:
+  """Count of the completions that a function does not apply to, if any."""
+  missing = float((~applies).sum())
+  return {f'rewards/{name}/not_applicable': missing} if missing else {}
+
+
+def merge_metrics(rounds: Sequence[dict]) -> dict:
+  """Metrics of several rollouts of one step: counts of completions are summed,
+  other numbers averaged over the rollouts that have them."""
+  found = {name: [] for metrics in rounds for name in metrics}
+  for metrics in rounds:
+    for name, value in metrics.items():
+      found[name].append(value)
+  return {
+    name: sum(numbers)
+    if name.startswith('rewards/') and name.endswith(COUNTS)
+    else float(np.mean(numbers))
+    for name, numbers in found.items()
   }
-  if not applies.all():
-    metrics[f'rewards/{name}/not_applicable'] = float((~applies).sum())
-  return metrics
 
 
 # --- what functions log
@@ -241,31 +254,36 @@ class _Judged(NamedTuple):
   error: Exception | None  # the first one
 
 
-def judge(values, mask: np.ndarray, name: str, samples: list) -> _Judged:
+def judge(
+  values, mask: np.ndarray, name: str, samples: list, on_error: str
+) -> _Judged:
   """Lifts values, and notes what is wrong: an exception or a wrong number of
   values concerns all rows, a wrong value its own."""
-  B = len(mask)
+  B, cure = len(mask), 'mend it, return None where it does not apply'
+  flag = 'or pass --reward_on_error mask'  # for who does not pass it yet
   reward, applies = np.zeros(mask.shape, np.float32), np.ones(B, bool)
   failed = np.zeros(B, bool)
   if isinstance(values, BaseException):
-    cure = (
-      'mend it, return None where it does not apply, or pass '
-      '--reward_on_error mask'
-    )
+    cure += f', {flag}' if on_error == 'raise' else ''
     error = as_reward_error(f'reward {name}', values, samples, cure)
     return _Judged(reward, applies, ~failed, error)
   try:
     rows = _as_rows(values, B, name)
   except ValueError as e:
-    return _Judged(reward, applies, ~failed, e)
+    return _Judged(reward, applies, ~failed, _with_cure(e, flag, on_error))
   error = None
   for b, value in enumerate(rows):
     applies[b] = value is not None
     try:
       reward[b] = lift_row(value, mask[b], name, _where(b, samples))
     except ValueError as e:
-      failed[b], error = True, error or e
+      failed[b], error = True, error or _with_cure(e, flag, on_error)
   return _Judged(reward, applies, failed, error)
+
+
+def _with_cure(error: ValueError, cure: str, on_error: str) -> ValueError:
+  """The error with one more cure, where a run stops at it."""
+  return ValueError(f'{error}; {cure}') if on_error == 'raise' else error
 
 
 def treat(
@@ -299,7 +317,7 @@ def make_scorer(
   warn: Callable = lambda name, text: None,
 ) -> Callable:
   """Returns score(tokens [B, T], mask [B, T], examples, trainer_state=None,
-  environments=None) -> HostScores.
+  environments=None) -> HostScores. Each function gets copies of its own.
 
   Args:
     functions: {name: reward function}. Without any (the device has them)
@@ -338,17 +356,17 @@ def make_scorer(
     def bind(name):
       log = {k: getattr(logs[name], k) for k in ('log_extra', 'log_metric')}
       given = takes[name].choose(arguments | log)
-      return functools.partial(functions[name], **given)
+      return functools.partial(functions[name], **own_lists(given))
 
     calls = {name: bind(name) for name in functions}
     values = call_all(calls, first_only=on_error == 'raise')
     samples = quote_samples(examples, texts)
     rewards, applies, metrics = {}, {}, {}
     for name, found in values.items():
-      judged = judge(found, mask, name, samples)
+      judged = judge(found, mask, name, samples, on_error)
       rewards[name] = judged.reward
       applies[name], errors = treat(judged, name, on_error, warn)
-      metrics |= summarize(name, rewards[name], applies[name]) | errors
+      metrics |= count_missing(name, applies[name]) | errors
     extra, logged = _merge_logs(list(logs.values()))
     return HostScores(rewards, applies, texts, metrics | logged, extra)
 

@@ -9,6 +9,11 @@ transformations do.
 `start` dispatches and never waits; `finish` waits for the device, scores on the
 host (the one crossing) and returns the next cursor. A cursor is a dict of
 numbers and arrays, saved with TrainState: a resumed run repeats no prompt.
+
+Batch.metrics are of all completions that a step samples: counts, as
+rewards/NAME/errors, are sums over its rollouts, and what functions log is the
+mean. The update's rewards/NAME/mean and std are of the batch that is trained
+(step/metrics.py); a collector has no metrics of those names.
 """
 
 import time
@@ -19,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet, batch_at
-from jaxrl_tok.rewards.scoring import quote_samples
+from jaxrl_tok.rewards.scoring import merge_metrics, quote_samples
 from jaxrl_tok.sharding import put_replicated, put_rows
 from jaxrl_tok.types import Rollout, Scored, TrainState
 
@@ -41,7 +46,7 @@ class Batch(NamedTuple):
   scored: Any  # Scored, or the indices that device_steps' update takes
   examples: list  # C records
   positions: np.ndarray  # int64 [C] of the records, in the data's order
-  metrics: dict  # numbers on the host
+  metrics: dict  # numbers on the host, of all that the step sampled
   counts: TokenCounts
   extra: dict  # {column: B values} that reward functions logged
 
@@ -144,10 +149,13 @@ def check_device(
     if not failed.any():
       continue
     b = int(failed.argmax())
+    flag = '; or pass --reward_on_error mask'
     error = ValueError(
       f'@on_device reward {name} gave {values[b][~np.isfinite(values[b])][0]} '
       f'for completion {b} ({samples[b]}); rewards must be finite (return '
       '(values, applies) where it does not apply)'
+      + flag
+      * (scorer.on_error == 'raise')
     )
     if scorer.on_error == 'raise':
       raise error
@@ -336,7 +344,7 @@ def dynamic(
       again = jax.random.fold_in(key, ROUNDS + number + 1)
       pending = collector.start(state, again, cursor)
     counts = TokenCounts(*map(sum, zip(*(b.counts for b in batches))))
-    metrics = batches[0].metrics | {
+    metrics = merge_metrics([b.metrics for b in batches]) | {
       'dynamic_sampling/rounds': len(batches),
       'dynamic_sampling/varied': len(good) / (len(batches) * C),
       'dynamic_sampling/missing': max(0, C - len(good)),

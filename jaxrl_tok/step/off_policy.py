@@ -101,7 +101,8 @@ def replayed(
 
   The buffer holds the last `capacity` groups and lives in the cursor. While it
   is empty, the added rows are not valid, so they change nothing; nor are rows
-  with numbers that are not finite.
+  with numbers that are not finite. Metrics of the batch, replay/age aside, are
+  of the new groups: the old ones were counted in the step that sampled them.
 
   Args:
     examples: positions int64 [n] -> their records.
