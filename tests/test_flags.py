@@ -9,6 +9,7 @@ import pytest
 
 import jaxrl_tok
 from jaxrl_tok import Task
+from jaxrl_tok.credit.names import IMPORTANCE_MODES
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import RENAMED, Settings, flatten, with_values
 
@@ -469,6 +470,35 @@ def test_a_library_call_and_defaults_are_checked_alike(capsys, settings, says):
   assert says in str(e.value)
   assert '\n' not in str(e.value)
   assert says in the_line(capsys, jaxrl_tok.main, task, [], **settings)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'value'),
+  [
+    ('importance_mode', 'tokens'),
+    ('algorithm', 'magic'),
+    ('dtype', 'float64'),
+    ('learning_rate', 'fast'),
+  ],
+)
+def test_a_choice_that_is_none_gets_the_choices_in_order(capsys, flag, value):
+  """Alike on the command line and in a call."""
+  line = refusal(capsys, f'--{flag}', value)
+  with pytest.raises(ValueError) as e:  # noqa: PT011
+    flags.settings_of({flag: value})
+  assert line == f'error: {e.value}; --help lists the flags'
+  if flag == 'importance_mode':
+    assert f'one of {", ".join(IMPORTANCE_MODES)} or None' in line
+
+
+def test_a_list_stands_for_a_tuple():
+  found = flags.settings_of({'stop': ['a', 'b'], 'lora_targets': ['q_proj']})
+  assert found.sampling.stop == ('a', 'b')
+  assert found.model.lora_targets == ('q_proj',)
+  assert with_values(Settings(), {'stop': ['a']}).sampling.stop == ('a',)
+  for wrong in ({'stop': [1]}, {'top_k': [1]}):
+    with pytest.raises(ValueError, match=r'\] must be|\) must be'):
+      flags.settings_of(wrong)
 
 
 def test_a_setting_that_a_value_replaces_is_refused(capsys):

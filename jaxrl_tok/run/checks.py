@@ -35,7 +35,7 @@ def kind_in_words(kind) -> str:
   """Type of a setting for a message: int or None, one of a, b."""
   origin = get_origin(kind)
   if origin is Literal:
-    return f'one of {", ".join(get_args(kind))}'
+    return f'one of {", ".join(map(str, get_args(kind)))}'
   if origin in (Union, UnionType):
     return ' or '.join(map(kind_in_words, get_args(kind)))
   names = {tuple: 'a list of texts', type(None): 'None', str: 'text'}

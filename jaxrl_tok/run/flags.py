@@ -25,7 +25,12 @@ from typing import (
 import docstring_parser
 import tyro
 
-from jaxrl_tok.run.checks import algorithm_defaults, check, check_kinds
+from jaxrl_tok.run.checks import (
+  algorithm_defaults,
+  check,
+  check_kinds,
+  kind_in_words,
+)
 from jaxrl_tok.run.settings import (
   Settings,
   check_names,
@@ -183,6 +188,32 @@ def _names(kind) -> set[str]:
   return names
 
 
+def _kinds(kind) -> dict:
+  """Types {name: type} of a dataclass' flags, those of its groups included."""
+  found = {}
+  for name, inner in get_type_hints(kind).items():
+    found |= _kinds(inner) if dataclasses.is_dataclass(inner) else {name: inner}
+  return found
+
+
+# tyro's sentences on a value that a flag cannot have: the value, the flag
+WRONG_VALUE = (
+  r"invalid choice '(?P<value>.*?)' for argument '--(?P<name>[\w-]+)'",
+  r'Error parsing --(?P<name>[\w-]+): no type matching .* instantiated from '
+  r"\['(?P<value>.*?)'\]",
+)
+
+
+def _say_choices(words: str, kind) -> str:
+  """Tyro's words; of a value that is none of several, those in their order."""
+  for pattern in WRONG_VALUE:
+    m = re.search(pattern, words)
+    name = m['name'].replace('-', '_') if m else None
+    if name in (kinds := _kinds(kind)):
+      return f'--{name} {m["value"]!r} must be {kind_in_words(kinds[name])}'
+  return words
+
+
 def cli(kind, default, prog: str, argv: list[str], description: str | None):
   """Reads argv with tyro, its faults in one line."""
   check_spelling(_names(kind), argv)
@@ -207,7 +238,7 @@ def cli(kind, default, prog: str, argv: list[str], description: str | None):
     words = re.sub(r'[\u2500-\u257f]+|-{5,}', ' ', output.getvalue())
     words = re.split(r'Argument helptext|For full helptext', words)[0]
     words = ' '.join(words.split()).rstrip('.')
-    fail(f'{words}; --help lists the flags')
+    fail(f'{_say_choices(words, kind)}; --help lists the flags')
 
 
 def parse(

@@ -71,9 +71,9 @@ class ModelSettings:
   """Branch, tag or commit of a hub id."""
   param_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
   """Dtype that parameters are stored in; auto: float32, and for a base that
-  LoRA freezes that of its file. bfloat16 rounds stochastically after each
-  optimizer step, whose gradients and moments are float32; float32 with --dtype
-  bfloat16 holds float32 masters. float16: for a frozen base only."""
+  LoRA freezes that of its file. bfloat16: gradients are too, and each
+  optimizer step, made in float32, is rounded stochastically; float32 with
+  --dtype bfloat16 holds float32 masters. float16: for a frozen base only."""
   lora_rank: int = 0
   """Rank of LoRA adapters, trained in place of the model; 0: train the
   model."""
@@ -277,14 +277,17 @@ def flatten(settings) -> dict:
 
 
 def with_values(settings, values: dict[str, Any]):
-  """Replaces the values of settings by name, in whatever group."""
+  """Replaces the values of settings by name, in whatever group; a list stands
+  for a tuple."""
   changes = {}
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       changes[field.name] = with_values(value, values)
     elif field.name in values:
-      changes[field.name] = values[field.name]
+      new = values[field.name]
+      texts = isinstance(value, tuple) and isinstance(new, list)
+      changes[field.name] = tuple(new) if texts else new
   return dataclasses.replace(settings, **changes)
 
 
