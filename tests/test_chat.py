@@ -175,6 +175,16 @@ def test_messages_that_cannot_be_completed_are_named(message, says):
   assert '\n' not in str(e.value)
 
 
+def test_named_templates_of_which_none_is_the_default_are_named(tokenizer):
+  tokenizer.chat_template = {'rag': 'R', 'tool_use': 'T'}
+  says = r'^the model has no chat template named default.*: rag, tool_use\);'
+  with pytest.raises(ValueError, match=says):
+    render(tokenizer, [USER], Chat())
+  assert render(tokenizer, [USER], Chat(), [{'name': 'f'}]) == 'T'
+  tokenizer.chat_template |= {'default': 'D'}
+  assert render(tokenizer, [USER], Chat()) == 'D'
+
+
 def test_a_template_that_raises_is_one_line(tokenizer):
   tokenizer.chat_template = '{{ raise_exception("no\n" * 900) }}'
   with pytest.raises(ValueError, match='refuses the messages') as e:

@@ -445,6 +445,38 @@ def test_a_file_that_is_cut_short_is_one_line(whole, share, tmp_path):
   assert 'fetch it again' in fault(path)
 
 
+def test_a_file_that_is_cut_anywhere_in_its_header_ends_early(whole, tmp_path):
+  path = tmp_path / 'a.gguf'
+  for size in (0, 3, 5, 7, 9, 23, 25, 31, 33, 40, 57, 100, 1000, 3001):
+    path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=r'it ends early\); fetch it again$'):
+      gguf.parse(path)
+
+
+@pytest.mark.parametrize('version', [2, 3])
+def test_a_big_endian_file_is_named(whole, version, tmp_path):
+  path = tmp_path / 'a.gguf'
+  path.write_bytes(whole[:4] + version.to_bytes(4, 'big') + whole[8:])
+  cure = 'make it little-endian (gguf-convert-endian a.gguf little)'
+  assert fault(path) == f'{path} is big-endian; {cure}'
+
+
+@pytest.mark.parametrize('name', ['m.bin', 'M.GGUF', 'm'])
+def test_a_file_is_known_by_its_first_bytes(whole, name, tmp_path):
+  (tmp_path / 'a.gguf').write_bytes(whole)
+  want = read_params(open_model(tmp_path / 'a.gguf'))
+  (tmp_path / 'a.gguf').rename(tmp_path / name)
+  assert_equal_trees(read_params(open_model(tmp_path / name)), want)
+  with pytest.raises(FileNotFoundError, match=f'pass --model .*/{name}$'):
+    open_model(tmp_path)
+
+
+def test_a_file_of_other_first_bytes_is_no_model(tmp_path):
+  (tmp_path / 'm.bin').write_bytes(b'GGML' * 9)
+  with pytest.raises(FileNotFoundError, match='pass --model a directory'):
+    open_model(tmp_path / 'm.bin')
+
+
 def refusal(path) -> str | None:
   """Message of a file that is refused; None: it is read."""
   try:

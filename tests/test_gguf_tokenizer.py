@@ -266,3 +266,10 @@ def test_written_files_give_the_ids_ends_and_template(tmp_path):
   assert tokenizer.chat_template == 'hello'
   assert (tokenizer.bos_token, tokenizer.eos_token) == ('<s>', '</s>')
   assert special_tokens(tmp_path, ids, tokenizer, 272) == ((2, 3), 0)
+
+
+@pytest.mark.parametrize('template', [3, ['hello']])
+def test_a_template_that_is_no_text_is_refused(tmp_path, template):
+  meta = pieces(range(9)) | {'tokenizer.chat_template': template}
+  with pytest.raises(ValueError, match=r'^tokenizer.chat_template .*; convert'):
+    write(tmp_path, meta)

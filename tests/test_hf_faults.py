@@ -152,6 +152,20 @@ def test_a_file_that_is_no_object_is_named(broken, file, content, says):
   assert_fault(directory, f'{file}: {says}', 'fetch it again')
 
 
+@pytest.mark.parametrize(
+  'file',
+  ['config.json', 'generation_config.json', 'model.safetensors.index.json'],
+)
+def test_a_byte_order_mark_is_passed_over(broken, file):
+  directory = broken('llama_linear')
+  want = open_model(directory)
+  (directory / file).write_text((directory / file).read_text(), 'utf-8-sig')
+  found = open_model(directory)
+  assert found.config == want.config
+  assert found.end_tokens == want.end_tokens
+  assert found.tensors == want.tensors
+
+
 def test_no_config_json_is_said_with_what_to_pass(broken, tmp_path):
   directory = broken()
   (directory / 'config.json').unlink()

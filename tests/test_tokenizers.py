@@ -283,6 +283,79 @@ def test_tokens_that_the_files_number_differently_are_refused(tmp_path):
   assert '\n' not in str(e.value)
 
 
+TOKENS = 'a list of texts or of {"content": text}'
+IDS = 'an object, {"id": {"content": text}}'
+TEMPLATES = 'a text or a list of {"name": text, "template": text}'
+
+
+@pytest.mark.parametrize(
+  'file', ['tokenizer_config.json', 'special_tokens_map.json']
+)
+@pytest.mark.parametrize(
+  ('name', 'value', 'kind'),
+  [
+    ('additional_special_tokens', 3, TOKENS),
+    ('additional_special_tokens', ['<s>', 3], TOKENS),
+    ('extra_special_tokens', '<s>', TOKENS),
+    ('added_tokens_decoder', ['a'], IDS),
+    ('added_tokens_decoder', {'x': {'content': '<s>'}}, IDS),
+    ('added_tokens_decoder', {'1' * 5000: '<s>'}, IDS),
+    ('added_tokens_decoder', {'1': 3}, IDS),
+    ('eos_token', ['</s>'], 'a text or {"content": text}'),
+    ('pad_token', {'text': '<pad>'}, 'a text or {"content": text}'),
+    ('add_bos_token', 'no', 'true or false'),
+    ('model_max_length', 'x', 'a number'),
+    ('model_max_length', True, 'a number'),
+    ('chat_template', 3, TEMPLATES),
+    ('chat_template', ['a'], TEMPLATES),
+    ('chat_template', [{'template': 'D'}], TEMPLATES),
+    ('chat_template', [{'name': 'default'}], TEMPLATES),
+    ('chat_template', {'default': 3}, TEMPLATES),
+  ],
+)
+def test_a_setting_of_another_kind_is_named(tmp_path, file, name, value, kind):
+  at = write(tmp_path, byte_level())
+  (at / file).write_text(json.dumps({name: value}))
+  said = f'{at / file}: {name} is {repr(value)[:60]}, not {kind}; correct it'
+  assert refused(at).startswith(said)
+
+
+def refused(at: Path) -> str:
+  """Message of a refusal, one line."""
+  with pytest.raises(ValueError, match=r'.') as e:
+    read_tokenizer(at, 10_000)
+  assert type(e.value) is ValueError
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('file', 'content', 'says'),
+  [
+    ('chat_template.json', b'"a"', 'a str, not an object; fetch it again'),
+    ('chat_template.json', b'{"chat_template": 3}', 'chat_template is 3, not'),
+    ('chat_template.jinja', b'\xff\xfe', 'the chat template is not UTF-8 ('),
+    ('additional_chat_templates/a.jinja', b'\xff', 'the chat template is not'),
+    ('tokenizer.json', b'\xef\xbb\xbf{}', 'it begins with a byte order mark'),
+  ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, file, content, says):
+  at = write(tmp_path, byte_level())
+  (at / file).parent.mkdir(exist_ok=True)
+  (at / file).write_bytes(content)
+  assert refused(at).startswith(f'{at / file}: {says}')
+
+
+def test_a_byte_order_mark_before_settings_is_passed_over(tmp_path):
+  at = write(tmp_path, byte_level(), chat_template='S')
+  settings = at / 'tokenizer_config.json'
+  settings.write_text(settings.read_text(), 'utf-8-sig')
+  found, _ = read_tokenizer(at, 10_000)
+  assert (found.eos_token, found.chat_template) == ('</s>', 'S')
+  (at / 'chat_template.jinja').write_text('F', 'utf-8-sig')
+  assert read_tokenizer(at, 10_000)[0].chat_template == 'F'
+
+
 def test_contradictions_are_told_and_the_file_holds(tmp_path):
   rstrip = {'2': {'content': '</s>', 'rstrip': True}}
   at = write(
@@ -397,6 +470,31 @@ def test_a_prompt_is_begun_once_and_never_ended(tmp_path, single, start):
     begun = [1] if '<s>' in template else []
     message = {'role': 'user', 'content': 'hi'}
     assert data.prompt_ids(found, [message]) == begun + hi
+
+
+@pytest.mark.parametrize('end', ['', ' </s>'])
+@pytest.mark.parametrize(
+  ('text', 'want'),
+  [
+    ('hi', 'hi'),
+    ('<s>hi', 'hi'),
+    ('<s><|im_start|>hi', 'hi'),
+    ('<|im_start|>hi', '<|im_start|>hi'),
+    ('<s><s>hi', '<s>hi'),
+    ('<s>', ''),
+    ('', ''),
+  ],
+)
+def test_a_start_of_two_tokens_is_written_once(tmp_path, text, want, end):
+  tokenizer = byte_level(size=260)
+  tokenizer.add_special_tokens(['<|im_start|>'])
+  start = [1, tokenizer.token_to_id('<|im_start|>')]
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f'<s> <|im_start|> $A{end}',
+    special_tokens=[('<s>', 1), ('</s>', 2), ('<|im_start|>', start[1])],
+  )
+  found, _ = read_tokenizer(write(tmp_path, tokenizer), 10_000)
+  assert data.prompt_ids(found, text) == start + data.text_ids(found, want)
 
 
 def test_an_answer_ends_once(tmp_path):

@@ -221,6 +221,18 @@ def dated(tokenizer, chat: Chat, tools) -> dict:
   }
 
 
+def check_default(tokenizer, tools) -> None:
+  """Refuses several named templates of which none is to be taken."""
+  found = tokenizer.chat_template
+  if isinstance(found, str) or 'default' in found:
+    return
+  if not (tools and 'tool_use' in found):
+    raise ValueError(
+      'the model has no chat template named default, which the prompt needs '
+      f'(there are: {", ".join(found)}); name one of them default'
+    )
+
+
 def render(tokenizer, messages: list[dict], chat: Chat, tools=None) -> str:
   """Text of messages, to be completed by the policy.
 
@@ -233,6 +245,7 @@ def render(tokenizer, messages: list[dict], chat: Chat, tools=None) -> str:
       'the prompt is a list of messages and the tokenizer has no chat '
       'template; give prompts as text, or a model with a template'
     )
+  check_default(tokenizer, tools)
   messages = plain_messages(messages)
   continued = messages[-1]['role'] in WRITERS
   if continued and not content_text(messages[-1].get('content')).strip():

@@ -93,10 +93,15 @@ def added_ids(tokenizer) -> tuple[list[int], list[int]]:
 
 def open_ended(ids: list[int], start: list[int], end: list[int]) -> list[int]:
   """Ids of a text that a policy continues: the tokenizer's start stands there
-  once, its end not at all."""
-  ids = ids[: len(ids) - len(end)]
-  twice = bool(start) and ids[: 2 * len(start)] == start + start
-  return ids[len(start) :] if twice else ids
+  once, its end not at all.
+
+  A text that begins with the start, or with the first tokens of it, loses
+  them.
+  """
+  text = ids[len(start) : len(ids) - len(end)]
+  counts = range(len(start), 0, -1)
+  own = next((n for n in counts if text[:n] == start[:n]), 0)
+  return [*ids[: len(start)], *text[own:]]
 
 
 def encode_prompts(

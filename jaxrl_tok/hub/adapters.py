@@ -82,7 +82,7 @@ def load_config(directory: str | Path) -> LoraConfig:
   supported."""
   file = Path(directory) / CONFIG_FILE
   try:
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text('utf-8-sig'))
     kind, rank = found['peft_type'], found['r']
     alpha, targets = found['lora_alpha'], found['target_modules']
   except FileNotFoundError:

@@ -24,11 +24,10 @@ from jaxrl_tok.hub.tokenizer import (
   GENERATION,
   listed,
   name_class,
-  read_if_there,
-  read_json,
   read_tokenizer,
   special_tokens,
 )
+from jaxrl_tok.hub.tokenizer_settings import read_if_there, read_json
 from jaxrl_tok.hub.weights import (
   SHARD_BYTES,
   check_tensors,
@@ -58,7 +57,7 @@ def open_model(
   family.
 
   Args:
-    model: directory with config.json, safetensors and tokenizer files; a .gguf
+    model: directory with config.json, safetensors and tokenizer files; a GGUF
       file; pip:PACKAGE that holds one; or hub id.
     revision: a branch, tag or commit of the hub.
     value_head: give it one where it has none (a critic from a policy).
@@ -71,7 +70,7 @@ def open_model(
   place = fetch.locate(str(model), revision, weights=False)
   directory = gguf.read(place).directory if place.is_file() else place
   if not (directory / 'config.json').is_file():
-    files = sorted(directory.glob('*.gguf'))
+    files = sorted(filter(fetch.is_gguf, directory.glob('*')))
     cure = (
       f'pass --model {files[0]}'
       if files

@@ -19,7 +19,7 @@ HUB_ID = r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*'
 SHARD = r'[\w-][\w.-]*\.safetensors'  # file name: no path, no pattern
 TIMEOUT = 3  # seconds until the hub counts as out of reach
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
-GGUF = '.gguf'
+GGUF, MAGIC = '.gguf', b'GGUF'  # ending, first bytes
 # files that go with the weights, and are copied as they are
 COMPANIONS = (
   'generation_config.json',
@@ -35,9 +35,22 @@ COMPANIONS = (
 )
 
 
+def is_gguf(file: Path) -> bool:
+  """Tells whether a file is of GGUF, by its ending or its first bytes."""
+  if not file.is_file():
+    return False
+  if file.suffix.lower() == GGUF:
+    return True
+  try:
+    with open(file, 'rb') as opened:
+      return opened.read(len(MAGIC)) == MAGIC
+  except OSError:  # not ours to read
+    return False
+
+
 def is_hub_id(model: str) -> bool:
   """Tells whether it can only be an id: owner/name, and no file here."""
-  named = re.fullmatch(HUB_ID, model) and not model.endswith(GGUF)
+  named = re.fullmatch(HUB_ID, model) and not model.lower().endswith(GGUF)
   return bool(named) and not Path(model).exists()
 
 
@@ -48,7 +61,7 @@ def locate(
   id.
 
   Args:
-    model: directory, .gguf file, pip:PACKAGE that holds one, or hub id.
+    model: directory, GGUF file, pip:PACKAGE that holds one, or hub id.
     revision: a branch, tag or commit of the hub.
     weights: False: all other files.
 
@@ -58,9 +71,9 @@ def locate(
   if model.startswith(packages.SCHEME):
     return packages.model_file(model)
   path = Path(model).expanduser()
-  if path.is_dir() or (path.is_file() and path.suffix == GGUF):
+  if path.is_dir() or is_gguf(path):
     return path
-  if path.suffix == GGUF:
+  if path.suffix.lower() == GGUF:
     raise FileNotFoundError(f'{model} is not there; pass --model a GGUF file')
   if not is_hub_id(model):
     raise FileNotFoundError(
@@ -155,7 +168,7 @@ def weight_map(index: Path) -> dict[str, str]:
   """Reads a shard index, {tensor: file}. Raises ValueError for files outside
   its directory."""
   try:
-    found = json.loads(index.read_text())['weight_map']
+    found = json.loads(index.read_text('utf-8-sig'))['weight_map']
     files = found.values()
   except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     raise ValueError(f'{index}: no shard index; fetch it again') from None

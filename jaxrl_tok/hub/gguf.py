@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_tok.hub import families, gguf_config, gguf_tokenizer
+from jaxrl_tok.hub import families, fetch, gguf_config, gguf_tokenizer
 
 VERSIONS = 2, 3
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 'BbHhIif?Qqd'))
@@ -72,10 +72,10 @@ class _Cursor:
     self.buffer, self.at = buffer, 0
 
   def scalar(self, code: str):
-    value = struct.unpack_from('<' + code, self.buffer, self.at)[0]
-    self.at += struct.calcsize('<' + code)
+    code = '<' + code
+    value = struct.unpack(code, self.take(struct.calcsize(code)))[0]
     # shortest decimal: 1e-05, not 9.999999747378752e-06
-    return float(str(np.float32(value))) if code == 'f' else value
+    return float(str(np.float32(value))) if code == '<f' else value
 
   def take(self, size: int) -> memoryview:
     if size > len(self.buffer) - self.at:
@@ -102,10 +102,10 @@ class _Cursor:
 
 def _header(buffer) -> tuple[dict, dict[str, Stored]]:
   cursor = _Cursor(buffer)
-  if bytes(cursor.take(4)) != b'GGUF':
+  if bytes(cursor.take(4)) != fetch.MAGIC:
     raise ValueError('it does not begin with GGUF')
   version = cursor.scalar('I')
-  if version not in VERSIONS:  # a large number: written on a big-endian machine
+  if version not in VERSIONS:
     raise ValueError(f'version {version} is none of {VERSIONS}')
   num_tensors, num_values = cursor.scalar('Q'), cursor.scalar('Q')
   meta = {}
@@ -133,6 +133,12 @@ def parse(path: Path) -> tuple[dict, dict[str, Stored]]:
   part of several, or quantized in an unknown way.
   """
   data = np.memmap(path, mode='r') if path.stat().st_size else b''
+  swapped = [fetch.MAGIC + version.to_bytes(4, 'big') for version in VERSIONS]
+  if bytes(data[:8]) in swapped:
+    raise ValueError(
+      f'{path} is big-endian; make it little-endian (gguf-convert-endian '
+      f'{path.name} little)'
+    )
   try:
     meta, tensors = _header(memoryview(data))
   except FAULTS as e:

@@ -305,6 +305,10 @@ def write(out: Path, meta: dict) -> dict:
     if theirs in ids:
       settings[f'{name}_token'] = tokens[ids[theirs]]
   if template := meta.get('tokenizer.chat_template'):
+    if not isinstance(template, str):
+      raise ValueError(
+        'tokenizer.chat_template of the GGUF file is no text; convert it again'
+      )
     settings['chat_template'] = template
   tokenizer.save(str(out / 'tokenizer.json'))
   (out / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2))

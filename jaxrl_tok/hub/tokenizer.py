@@ -7,17 +7,25 @@
 3. `name_class` lets transformers read the same ids from an export.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxrl_tok.data.tokenizers import added_ids, rust_backend
+from jaxrl_tok.hub.tokenizer_settings import (
+  SETTINGS,
+  chat_templates,
+  read_if_there,
+  read_settings,
+  token_text,
+)
 
 # transformers is imported for its tokenizers; it advises on torch otherwise
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
-FILE, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
+FILE = 'tokenizer.json'
 GENERATION = 'generation_config.json'
 GENERIC = 'PreTrainedTokenizerFast'
 VOCABULARIES = FILE, 'tokenizer.model', 'vocab.json', 'vocab.txt'
@@ -39,31 +47,7 @@ PROBES = (
 )
 
 
-def read_json(path: Path) -> dict:
-  """Reads a JSON object. Raises ValueError, in one line, for anything else."""
-  try:
-    found = json.loads(path.read_text())
-  except (ValueError, RecursionError) as e:  # not UTF-8; too deep, too long
-    raise ValueError(f'{path}: not JSON ({e}); fetch it again') from None
-  if not isinstance(found, dict):
-    raise ValueError(
-      f'{path}: a {type(found).__name__}, not an object; fetch it again'
-    )
-  return found
-
-
-def read_if_there(path: Path) -> dict:
-  """Reads a JSON object; empty where there is no such file."""
-  return read_json(path) if path.is_file() else {}
-
-
 # --- settings beside tokenizer.json ------------------------------------------
-
-
-def token_text(token) -> str | None:
-  """Text of a token, which may be an object of its settings."""
-  text = token.get('content') if isinstance(token, dict) else token
-  return text if isinstance(text, str) else None
 
 
 def named_tokens(settings: dict, known) -> tuple[dict, list[str]]:
@@ -94,26 +78,6 @@ def extra_tokens(settings: dict, known) -> list[str]:
   return [
     text for text in dict.fromkeys(found) if text and known(text) is not None
   ]
-
-
-def chat_templates(directory: Path, settings: dict):
-  """Chat template: its text, {name: text} of several, or None.
-
-  Files come before settings: chat_template.jinja and those of
-  additional_chat_templates/, chat_template.json, tokenizer_config.json.
-  """
-  found = {}
-  for file in sorted((directory / 'additional_chat_templates').glob('*.jinja')):
-    found[file.stem] = file.read_text()
-  if (directory / 'chat_template.jinja').is_file():
-    found['default'] = (directory / 'chat_template.jinja').read_text()
-  if not found:
-    given = read_if_there(directory / 'chat_template.json')
-    given = given.get('chat_template') or settings.get('chat_template')
-    if not isinstance(given, list):
-      return given
-    found = {each['name']: each['template'] for each in given}
-  return found['default'] if list(found) == ['default'] else found
 
 
 def check_added(directory: Path, settings: dict, known) -> None:
@@ -216,13 +180,17 @@ def from_file(directory: Path):
   from tokenizers import Tokenizer, models
   from transformers import PreTrainedTokenizerFast, __version__
 
+  with open(directory / FILE, 'rb') as file:
+    if file.read(3) == codecs.BOM_UTF8:
+      raise ValueError(
+        f'{directory / FILE}: it begins with a byte order mark (BOM); save it '
+        'as UTF-8 without one'
+      )
   backend = attempt(Tokenizer.from_file, str(directory / FILE))
   if getattr(backend.model, 'dropout', None):
     backend.model.dropout = None  # ids that are the same every time
   known = backend.token_to_id
-  settings = read_if_there(directory / SETTINGS)
-  legacy = read_if_there(directory / 'special_tokens_map.json')
-  settings = legacy | {k: v for k, v in settings.items() if v is not None}
+  settings = read_settings(directory)
   check_added(directory, settings, known)
   named, notes = named_tokens(settings, known)
   # made around an empty tokenizer, which its constructor adds tokens to; the
@@ -230,7 +198,7 @@ def from_file(directory: Path):
   tokenizer = attempt(
     PreTrainedTokenizerFast,
     tokenizer_object=Tokenizer(models.BPE()),
-    chat_template=attempt(chat_templates, directory, settings),
+    chat_template=chat_templates(directory, settings),
     clean_up_tokenization_spaces=False,
     extra_special_tokens=extra_tokens(settings, known),
     model_max_length=settings.get('model_max_length'),
@@ -252,6 +220,8 @@ def from_vocabulary(directory: Path):
   """Reads a vocabulary that is no tokenizer.json, as transformers does."""
   from transformers import AutoTokenizer
 
+  read_settings(directory)  # refused here, in one line
+  chat_templates(directory, {})
   tokenizer = attempt(
     AutoTokenizer.from_pretrained,
     directory,

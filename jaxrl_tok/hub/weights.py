@@ -32,7 +32,7 @@ VALUE_HEAD = 'v_head.weight'
 def _opened(file: Path):
   from safetensors import SafetensorError, safe_open
 
-  if file.suffix == fetch.GGUF:
+  if fetch.is_gguf(file):
     yield gguf.read(file)
     return
   try:
