@@ -15,6 +15,7 @@ moment at which the three belonged together is saved first (`rescue`).
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.rewards.functions import shorten
 from jaxrl_tok.step.collectors import Batch, Collector
+from jaxrl_tok.step.device_steps import StepBatch
 from jaxrl_tok.step.state import step_key
 from jaxrl_tok.step.update import FIRST, IN_A_ROW
 from jaxrl_tok.types import TrainState
@@ -53,6 +55,7 @@ class Progress:
   eval_reward: float | None = None  # held-out, the last evaluation
   best_reward: float | None = None
   evals_since_best: int = 0
+  evaluated: int = 0  # the last step whose evaluations are all done
 
 
 class NotFinite(ValueError):
@@ -60,14 +63,22 @@ class NotFinite(ValueError):
 
   Attributes:
     since: step of the state that they began from; they changed nothing.
+    by_policy: the policy is spoilt: the sampler's log-probs were the first
+      tensor, or the gradient's are not finite.
     by_reward: the reward was the first tensor; the policy has no part in it.
-    by_policy: the sampler's log-probs were: the policy is spoilt.
   """
 
-  def __init__(self, message: str, since: int, first: str):
+  def __init__(
+    self, message: str, since: int, first: str, spoilt: bool = False
+  ):
     super().__init__(message)
-    self.since, self.by_reward = since, first == finite.REWARD
-    self.by_policy = first == finite.SAMPLED
+    self.since, self.by_policy = since, spoilt or first == finite.SAMPLED
+    self.by_reward = first == finite.REWARD and not self.by_policy
+
+
+class DeviceRewardError(ValueError):
+  """Reward on the device that was not finite. It is known when its step is
+  over, and state and cursor have passed it."""
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -156,6 +167,8 @@ class StepLog:
   Attributes:
     in_a_row: updates that were not finite, up to the step written last.
     first: name of the first tensor of the first of them.
+    spoilt: the policy that they began from has log-probs that are not finite.
+    passed: a reward on the device failed in a step that cannot be repeated.
   """
 
   def __init__(
@@ -169,6 +182,7 @@ class StepLog:
     self._config, self._tensors = config, tensors
     self._held, self._warned = [], set()
     self.in_a_row, self.first = 0, ''
+    self.spoilt = self.passed = False
     self.restart()
 
   def restart(self) -> None:
@@ -244,6 +258,9 @@ class StepLog:
     first = self._tensors[int(metrics.pop(FIRST, 0))]
     if self.in_a_row <= 1 or not self.first:
       self.first = first
+    gap = float(metrics.get('sampler_logp_gap', 0.0))
+    found = first == finite.SAMPLED or not math.isfinite(gap)
+    self.spoilt = self.in_a_row > 0 and (self.spoilt or found)
     metrics['step_time'] = sum(times.values())
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
@@ -267,20 +284,26 @@ class StepLog:
     most = self._config.max_nonfinite
     for name, value in errors.items():
       if value:
-        raise ValueError(
+        self.passed = True
+        raise DeviceRewardError(
           f'@on_device reward {name[8:-7]} gave {value:.0f} completions of '
           f'step {step} values that are not finite; mend it, or pass '
           '--reward_on_error mask'
         )
     if most and self.in_a_row >= most:
-      cure = 'lower --learning_rate, or mend the loss or the reward'
-      if self.first == finite.REWARD:
+      cure, first = 'lower --learning_rate', self.first
+      if self.spoilt and first != finite.SAMPLED:
+        first += " and the policy's log-probs are not finite"
+      elif first == finite.REWARD:
         cure = 'make the rewards smaller'
+      elif not self.spoilt:
+        cure += ', or mend the loss or the reward'
       raise NotFinite(
         f'{self.in_a_row} updates in a row, up to step {step}, were not finite '
-        f'and changed nothing; the first such tensor is {self.first}; {cure}',
+        f'and changed nothing; the first such tensor is {first}; {cure}',
         step - self.in_a_row,
         self.first,
+        self.spoilt,
       )
 
   def evaluation(
@@ -340,13 +363,18 @@ class Moment:
 
 def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   """Saves the last whole moment before an error ends the run, so that a resumed
-  run repeats the step that failed. A note on the error tells where it cannot.
+  run repeats the step that failed, or the evaluations that did. A note on the
+  error tells where it cannot.
 
+  A reward on the device fails after its step, which could not be repeated:
+  nothing is saved. Batches whose updates were not finite are not repeated.
   Updates that were not finite leave the policy that they began from. It is
   saved where the rewards are at fault, and where there is no checkpoint unless
   it is spoilt. On several processes nothing is saved: the others do not know.
   """
   if at.progress.step in (begun, at.saved) or jax.process_count() > 1:
+    return
+  if isinstance(error, DeviceRewardError):
     return
   if isinstance(error, NotFinite):
     older = begun or at.saved is not None
@@ -380,7 +408,11 @@ def train(
     cursor: collector.init() of a new run.
     update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
     save: called at save_every, at the end, when a signal came and before an
-      error ends the run; not at save_every while updates are not finite.
+      error ends the run; not at save_every while updates are not finite, and
+      never where they are not because the policy is spoilt.
+
+  Evaluations of the first state's step that an error cut short are run first;
+  those of a step's own batch cannot be.
 
   Must run under jax.set_mesh. Returns (state, cursor, progress, why it
   stopped). Raises Interrupted, after saving, when a signal came; NotFinite
@@ -394,23 +426,29 @@ def train(
     names = finite.tensor_names(state.trained)
     log = StepLog(logger, show, config, names)
     try:
+      if progress.evaluated < progress.step:
+        known = [e for e in evaluations if e.name != 'train']
+        run_evaluations(at, known, config, log)
       while not (reason := stop_reason(at.progress, config)):
         run_step(at, collector, update, evaluations, config, log)
         if (stop := asked()) or is_due(config.save_every, at.progress.step):
           log.flush()
-          if stop or not log.in_a_row:
+          if not log.in_a_row or (stop and not log.spoilt):
             at.save(save)
           log.restart()
         if stop:
-          raise Interrupted(f'stopped by a signal after step {at.saved}')
+          raise Interrupted(
+            f'stopped by a signal after step {at.progress.step}'
+          )
       log.flush()
     except Interrupted:
       raise
     except Exception as error:
       log.drain()
-      rescue(at, begun, save, error)
+      if not (log.spoilt or log.passed):
+        rescue(at, begun, save, error)
       raise
-  if at.progress.step not in (begun, at.saved):
+  if at.progress.step not in (begun, at.saved) and not log.spoilt:
     at.save(save)
   return at.state, at.cursor, at.progress, reason
 
@@ -431,9 +469,23 @@ def run_step(
   at.state, metrics, last = update(at.state, batch.scored)
   at.cursor = cursor
   at.progress = log.hold(at.progress, batch, metrics)
-  for e in due(evaluations, at.progress.step, config.max_steps):
-    found = e.run(at.state, at.progress.step, batch, last)
-    at.progress = log.evaluation(at.progress, e.name, *found)
+  run_evaluations(at, evaluations, config, log, batch, last)
+
+
+def run_evaluations(
+  at: Moment,
+  evaluations: Sequence[Due],
+  config: LoopConfig,
+  log: StepLog,
+  batch: Batch | None = None,
+  last: StepBatch | None = None,
+) -> None:
+  """Runs the evaluations that are due; progress has them once all are done."""
+  progress = at.progress
+  for e in due(evaluations, progress.step, config.max_steps):
+    found = e.run(at.state, progress.step, batch, last)
+    progress = log.evaluation(progress, e.name, *found)
+  at.progress = dataclasses.replace(progress, evaluated=progress.step)
 
 
 def is_due(every: int, step: int) -> bool:

@@ -35,15 +35,18 @@ def duration(seconds: float) -> str:
   return f'{head}:{seconds % 60:02d}'
 
 
-def is_kept(row: dict, step: int) -> bool:
+def is_kept(row: dict, step: int, evaluated: int) -> bool:
   """Whether a resume from `step` keeps a row. The steps of a warm start are
-  numbered apart; the rows 'after' a run are written again."""
+  numbered apart; the rows 'after' a run are written again, and those of
+  evaluations after the step `evaluated`."""
   if row.get('phase') == 'warm_start':
     return True
+  if row.get('phase') == 'eval':
+    step = min(step, evaluated)
   return number(row['step']) <= step and row.get('split') != 'after'
 
 
-def trim_jsonl(path: Path, step: int) -> int:
+def trim_jsonl(path: Path, step: int, evaluated: int | None = None) -> int:
   """Drops the rows after a step, which a resumed run writes again.
 
   Returns the number of lines that were no row, which are dropped as well. The
@@ -51,6 +54,7 @@ def trim_jsonl(path: Path, step: int) -> int:
   """
   if not path.is_file():
     return 0
+  evaluated = step if evaluated is None else evaluated
   num_skipped = 0
 
   def kept_lines():
@@ -59,7 +63,7 @@ def trim_jsonl(path: Path, step: int) -> int:
       row = parse_row(line)
       if row is None:
         num_skipped += line.endswith('\n')
-      elif is_kept(row, step):
+      elif is_kept(row, step, evaluated):
         yield line if line.endswith('\n') else line + '\n'
 
   atomic_write(path, kept_lines())
@@ -74,6 +78,8 @@ class Logger:
     report_to: 'tensorboard' or 'none'.
     resume_step: rows after it are dropped from the files. None: a new run.
     is_main: False on every process but 0, which neither writes nor prints.
+    evaluated: step whose evaluations were the last to be complete; None:
+      resume_step.
   """
 
   def __init__(
@@ -82,6 +88,7 @@ class Logger:
     report_to: str = 'none',
     resume_step: int | None = None,
     is_main: bool = True,
+    evaluated: int | None = None,
   ):
     self.console = rich.console.Console(
       quiet=not is_main, soft_wrap=True, emoji=False
@@ -97,7 +104,7 @@ class Logger:
     for name in ('metrics', 'samples'):
       path = run_dir / f'{name}.jsonl'
       if resume_step is not None:
-        num_skipped = trim_jsonl(path, resume_step)
+        num_skipped = trim_jsonl(path, resume_step, evaluated)
         if num_skipped:
           self.warn(f'{path}: {num_skipped} lines that are no rows are dropped')
       # a lone surrogate becomes \uXXXX, which is its JSON

@@ -96,7 +96,9 @@ def restore(setup: Setup, run_dir: Path, checkpoints):
       )
     frozen = setup.trainable.load_frozen(setup.mesh)
     state = state.replace(frozen=frozen)
-  return state, cursor, Progress(**meta['progress']), meta['settings']
+  saved = meta['progress']  # of an older version, without `evaluated`
+  progress = Progress(**{'evaluated': saved['step']} | saved)
+  return state, cursor, progress, meta['settings']
 
 
 def begin(setup: Setup, run_dir: Path, checkpoints):
@@ -111,6 +113,7 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
     setup.settings.run.report_to,
     restored[2].step if restored else None,
     is_main=jax.process_index() == 0,
+    evaluated=restored[2].evaluated if restored else None,
   )
   logger.message(f'run directory: {run_dir}')
   setup = setup._replace(logger=logger)

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from jaxrl_tok.run.evaluations import (
 )
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.result import Result, show_samples
-from jaxrl_tok.run.settings import flatten
+from jaxrl_tok.run.settings import RunSettings, flatten
 from jaxrl_tok.step import device_rewards, off_policy
 from jaxrl_tok.step.collectors import (
   Collector,
@@ -57,7 +58,13 @@ from jaxrl_tok.step.programs import (
   Programs,
   compile_programs,
 )
-from jaxrl_tok.train import LoopConfig, NotFinite, Progress, train
+from jaxrl_tok.train import (
+  DeviceRewardError,
+  LoopConfig,
+  NotFinite,
+  Progress,
+  train,
+)
 
 
 def device_score(setup: Setup) -> tuple | None:
@@ -176,24 +183,54 @@ def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
   return f'go on with --output_dir {run_dir} --resume {step}'
 
 
-def resume_note(run_dir: Path, error: Exception) -> str | None:
+def drop_spoilt(run_dir: Path, keep: int, error: Exception) -> list[int]:
+  """Deletes the checkpoints of a policy whose log-probs are not finite, which
+  nothing can go on from; returns their steps. A note on the error tells where
+  that fails."""
+  if not isinstance(error, NotFinite) or not error.by_policy:
+    return []
+  try:
+    with checkpoint.open_checkpoints(run_dir, keep) as checkpoints:
+      return checkpoint.drop_after(checkpoints, error.since - 1)
+  except Exception as failed:
+    error.add_note(
+      f'checkpoints from step {error.since} on are of that policy and cannot '
+      f'be deleted ({shorten(failed)})'
+    )
+    return []
+
+
+def resume_note(
+  run_dir: Path, error: Exception, dropped: Sequence[int] = ()
+) -> str | None:
   """Sentence on how to go on after an error, from the newest good checkpoint;
-  None without a checkpoint.
+  None without a checkpoint where nothing is lost.
+
+  dropped: steps of the checkpoints that drop_spoilt deleted.
 
   After updates that were not finite, a checkpoint is good where a later update
   was finite: that of the policy that they began from is not known to be.
   """
   steps = good = checkpoint.saved_steps(run_dir)
+  begin_again = 'no good checkpoint is there: begin again'
+  if dropped:
+    listed = ', '.join(map(str, dropped))
+    begin_again = f'deleted checkpoints of that policy: {listed}; {begin_again}'
   if isinstance(error, NotFinite) and not error.by_reward:
     good = [s for s in steps if s < error.since]
     if not good and (error.by_policy or not steps):
-      return 'no good checkpoint is there: begin again'
+      return begin_again
   if not steps:
-    return None
+    return begin_again if isinstance(error, DeviceRewardError) else None
   step = (good or steps)[-1]
   command = resume_command(run_dir, 'auto' if step == steps[-1] else step)
   if good:
-    return f'the last good checkpoint is step {step}: {command}'
+    found = f'the last good checkpoint is step {step}: {command}'
+    if isinstance(error, DeviceRewardError):
+      found = f'steps after the last checkpoint are lost; {found}'
+    if dropped:
+      found = f'deleted checkpoints of that policy: {listed}; {found}'
+    return found
   return f'checkpoint {step} is of the policy that they began from: {command}'
 
 
@@ -234,15 +271,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     first = metrics['eval/reward']
     setup.logger.message(f'held-out reward before: {first:.3f}')
     progress = dataclasses.replace(progress, first_reward=first)
-  begun = progress.step
-  config = LoopConfig(
-    run.max_steps,
-    run.save_every,
-    run.stop_at_reward,
-    run.patience,
-    run.max_nonfinite,
-    run.reward_on_error,
-  )
+  evaluated = progress.evaluated
   try:
     state, cursor, progress, reason = train(
       state,
@@ -251,7 +280,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       collector,
       programs.update,
       due_evaluations(setup, programs),
-      config,
+      loop_config(run),
       setup.logger,
       save,
     )
@@ -265,22 +294,34 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
   step = progress.step
-  logged = not_logged(setup, step) if step > begun else set()
+  logged = not_logged(setup, step) if step > evaluated else set()
   metrics, rows = evaluate_all(setup, programs, state, step, 'after', logged)
-  check_last(metrics, step)
+  check_last(metrics, step, int(state.skipped))
   reward = metrics['eval/reward']
   return Finished(setup, programs, state, progress, reward, rows)
 
 
-def check_last(metrics: dict, step: int) -> None:
-  """Refuses to finish with a policy whose log-probs are not finite: its last
-  update has spoilt it, and no later one could tell."""
+def loop_config(run: RunSettings) -> LoopConfig:
+  """Schedule of a run's loop."""
+  return LoopConfig(
+    run.max_steps,
+    run.save_every,
+    run.stop_at_reward,
+    run.patience,
+    run.max_nonfinite,
+    run.reward_on_error,
+  )
+
+
+def check_last(metrics: dict, step: int, skipped: int = 0) -> None:
+  """Refuses to finish with a policy whose log-probs are not finite: the last
+  update that was made has spoilt it, before the last `skipped` ones."""
   gap = metrics.get('eval/mismatch/logp_gap_mean', 0.0)
   if not math.isfinite(gap):
     raise NotFinite(
       f'the policy after step {step} has log-probs that are not finite, and is '
       'not exported; lower --learning_rate',
-      step,
+      step - skipped,
       finite.SAMPLED,
     )
 
@@ -303,7 +344,8 @@ def run(setup: Setup) -> Result | None:
     except Interrupted:
       raise
     except Exception as e:
-      if note := resume_note(run_dir, e):
+      dropped = drop_spoilt(run_dir, setup.settings.run.keep, e)
+      if note := resume_note(run_dir, e, dropped):
         e.add_note(note)
       raise
 
