@@ -42,11 +42,20 @@ from jaxrl_tok.hub.trainable import full
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.run.launch import resume_note
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.collectors import Batch, TokenCounts
 from jaxrl_tok.step.device_steps import Table, make_device_steps
 from jaxrl_tok.step.guard import param_labels
 from jaxrl_tok.step.state import init_state, with_value_head
 from jaxrl_tok.step.update import FIRST, IN_A_ROW, make_update
-from jaxrl_tok.train import Moment, NotFinite, Progress, rescue
+from jaxrl_tok.train import (
+  DeviceRewardError,
+  LoopConfig,
+  Moment,
+  NotFinite,
+  Progress,
+  StepLog,
+  rescue,
+)
 from jaxrl_tok.types import Carry, TrainState
 
 # --- one update --------------------------------------------------------------
@@ -146,6 +155,8 @@ def test_an_update_that_is_not_finite_changes_its_count_alone(
   assert float(metrics['nonfinite_updates']) == 1
   named = finite.tensor_names(state.trained)[int(metrics[FIRST])]
   assert named == (finite.SAMPLED if where == 'logp' else finite.REWARD)
+  gap = float(metrics['sampler_logp_gap'])
+  assert np.isfinite(gap) == (where == 'reward' or bool(np.isfinite(number)))
 
 
 def test_updates_are_counted_in_a_row(one_step, batch):
@@ -331,6 +342,7 @@ def test_only_what_is_whole_is_saved(params):
     (moment(params, saved=7), 0),  # it is there already
   ):
     rescue(at, begun, disk, error)
+  rescue(moment(params), 0, disk, DeviceRewardError('judge'))
   at = moment(params)
   at.state.opt_state[1][0].count.delete()  # an update took its memory
   rescue(at, 0, disk, error)
@@ -475,12 +487,117 @@ def test_a_rate_of_1e9_ends_in_one_line_or_in_numbers(tmp_path, capsys, kind):
     return
   line = failed(capsys, out, reward, *flags, **rate)
   assert '3 updates in a row, up to step ' in line
-  spoilt = f'the first such tensor is {finite.SAMPLED}; lower --learn' in line
+  spoilt = (
+    f'the first such tensor is {finite.SAMPLED}; lower --learn' in line
+    or "and the policy's log-probs are not finite; lower --learn" in line
+  )
   assert spoilt == line.endswith('; no good checkpoint is there: begin again')
   assert spoilt != ('is of the policy that they began from: go on' in line)
   rows = train_rows(out)
   assert sum(row['nonfinite_updates'] > 0 for row in rows) >= 3
   assert [row['step'] for row in rows] == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.parametrize(
+  'flags',
+  [
+    ('--optimizer=sgd', '--learning_rate=1e30'),
+    ('--learning_rate=1e12', '--max_grad_norm=1e9'),
+    ('--learning_rate=1e12', '--max_grad_norm=1e9', '--max_nonfinite=0'),
+  ],
+  ids=['loss', 'sampler', 'to the end'],
+)
+def test_no_checkpoint_of_a_spoilt_policy_stays(tmp_path, capsys, flags):
+  """The first update spoils it; step 1 is saved before that is known."""
+  out = tmp_path / 'run'
+  line = failed(capsys, out, varied, '--save_every=1', *flags)
+  assert line.endswith(
+    '; deleted checkpoints of that policy: 1; no good checkpoint is there: '
+    'begin again'
+  )
+  assert 'lower --learning_rate;' in line
+  assert 'mend the loss' not in line
+  assert saved(out) == []
+  rows = run(out, varied, '--resume=auto', max_steps=1)
+  assert [row['step'] for row in rows] == [1]
+
+
+def test_a_gap_that_is_not_finite_blames_the_policy():
+  """A loss, or a reward, that is the first tensor; an update that is finite
+  clears the blame."""
+  names = list(finite.OF_BATCH)
+
+  def blamed(first, *gaps):
+    log = StepLog(
+      Quiet(), lambda step, text: None, LoopConfig(max_nonfinite=3), names
+    )
+    numbers = {'reward': 0.0, 'entropy': 0.0, 'frac_reward_zero_std': 0.0}
+    numbers |= {'completions/clipped_ratio': 0.0}
+    progress, count = Progress(), 0
+    for gap in gaps:
+      count = 0 if gap is None else count + 1
+      metrics = numbers | {
+        IN_A_ROW: count,
+        FIRST: names.index(first) if count else 0,
+        'sampler_logp_gap': gap or 0.0,
+      }
+      batch = Batch(
+        None, [], None, {'time/score': 0.0}, TokenCounts(1, 1, 1), {}
+      )
+      progress = log.hold(progress, batch, metrics)
+      try:
+        log.flush()
+      except NotFinite as e:
+        return e.by_policy, e.by_reward, e.since
+    return log.spoilt
+
+  nan, inf = float('nan'), float('inf')
+  assert blamed('the loss', 0.1, 0.1, 0.1) == (False, False, 0)
+  assert blamed('the loss', 0.1, nan, 0.1) == (True, False, 0)
+  assert blamed('the loss', None, inf, 0.1, 0.1) == (True, False, 1)
+  assert blamed(finite.REWARD, 0.1, 0.1, 0.1) == (False, True, 0)
+  assert blamed(finite.REWARD, nan, 0.1, 0.1) == (True, False, 0)
+  assert blamed(finite.SAMPLED, 0.1, 0.1, 0.1) == (True, False, 0)
+  assert blamed('the loss', nan, None, 0.1) is False
+  assert blamed('the loss', None, nan) is True
+
+
+class Quiet:
+  """Logger that writes nothing."""
+
+  def metrics(self, *args):
+    pass
+
+  def warn(self, text):
+    pass
+
+
+@on_device
+def not_a_number(rollout):
+  return jnp.where(rollout.version == 3, jnp.nan, rollout.tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+  ('every', 'want'),
+  [
+    ('2', 'the last good checkpoint is step 2: go on with '),
+    ('0', 'no good checkpoint is there: begin again'),
+  ],
+)
+def test_a_device_reward_that_fails_in_a_call_saves_nothing_after_it(
+  tmp_path, capsys, every, want
+):
+  """Resumed, all steps of the call are made again."""
+  out, more = tmp_path / 'run', ('--steps_per_call=2', f'--save_every={every}')
+  line = failed(capsys, out, not_a_number, *more)
+  assert 'completions of step 4 values that are not finite' in line
+  assert want in line
+  assert saved(out) == ([2] if every == '2' else [])
+  if every == '2':
+    assert 'steps after the last checkpoint are lost' in line
+  rows = run(out, varied_on_device, *more, '--resume=auto')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
+  assert [row['nonfinite_updates'] for row in rows] == [0.0] * 6
 
 
 def huge(completion_ids, **columns):
@@ -586,6 +703,61 @@ def test_a_metric_that_raises_loses_nothing(tmp_path, capsys):
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   said = capsys.readouterr().out
   assert said.count('it is left out (--reward_on_error)') == 1
+
+
+@pytest.fixture(scope='module')
+def watched(tmp_path_factory):
+  """Directory of a run with two evaluations that nothing stopped."""
+  out = tmp_path_factory.mktemp('runs') / 'watched'
+  run(out, watched_task(), *WATCHED)
+  return out
+
+
+WATCHED = ('--eval_every=2', '--patience=1', '--save_every=2')
+
+
+def watched_task(failing=None) -> Task:
+  """Task whose reward falls while it is trained: held-out evaluations, after
+  each of which another one runs; its n-th call raises where n is `failing`."""
+  calls = []
+
+  def falling(completion_ids, trainer_state, **columns):
+    step = trainer_state.global_step
+    return [ids[0] / 300 - step for ids in completion_ids]
+
+  def judged(completions):
+    calls.append(1)
+    if len(calls) == failing:
+      raise KeyError('bleu')
+    return float(sum(map(len, completions)))
+
+  later = Evaluation('later', RECORDS[:4], metrics=[judged])
+  return Task(RECORDS, falling, evaluations=[later])
+
+
+@pytest.mark.parametrize(('call', 'step'), [(2, 2), (3, 4)])
+def test_an_evaluation_that_raises_is_run_when_resumed(
+  watched, tmp_path, capsys, call, step
+):
+  """Step 4 is the last: its evaluation is no better one.
+  Resumed twice, nothing is counted or written twice."""
+  out = tmp_path / 'run'
+  line = failed(capsys, out, watched_task(call), *WATCHED)
+  assert f'the last good checkpoint is step {step}: ' in line
+  assert [r['step'] for r in eval_rows(out)][-1] <= step
+  capsys.readouterr()
+  for _ in range(2):
+    run(out, watched_task(), *WATCHED, '--resume=auto')
+    said = capsys.readouterr().out
+    assert 'stopped at step 4: no better held-out reward in 1 eval' in said
+    assert eval_rows(out) == eval_rows(watched)
+    same_runs(out, watched)
+
+
+def eval_rows(out) -> list[dict]:
+  lines = (out / 'metrics.jsonl').read_text().splitlines()
+  rows = [row for row in map(json.loads, lines) if row['phase'] == 'eval']
+  return [{k: v for k, v in r.items() if k != 'time'} for r in rows]
 
 
 def test_the_last_good_checkpoint_is_one_that_an_update_has_proven(tmp_path):
