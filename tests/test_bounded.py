@@ -120,6 +120,19 @@ def test_every_number_is_finite(name, batch):
       assert_finite(jnp.square(jnp.abs(found[1][0]).sum()))
 
 
+@pytest.mark.parametrize('name', names.LOSSES)
+@pytest.mark.parametrize('other', [-3e38, -1e38, 1e38, 3e38])
+def test_changes_of_any_size_are_finite(name, other):
+  """Log-ratios as large as float32 has them, at a log-prob of 0."""
+  batch = dict.fromkeys(('V', 'V_old', 'target', 'l'), [0.0] * K)
+  batch |= dict.fromkeys(('l_old', 'l_ref', 'l_roll'), [other, 0.0] * (K // 2))
+  mask = [True] * K
+  for A in (1.0, 0.0, -1.0):
+    found = tiled(batch | {'A': [A] * K, 'mask': mask})
+    for kl, mode in (('reverse', None), ('forward', 'sequence_truncate')):
+      assert_finite(slopes(name, kl, mode, False)(found))
+
+
 @settings(max_examples=30, deadline=None)
 @given(batch=batches)
 def test_value_loss_is_finite(batch):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import advantage_inputs, look, make_rollout, make_scored
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok import masked
@@ -167,6 +167,29 @@ def with_holes(batch: dict, columns: np.ndarray, width: int) -> dict:
   for b, n in enumerate(batch['mask'].sum(1)):  # after the last chosen token
     value[b, columns[b, n - 1] + 1] = batch['value'][b, n]
   return batch | found | {'mask': spread(batch['mask'], None), 'value': value}
+
+
+@settings(max_examples=15, deadline=None)
+@given(algorithm=compositions(), seed=st.integers(0, 1000))
+def test_a_row_alone_in_its_group_has_no_advantage(algorithm, seed):
+  """Where rows of a group are compared; a KL in the reward has a credit of its
+  own. Penalties of length are rewards, which apply to valid rows."""
+  assume(algorithm.min_group == 2 and algorithm.kl is None)
+  batch = batch_of(seed, C, G)
+  batch['applies'][1:G] = False
+  out, _, _ = credit_of(algorithm, batch, C)
+  assert (np.asarray(out.advantage)[:G] == 0).all()
+  assert (np.asarray(out.advantage)[G:] != 0).any()
+
+
+def test_a_row_alone_in_its_group_is_not_whitened_with_the_others():
+  algorithm = algorithms.reinforce_pp_baseline(kl='none', beta=0.0)
+  batch = batch_of(0, C, G)
+  batch['applies'][1:G] = False
+  alone, _, _ = credit_of(algorithm, batch, C)
+  batch['applies'][0] = False
+  without, _, _ = credit_of(algorithm, batch, C)
+  near(alone.advantage, without.advantage)
 
 
 @settings(max_examples=15, deadline=None)

@@ -174,6 +174,19 @@ def batch_std(
 # normalise(reward [B, T], applies [B]) -> (G - b) / s of that reward
 
 
+def group_size(baseline: Baseline | None, scale: Callable | None) -> int:
+  """Valid rows that a group needs for an advantage: 2 where they are compared
+  with each other, else 1."""
+  size = 1 if baseline is None else baseline.min_group
+  return size if scale in (None, batch_std) else max(size, 2)
+
+
+def in_company(valid_B: jax.Array, num_prompts: int, size: int) -> jax.Array:
+  """Valid rows bool [B] of groups with at least `size` valid rows."""
+  valid_CxG = valid_B.reshape(num_prompts, -1)
+  return (valid_CxG & (_rows(valid_CxG) >= size)).reshape(-1)
+
+
 def sum_then_normalize(scored: Scored, normalise: Callable) -> jax.Array:
   """Advantage of the weighted sum, A = (G - b) / s with G of sum_k w_k r_k. A
   reward that does not apply to a row adds nothing to its sum."""
@@ -198,7 +211,8 @@ def normalize_then_sum(scored: Scored, normalise: Callable) -> jax.Array:
   valid_CxG = scored.valid.reshape(found.shape[:2])
   whole_CxG = found[:, :, 0]
   centre = masked.mean(whole_CxG, valid_CxG)
-  return (found - centre) / batch_std(whole_CxG, valid_CxG)[:, :, None]
+  found = (found - centre) / batch_std(whole_CxG, valid_CxG)[:, :, None]
+  return masked.fill(found, valid_CxG[:, :, None])
 
 
 # --- makers of an advantage --------------------------------------------------
@@ -227,6 +241,7 @@ def returns(
       each of them.
   """
   baseline = as_baseline(baseline)
+  size = group_size(baseline, scale)
 
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     mask, scored = inputs.mask, inputs.scored
@@ -254,6 +269,10 @@ def returns(
         found = found / scale(G[:, :, 0], applies_CxG)[:, :, None]
       return masked.fill(found, applies_CxG[:, :, None])
 
+    if multi_objective_aggregation is not sum_then_normalize:
+      # a row that is alone with a reward is in no statistic of it
+      applies = {k: in_company(x, C, size) for k, x in scored.applies.items()}
+      scored = scored._replace(applies=applies)
     valid_CxG = inputs.valid.reshape(C, B // C)
     reward, kl = inputs.task_reward, inputs.kl_penalty
     if kl is None:
@@ -378,15 +397,23 @@ def shaped(advantage: Callable, max_length: int, buffer: int) -> Callable:
   return with_penalty
 
 
-def finished(advantage: Callable, whiten: bool, limit: float | None):
+def finished(
+  advantage: Callable, whiten: bool, limit: float | None, size: int = 1
+) -> Callable:
   """An advantage, whitened over the batch's chosen tokens (ddof 0) and clipped
-  to [-limit, limit]; the value target stays as it is."""
+  to [-limit, limit]; the value target stays as it is.
+
+  Rows of groups with fewer than `size` valid rows are not whitened: they have
+  no advantage.
+  """
 
   def finish(inputs: AdvantageInputs, carries: dict) -> Advantage:
     out = advantage(inputs, carries)
     found = out.advantage
     if whiten:
-      found = masked.whiten(found, inputs.mask)
+      C = inputs.rollout.prompts.length.shape[0]
+      rows = in_company(inputs.valid, C, size)
+      found = masked.whiten(found, inputs.mask & rows[:, None])
     if limit is not None:
       found = jnp.clip(found, -limit, limit)
     return out._replace(advantage=found)

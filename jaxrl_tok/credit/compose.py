@@ -242,7 +242,8 @@ def _advantage(c: dict) -> Callable:
   found = checked
   if c['overlong_buffer']:
     found = advantages.shaped(found, c['max_length'], c['overlong_buffer'])
-  found = advantages.finished(found, c['whiten'], c['advantage_clip'])
+  size = advantages.group_size(c.get('baseline'), c.get('scale'))
+  found = advantages.finished(found, c['whiten'], c['advantage_clip'], size)
   if c['mask_truncated_completions']:
     found = advantages.without_truncated(found)
   return found
@@ -307,9 +308,6 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
   check_choices(name, c)
   learned = _has_critic(c)
   baseline = c.get('baseline')
-  min_group = 1 if baseline is None else baseline.min_group
-  if c.get('scale') not in (None, advantages.batch_std):
-    min_group = 2
   return Algorithm(
     name=name,
     advantage=_advantage(c),
@@ -334,7 +332,7 @@ def compose(name: str, own: dict, changes: dict) -> Algorithm:
       and c['kl'] == 'none'
     ),
     greedy=baseline is not None and baseline.greedy,
-    min_group=min_group,
+    min_group=advantages.group_size(baseline, c.get('scale')),
     dynamic_sampling_rounds=c['dynamic_sampling_rounds'],
     settings=c,
   )

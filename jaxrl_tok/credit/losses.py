@@ -37,6 +37,9 @@ MAX_LOG_RATIO = 10.0
 LOW, HIGH = 'clip_ratio/low_mean', 'clip_ratio/high_mean'
 REGION = 'clip_ratio/region_mean'
 CISPO_CLIPPED = 'cispo_clip_ratio'
+# Largest size of a token's log-ratio: none is as large, and sums and squares of
+# it stay finite
+LARGEST = 1e6
 
 
 def old_logp(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
@@ -51,7 +54,12 @@ def log_change(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   """Change of the log-probs, l - l_old [T]; 0 off-mask, where garbage may not
   reach exp."""
   change = stats.logp - old_logp(stats, trajectory)
-  return masked.fill(change, trajectory.rollout.mask)
+  return limited(masked.fill(change, trajectory.rollout.mask))
+
+
+def limited(x: jax.Array) -> jax.Array:
+  """Limits log-ratios of tokens to [-LARGEST, LARGEST]; the gradient is 1."""
+  return sg(jnp.clip(x, -LARGEST, LARGEST)) + (x - sg(x))
 
 
 def bounded(x: jax.Array) -> jax.Array:
@@ -234,6 +242,7 @@ def corrected(
     loss_T, metrics = loss(stats, trajectory)
     rollout = trajectory.rollout
     lag = masked.fill(old_logp(stats, trajectory) - rollout.logp, rollout.mask)
+    lag = limited(lag)
     lag = lag.sum() if level == 'sequence' else lag
     rho = sg(jnp.exp(bounded(lag)))
     over = rho > cap
@@ -287,7 +296,8 @@ def value_error(coefficient: float, value_clip: float | None) -> Callable:
 
 def log_ratio(stats: TokenStats, trajectory: Trajectory) -> jax.Array:
   """Log-ratio d_t = log pi(y_t) - log ref(y_t), 0 off-mask."""
-  return masked.fill(stats.logp - trajectory.ref_logp, trajectory.rollout.mask)
+  d = stats.logp - trajectory.ref_logp
+  return limited(masked.fill(d, trajectory.rollout.mask))
 
 
 def k2(d: jax.Array) -> jax.Array:

@@ -183,15 +183,22 @@ def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
   return f'go on with --output_dir {run_dir} --resume {step}'
 
 
-def drop_spoilt(run_dir: Path, keep: int, error: Exception) -> list[int]:
+def drop_spoilt(
+  run_dir: Path, keep: int, error: Exception, kept: Sequence[int] = ()
+) -> list[int]:
   """Deletes the checkpoints of a policy whose log-probs are not finite, which
   nothing can go on from; returns their steps. A note on the error tells where
-  that fails."""
+  that fails.
+
+  kept: steps of checkpoints that were there before the run: they stay, as its
+  flags may be at fault.
+  """
   if not isinstance(error, NotFinite) or not error.by_policy:
     return []
   try:
+    last = max([error.since - 1, *kept])
     with checkpoint.open_checkpoints(run_dir, keep) as checkpoints:
-      return checkpoint.drop_after(checkpoints, error.since - 1)
+      return checkpoint.drop_after(checkpoints, last)
   except Exception as failed:
     error.add_note(
       f'checkpoints from step {error.since} on are of that policy and cannot '
@@ -338,13 +345,17 @@ def run(setup: Setup) -> Result | None:
   with jax.set_mesh(setup.mesh):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
+    begins = setup.settings.run.resume  # 'never', 'auto' or a step
+    before = (
+      [int(begins)] if begins.isdecimal() else checkpoint.saved_steps(run_dir)
+    )
     try:
       done = learn(setup, run_dir)
       return finish(done, run_dir, time.monotonic() - began)
     except Interrupted:
       raise
     except Exception as e:
-      dropped = drop_spoilt(run_dir, setup.settings.run.keep, e)
+      dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
       if note := resume_note(run_dir, e, dropped):
         e.add_note(note)
       raise

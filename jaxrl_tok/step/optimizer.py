@@ -81,9 +81,12 @@ def scale_by_clock(schedule: Callable) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: at(jnp.int32(0)), update)
 
 
-def rate_metrics(opt_state) -> dict:
+def rate_metrics(opt_state, learns=True) -> dict:
   """Metric 'learning_rate' of the policy's next optimizer step; none where the
-  state has no Clock, as that of a user's own optimizer."""
+  state has no Clock, as that of a user's own optimizer.
+
+  learns: bool []; False while the policy waits for its critic, at a rate of 0.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(
     opt_state, is_leaf=lambda x: isinstance(x, Clock)
   )
@@ -91,7 +94,9 @@ def rate_metrics(opt_state) -> dict:
     (path_name(path), leaf) for path, leaf in leaves if isinstance(leaf, Clock)
   ]
   policy = [clock for path, clock in clocks if '/critic/' not in path]
-  return {'learning_rate': policy[0].learning_rate} if policy else {}
+  if not policy:
+    return {}
+  return {'learning_rate': jnp.where(learns, policy[0].learning_rate, 0.0)}
 
 
 def after_steps(optimizer, steps: int) -> optax.GradientTransformation:

@@ -242,7 +242,7 @@ def make_gradient(
     critic_loss = metrics.get('value_loss', 0.0)
     metrics |= {
       'surrogate': critic_loss - totals.loss,
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': optax.tree.norm(optax.tree.cast(grads, jnp.float32)),
     }
     return metrics, grads
 

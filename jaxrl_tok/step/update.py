@@ -199,7 +199,7 @@ def make_update(
       **credit.metrics,
       'advantage_std': jnp.sqrt(masked.var(credit.advantage, mask)),
       **length_metrics(rollout),
-      **rate_metrics(state.opt_state),
+      **rate_metrics(state.opt_state, state.step >= passes.critic_warmup_steps),
     }
     if value is not None:
       metrics |= value_metrics(trajectory.old_value, credit.value_target, mask)

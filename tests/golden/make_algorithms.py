@@ -407,6 +407,17 @@ def returns_of(reward, gamma) -> list:
   ]
 
 
+def compared(case, rows) -> list:
+  """Rows that have an advantage: where a group's rows are compared with each
+  other, those with company."""
+  together = case['baseline'] in ('group_mean', 'loo')
+  if case['credit'] != 'returns' or not (
+    together or case['scale'] == 'group_std'
+  ):
+    return rows
+  return [b for b in rows if len(group(b, rows)) > 1]
+
+
 def by_returns(case, data):
   """Returns (A [B, T] by the clock, whole returns that the EMA sees)."""
   rewards, valid, gamma = (
@@ -424,12 +435,14 @@ def by_returns(case, data):
   if case['several'] != 'normalize_then_sum':
     found = scaled(case, centred(case, data, task, valid), task, valid)
     return found + kl_part, [task[b][0] for b in valid]
-  found = np.zeros((B, T))
+  found, some = np.zeros((B, T)), set()
   for weight, reward, rows in rewards:
-    held = returns_of(reward, gamma)
+    held, rows = returns_of(reward, gamma), compared(case, rows)
     found += weight * scaled(case, centred(case, data, held, rows), held, rows)
-  whole = [found[b, 0] for b in valid]
-  for b in valid:
+    some |= set(rows)
+  some = sorted(some)
+  whole = [found[b, 0] for b in some]
+  for b in some:
     found[b] = (found[b] - mean(whole)) / (std(whole, ddof=1) + 1e-4)
   return found + kl_part, None
 
@@ -468,11 +481,14 @@ def advantage_of(case, data):
   else:
     advantage, target = by_value(case, data)
   if case['whiten']:
-    every = [advantage[b, t] for b in valid for t in chosen(b)]
+    rows = compared(case, valid)
+    every = [advantage[b, t] for b in rows for t in chosen(b)]
     center, spread = mean(every), std(every, ddof=0)
-    for b in valid:
+    for b in rows:
       for t in chosen(b):
         advantage[b, t] = (advantage[b, t] - center) / (spread + 1e-8)
+    for b in set(valid) - set(rows):
+      advantage[b] = 0.0
   if case['advantage_clip']:
     bound = case['advantage_clip']
     advantage = np.clip(advantage, -bound, bound)
