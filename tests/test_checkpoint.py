@@ -7,10 +7,12 @@ import optax
 import pytest
 from conftest import CONFIG, changed
 
-from jaxrl_tok import checkpoint, sharding
+from jaxrl_tok import checkpoint, finite, sharding
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.run.launch import drop_spoilt
 from jaxrl_tok.step.state import init_state
+from jaxrl_tok.train import NotFinite
 
 ALGORITHM = algorithms.reinforce(advantages.ema(), kl='reverse', beta=0.1)
 CURSOR = {
@@ -120,3 +122,17 @@ def test_frozen_parameters_are_not_written(tmp_path, state):
     found, _, meta = checkpoint.restore(manager, 4, like)
   assert found.frozen is None
   assert not any('frozen' in name for name in meta['leaves'])
+
+
+def test_checkpoints_from_before_a_run_stay(tmp_path, state):
+  """Where updates find the policy's log-probs not finite, a run deletes what it
+  saved of that policy; the flags may be at fault for an older checkpoint."""
+  with checkpoint.open_checkpoints(tmp_path, 3) as manager:
+    for step in (1, 2, 3):
+      now = state.replace(step=jnp.int32(step))
+      checkpoint.save(manager, now, CURSOR, {}, {})
+  error = NotFinite('not finite', 1, finite.SAMPLED)
+  assert drop_spoilt(tmp_path, 3, ValueError('another'), [2]) == []
+  assert drop_spoilt(tmp_path, 3, error, [2]) == [3]
+  assert checkpoint.saved_steps(tmp_path) == [1, 2]
+  assert drop_spoilt(tmp_path, 3, error) == [1, 2]
