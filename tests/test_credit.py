@@ -189,6 +189,7 @@ def test_a_row_alone_in_its_group_is_not_whitened_with_the_others():
   alone, _, _ = credit_of(algorithm, batch, C)
   batch['applies'][0] = False
   without, _, _ = credit_of(algorithm, batch, C)
+  assert (np.asarray(alone.advantage)[:G] == 0).all()
   near(alone.advantage, without.advantage)
 
 

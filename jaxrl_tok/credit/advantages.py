@@ -187,6 +187,16 @@ def in_company(valid_B: jax.Array, num_prompts: int, size: int) -> jax.Array:
   return (valid_CxG & (_rows(valid_CxG) >= size)).reshape(-1)
 
 
+def compared(scored: Scored, num_prompts: int, size: int) -> Scored:
+  """Scored whose rewards apply in company only: a row that is alone with a
+  reward is in no statistic of it."""
+  applies = {
+    name: in_company(rows, num_prompts, size)
+    for name, rows in scored.applies.items()
+  }
+  return scored._replace(applies=applies)
+
+
 def sum_then_normalize(scored: Scored, normalise: Callable) -> jax.Array:
   """Advantage of the weighted sum, A = (G - b) / s with G of sum_k w_k r_k. A
   reward that does not apply to a row adds nothing to its sum."""
@@ -270,9 +280,7 @@ def returns(
       return masked.fill(found, applies_CxG[:, :, None])
 
     if multi_objective_aggregation is not sum_then_normalize:
-      # a row that is alone with a reward is in no statistic of it
-      applies = {k: in_company(x, C, size) for k, x in scored.applies.items()}
-      scored = scored._replace(applies=applies)
+      scored = compared(scored, C, size)
     valid_CxG = inputs.valid.reshape(C, B // C)
     reward, kl = inputs.task_reward, inputs.kl_penalty
     if kl is None:
