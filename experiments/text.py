@@ -13,6 +13,8 @@ rewards read; my_rewards.py is the only Python to write:
   def short(prompts, completions, **columns):
     return [1 / (1 + len(c)) for c in completions]
 
+Where a prompt is messages its completion is too: c[0]['content'] is the text.
+
 The file is run on this machine, as any program is. --data takes a jsonl or
 parquet file, or hub:OWNER/NAME@REVISION:SPLIT; its last records are held out.
 --rename question=prompt gives a column the name that it needs.
