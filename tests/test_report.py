@@ -251,6 +251,12 @@ def test_any_range_can_be_drawn(values):
   assert ('no values recorded' in text) == (not values)
 
 
+def test_an_axis_is_of_the_size_of_its_numbers():
+  low, *_, high = charts.ticks(0.0, 9.93e-14, 3)
+  assert low == 0
+  assert 9.93e-14 <= high <= 2e-13
+
+
 @pytest.mark.parametrize('n', [0, 1, 399, 400, 401, 8_000])
 def test_thinning_bounds_the_points_and_keeps_the_mean(n):
   points = [(float(i), (i * 7919 % 101) / 101) for i in range(n)]
@@ -546,7 +552,7 @@ def test_time_shares_add_up():
     (1234.5, '', '1234'),
     (12_345, '', '12.3k'),
     (0.000123456, '', '0.000123'),
-    (1.23456e-5, '', '1.23e-5'),
+    (1.23456e-5, '', '1.2e-5'),
     (0.7551, '%', '75.5 %'),
     (1, '%', '100 %'),
     (0, '%', '0 %'),

@@ -66,23 +66,23 @@ def smooth(points: Points, half: int) -> Points:
 
 
 def figure(x: float, unit: str = '') -> str:
-  """Number with 3 significant digits: 0.25, 1500, 12k, 3.2M. A unit of '%'
-  shows a share: 0.25 is 25 %."""
+  """Number with 3 significant digits, or 2 below 1e-4: 0.25, 1500, 12k, 3.2M,
+  1.2e-14. A unit of '%' shows a share: 0.25 is 25 %."""
   if unit == '%':
     return f'{100 * x:.3g} %' if abs(x) < 9.995 else f'{100 * x:.0f} %'
   for least, size, mark in ((1e9, 1e9, 'G'), (1e6, 1e6, 'M'), (1e4, 1e3, 'k')):
     if abs(x) >= least:
       return f'{x / size:.3g}{mark}'
-  if 0 < abs(x) < 1e-3:
-    return re.sub('e-0*', 'e-', f'{x:.3g}')
+  if 0 < abs(x) < 1e-4:
+    return re.sub('e-0*', 'e-', f'{x:.2g}')
   return f'{x:.0f}' if abs(x) >= 100 else f'{x:.3g}'
 
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list:
   """Multiples of 1, 2 or 5 times a power of ten that cover low..high."""
-  if high - low <= max(1e-9, 1e-6 * max(abs(low), abs(high))):
+  if high - low <= 1e-6 * max(abs(low), abs(high)):
     low, high = min(low, 0.0), max(high, 0.0)
-    high = high if high - low > 1e-9 else low + 1.0
+    high = high if high - low > 0 else low + 1.0
   rough = (high - low) / count
   power = 10.0 ** math.floor(math.log10(rough))
   step = next((m * power for m in (1, 2, 5) if m * power >= rough), 10 * power)
