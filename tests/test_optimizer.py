@@ -350,6 +350,7 @@ def test_the_policys_clock_waits_for_the_critic():
     assert (np.asarray(after[1]['w']) < trained[1]['w']).all()
     rate = parts.rate_metrics(state)['learning_rate']
     np.testing.assert_allclose(rate, 0.1 / 4, rtol=1e-6)
+    assert parts.rate_metrics(state, learns=False) == {'learning_rate': 0.0}
     trained = after
   counts = sorted(int(c.count) for c in clocks(state))
   assert counts == [0, 6]

@@ -73,6 +73,25 @@ def without_head(params):
   return {k: v for k, v in params.items() if k != 'value_head'}
 
 
+def test_the_norm_of_bfloat16_gradients_is_added_up_in_float32(params, batch):
+  stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  # its state is the gradient that it was given last
+  keeps = optax.GradientTransformation(
+    lambda trained: jax.tree.map(jnp.zeros_like, trained),
+    lambda grads, state, trained=None: (grads, grads),
+  )
+  algorithm = algorithms.reinforce(advantages.leave_one_out())
+  state = init_state(algorithm, keeps, stored, jax.random.key(0))
+  after, metrics, _ = jax.jit(make_update(PLAIN, algorithm, keeps))(
+    state, batch, RULE
+  )
+  grads = jax.tree.leaves(after.opt_state)
+  assert {g.dtype for g in grads} == {jnp.dtype(jnp.bfloat16)}
+  want = np.sqrt(sum((np.asarray(g, float) ** 2).sum() for g in grads))
+  # the compiler may add up before it rounds each number to bfloat16
+  np.testing.assert_allclose(metrics['grad_norm'], want, rtol=2e-4)
+
+
 @pytest.fixture(scope='module')
 def separate(params):
   """PPO of 4 epochs x 4 mini-batches with a critic of its own, a warm-up, an
