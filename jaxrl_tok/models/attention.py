@@ -5,9 +5,10 @@ of the completion, t tokens looked at now. Queries are [B, K, M, t, H], keys
 [B, K, H, S] and values [B, K, S, H]: both products then run along the last axis
 of their large side. Softmax is in float32.
 
-Choices of both functions: `scale` multiplies the scores, `cap` then bounds them
+Choices of the functions: `scale` multiplies the scores, `cap` then bounds them
 (cap * tanh(score / cap)), and a query sees only the `window` last keys, its own
-included. None: no bound, all keys.
+included. None: no bound, all keys. `bias` float32, [K, M, t, S] or what
+broadcasts to it, is added to the scaled scores.
 """
 
 import jax
@@ -32,7 +33,12 @@ def sees(query, key, window: int | None) -> jax.Array:
   return seen if window is None else seen & (query - key < window)
 
 
-def causal_attention(q, k, v, scale, cap=None, window=None):
+def _biased(scores, bias):
+  """Adds a bias whose axes are those of the scores but the first."""
+  return scores if bias is None else scores + bias[None]
+
+
+def causal_attention(q, k, v, scale, cap=None, window=None, bias=None):
   """Attention among the tokens of right-padded prompts.
 
   q [C, K, M, P, H], k [C, K, H, P], v [C, K, P, H] -> [C, K, M, P, H]. Padding
@@ -43,15 +49,50 @@ def causal_attention(q, k, v, scale, cap=None, window=None):
     'ckmth,ckhp->ckmtp', q, k, preferred_element_type=jnp.float32
   )
   seen_PxP = sees(at[:, None], at[None], window)
-  scores_CKMtP = jnp.where(
-    seen_PxP[None, None, None], capped(scores_CKMtP * scale, cap), MASKED
-  )
+  scores_CKMtP = _biased(capped(scores_CKMtP * scale, cap), bias)
+  scores_CKMtP = jnp.where(seen_PxP[None, None, None], scores_CKMtP, MASKED)
   weights = jax.nn.softmax(scores_CKMtP, axis=-1).astype(v.dtype)
   return jnp.einsum('ckmtp,ckph->ckmth', weights, v)
 
 
+def prompt_attention(q, prompt, length, scale, bias=None):
+  """Attention of every query to all keys of its prompt, before and after it.
+
+  Rows of a prompt stand as extra queries in one product with its keys, as in
+  `shared_prefix_attention`. An encoder's prompts attend to themselves (B = C);
+  a decoder's rows attend to them across.
+
+  Args:
+    q: [B, K, M, t, H].
+    prompt: (k, v), [C, K, H, P] and [C, K, P, H].
+    length: int32 [C]; keys from there on are padding.
+
+  Returns: [B, K, M, t, H].
+  """
+  (k, v), (B, K, M, t, H) = prompt, q.shape
+  C, P = k.shape[0], k.shape[3]
+  q_CKGMtH = q.reshape(C, B // C, K, M, t, H).swapaxes(1, 2)
+  scores = jnp.einsum(
+    'ckgmth,ckhp->ckgmtp', q_CKGMtH, k, preferred_element_type=jnp.float32
+  )
+  scores = _biased(scores * scale, None if bias is None else bias[:, None])
+  seen_CxP = jnp.arange(P)[None] < length[:, None]
+  scores = jnp.where(seen_CxP[:, None, None, None, None], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  mixed = jnp.einsum('ckgmtp,ckph->ckgmth', weights, v)
+  return mixed.swapaxes(1, 2).reshape(q.shape)
+
+
 def shared_prefix_attention(
-  q, prefix, prefix_length, suffix, at, scale, cap=None, window=None
+  q,
+  prefix,
+  prefix_length,
+  suffix,
+  at,
+  scale,
+  cap=None,
+  window=None,
+  bias=(None, None),
 ):
   """One softmax over [prompt | completion], the prompt read once per group.
 
@@ -67,6 +108,7 @@ def shared_prefix_attention(
     suffix: (k, v), [B, K, H, S] and [B, K, S, H]; column s is seen by column c
       when s <= c.
     at: int32 [], the completion column of the first query.
+    bias: of the prefix's scores and of the suffix's.
 
   Returns: [B, K, M, t, H].
   """
@@ -88,11 +130,13 @@ def shared_prefix_attention(
     near = query_Cxt[..., None] - key_P[None, None] < window
     seen_Cx1xP = seen_Cx1xP & near
   seen_p = seen_Cx1xP[:, None, None, None]  # over K, G, M
-  scores_p = jnp.where(seen_p, capped(scores_p * scale, cap), MASKED)
+  bias_p, bias_s = bias
+  scores_p = capped(scores_p * scale, cap)
+  scores_p = _biased(scores_p, None if bias_p is None else bias_p[:, None])
+  scores_p = jnp.where(seen_p, scores_p, MASKED)
   seen_txS = sees(column_t[:, None], jnp.arange(S)[None], window)
-  scores_s = jnp.where(
-    seen_txS[None, None, None], capped(scores_s * scale, cap), MASKED
-  )
+  scores_s = _biased(capped(scores_s * scale, cap), bias_s)
+  scores_s = jnp.where(seen_txS[None, None, None], scores_s, MASKED)
 
   def by_row(x_CKGMt):  # -> [B, K, M, t, ...]: small arrays only
     return x_CKGMt.swapaxes(1, 2).reshape(B, K, *x_CKGMt.shape[3:])
