@@ -19,9 +19,11 @@ from jaxrl_tok.step.collectors import (
   valid_rows,
 )
 from jaxrl_tok.step.device_steps import StepBatch
+from jaxrl_tok.types import Scored
 
 # names of an evaluation's own numbers
 OWN_METRICS = ('reward', 'mean_length', 'clipped_ratio')
+REF_LOGPS = 'ref_logps'  # argument of metrics, measured where one names it
 
 
 class Due(NamedTuple):
@@ -40,6 +42,13 @@ def due(evaluations: Sequence[Due], step: int, max_steps: int) -> list[Due]:
     for e in evaluations
     if step == max_steps or (e.every and step % e.every == 0)
   ]
+
+
+def reads_reference(metrics: Sequence[Callable]) -> str | None:
+  """Name of the first metric that reads log-probs under the reference; None:
+  there is none."""
+  found = (m for m in metrics if REF_LOGPS in accepted(m).names)
+  return next(map(get_name, found), None)
 
 
 def describe(example: dict) -> dict:
@@ -67,6 +76,7 @@ def evaluate_held_out(
   metrics: Sequence[Callable] = (),
   name: str = 'held_out',
   mismatch: Callable | None = None,
+  reference: Callable | None = None,
 ) -> tuple[dict, list[dict]]:
   """Evaluates a policy on every prompt of a set: samples and scores them.
 
@@ -78,13 +88,17 @@ def evaluate_held_out(
     step: step of the run, for the reward functions.
     mismatch: Rollout -> {name: float32 []} of sampler and gradient, measured on
       the first batch; None: not measured.
+    reference: Rollout -> log-probs float32 [B, T] under the reference, for the
+      metrics that read `ref_logps`; None: not measured.
 
   Returns (metrics, rows): means over completions, one dict for each; where no
-  reward applies to a completion its reward is None and in no mean. Must run
-  under jax.set_mesh.
+  reward applies to a completion its reward is None and in no mean. Several
+  rewards have each a mean and a component by name. Must run under
+  jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
   lengths, ended, rows, examples_of, gaps = [], [], [], [], {}
+  logps, parts = [], []
   for number, start in enumerate(range(0, n, num_prompts)):
     index = np.arange(start, start + num_prompts) % n
     real = min(num_prompts, n - start)
@@ -102,6 +116,10 @@ def evaluate_held_out(
     total = total_reward(found.scored)[:keep].tolist()
     valid = valid_rows(found.scored)[:keep].tolist()
     mask, over = jax.device_get((rollout.mask, rollout.ended))
+    if reference is not None:
+      logp = jax.device_get(reference(rollout))[:keep]
+      logps += [row[on].tolist() for row, on in zip(logp, mask)]
+    parts += components(found.scored)[:keep]
     lengths.extend(mask[:keep].sum(1).tolist())
     ended.extend(over[:keep].tolist())
     repeated = [e for e in examples[:real] for _ in range(G)]
@@ -110,6 +128,9 @@ def evaluate_held_out(
       {**describe(e), 'completion': text, 'reward': reward if on else None}
       for e, text, reward, on in zip(repeated, found.texts, total, valid)
     ]
+  means = component_means(parts)
+  if means:
+    rows = [{**row, 'components': part} for row, part in zip(rows, parts)]
   prefix = metric_prefix(name)
   rewards = [row['reward'] for row in rows if row['reward'] is not None]
   found = {
@@ -117,12 +138,40 @@ def evaluate_held_out(
     'mean_length': float(np.mean(lengths)),
     'clipped_ratio': 1.0 - float(np.mean(ended)),
   }
+  found |= means
   found |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
   completions = [row['completion'] for row in rows]
+  measured = {} if reference is None else {REF_LOGPS: logps}
   found |= corpus_metrics(
-    metrics, examples_of, completions, scorer.on_error, scorer.warn
+    metrics, examples_of, completions, scorer.on_error, scorer.warn, measured
   )
   return {prefix + name: value for name, value in found.items()}, rows
+
+
+def components(scored: Scored) -> list[dict]:
+  """Values {reward: float} of each row, of the rewards that apply to it."""
+  values, applies, mask = jax.device_get(
+    (scored.rewards, scored.applies, scored.rollout.mask)
+  )
+  sums = {k: np.where(mask, v, 0).sum(1).tolist() for k, v in values.items()}
+  return [
+    {k: v[b] for k, v in sums.items() if applies[k][b]}
+    for b in range(len(mask))
+  ]
+
+
+def component_means(parts: list[dict]) -> dict:
+  """Mean rewards/NAME/mean of each of several rewards, over the completions
+  that it applies to; {} of a single one, which is the reward."""
+  names = dict.fromkeys(name for part in parts for name in part)
+  if len(names) < 2:
+    return {}
+  return {
+    f'rewards/{name}/mean': float(
+      np.mean([part[name] for part in parts if name in part])
+    )
+    for name in names
+  }
 
 
 def corpus_metrics(
@@ -131,8 +180,11 @@ def corpus_metrics(
   completions: list,
   on_error: str = 'raise',
   warn: Callable = lambda name, text: None,
+  measured: dict | None = None,
 ) -> dict:
   """Metrics {name: float} of all completions together; see Evaluation.
+
+  measured: further arguments {name: list of a value for each completion}.
 
   A metric that raises an exception, or gives no number, is a RewardError in one
   line; with another on_error it is left out, and `warn` is told.
@@ -141,6 +193,7 @@ def corpus_metrics(
   columns = {name: [e.get(name) for e in examples] for name in names}
   prompts, found = columns.pop('prompt'), {}
   given = columns | {'prompts': prompts, 'completions': completions}
+  given |= measured or {}
   for metric in metrics:
     name = get_name(metric)
     try:
@@ -179,23 +232,18 @@ def credit_rows(
   scored, advantage = jax.device_get(last)
   rollout, reward = scored.rollout, token_rewards(scored)
   largest = np.abs(advantage).reshape(C, -1).max(axis=1)
-  G, rows = len(rollout.tokens) // C, []
+  G, rows, parts = len(rollout.tokens) // C, [], components(scored)
   for c in np.argsort(-largest, kind='stable')[:prompts]:
     for b in range(c * G, (c + 1) * G):
       chosen = rollout.mask[b]
       ids = rollout.tokens[b][chosen].tolist()
-      components = {
-        name: float(np.where(chosen, found[b], 0).sum())
-        for name, found in scored.rewards.items()
-        if scored.applies[name][b]
-      }
       extra = {k: v[b] for k, v in batch.extra.items() if b < len(v)}
       rows.append(
         {
           **describe(examples[c]),
           'completion': decode([ids])[0],
           'reward': float(reward[b].sum()),
-          'components': components,
+          'components': parts[b],
           'tokens': decode([[t] for t in ids]),
           'logp': rollout.logp[b][chosen].tolist(),
           'rewards': reward[b][chosen].tolist(),

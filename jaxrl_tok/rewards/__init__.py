@@ -16,6 +16,7 @@ functions wait side by side.
   combine.py     gated, product: rewards of rewards
   adapters.py    verl, Tunix, reasoning-gym, verifiers
   load.py        FILE:NAME=WEIGHT of a command line
+  text.py        sentiment, repetition; metrics of prose
 
 Nothing here imports jax: reward functions may run in other processes.
 """
@@ -46,6 +47,12 @@ from jaxrl_tok.rewards.scoring import (
   lift,
   make_scorer,
 )
+from jaxrl_tok.rewards.text import (
+  distinct,
+  no_repetition,
+  perplexity,
+  sentiment,
+)
 
 __all__ = [
   'ARGUMENTS',
@@ -56,6 +63,7 @@ __all__ = [
   'accepted',
   'check_functions',
   'digits',
+  'distinct',
   'exact_match',
   'from_reasoning_gym',
   'from_tunix',
@@ -68,7 +76,10 @@ __all__ = [
   'load_rewards',
   'make_scorer',
   'name_rewards',
+  'no_repetition',
+  'perplexity',
   'product',
+  'sentiment',
   'unwrap',
   'user_traceback',
 ]

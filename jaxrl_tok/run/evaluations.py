@@ -10,6 +10,7 @@ from jaxrl_tok.evaluation import (
   credit_rows,
   due,
   evaluate_held_out,
+  reads_reference,
 )
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.step import device_rewards
@@ -24,13 +25,15 @@ LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
 
 def evaluation_shape(e: EvalSetup) -> EvaluationShape:
   """Sizes of an evaluation's program, and the rewards that it runs."""
-  if not e.rewards.device:
-    return EvaluationShape(e.num_prompts, e.data.buckets[-1], e.sampler)
-  score = device_rewards.make_device_scorer(e.rewards.device)
-  _, columns = e.data.batch([e.data.records[0]], e.data.buckets[-1])
-  return EvaluationShape(
-    e.num_prompts, e.data.buckets[-1], e.sampler, (score, None), columns
+  length, reads = e.data.buckets[-1], reads_reference(e.evaluation.metrics)
+  shape = EvaluationShape(
+    e.num_prompts, length, e.sampler, reference=reads is not None
   )
+  if not e.rewards.device:
+    return shape
+  score = device_rewards.make_device_scorer(e.rewards.device)
+  _, columns = e.data.batch([e.data.records[0]], length)
+  return shape._replace(device_score=(score, None), columns=columns)
 
 
 def run_evaluation(
@@ -40,6 +43,7 @@ def run_evaluation(
   device: Callable | None,
   step: int = 0,
   mismatch: Callable | None = None,
+  reference: Callable | None = None,
 ):
   """Runs an evaluation by any sampler: (metrics, rows).
 
@@ -47,7 +51,7 @@ def run_evaluation(
     sample: (key, Prompts) -> Rollout.
     device: scorer of its rewards on the device, compiled; None without any.
     step: updates that the policy has had.
-    mismatch: see evaluate_held_out.
+    mismatch, reference: see evaluate_held_out.
   """
   key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
   return evaluate_held_out(
@@ -60,6 +64,7 @@ def run_evaluation(
     e.evaluation.metrics,
     e.evaluation.name,
     mismatch,
+    reference if reads_reference(e.evaluation.metrics) else None,
   )
 
 
@@ -77,8 +82,11 @@ def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
   name = e.evaluation.name
   sample = functools.partial(programs.evaluations[name], state)
   device = programs.evaluation_scores.get(name)
-  mismatch = functools.partial(programs.mismatch, state)
-  return run_evaluation(setup, e, sample, device, step, mismatch)
+  mismatch, reference = (
+    f and functools.partial(f, state)
+    for f in (programs.mismatch, programs.reference_logp)
+  )
+  return run_evaluation(setup, e, sample, device, step, mismatch, reference)
 
 
 def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import data, distribution, rewards, sharding
+from jaxrl_tok.evaluation import reads_reference
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.report.logger import Logger
@@ -259,12 +260,29 @@ def check_evaluation(e: Evaluation, taken, steps_per_call: int) -> None:
       raise ValueError(message)
 
 
+def check_reference(evaluations: list, settings: Settings, algorithm) -> None:
+  """Refuses a metric that reads the reference where none is kept."""
+  kept = settings.algorithm.log_kl or algorithm.kl is not None
+  if kept or models.lora_config(settings) is not None:
+    return
+  for e in evaluations:
+    if name := reads_reference(e.evaluation.metrics):
+      raise ValueError(
+        f'the metric {name} reads log-probs under the starting policy, which '
+        '--no_log_kl does not keep; leave out --no_log_kl, or the metric'
+      )
+
+
 def make_evaluations(
   task: Task, settings: Settings, model, held_out, config: ProgramConfig, mesh
 ) -> list[EvalSetup]:
   """Prepares the task's held-out evaluation, then its other evaluations."""
   own = Evaluation(
-    'held_out', held_out, task.eval_rewards, metrics=task.metrics
+    'held_out',
+    held_out,
+    task.eval_rewards,
+    greedy=task.greedy,
+    metrics=task.metrics,
   )
   columns = renames(settings)
   shards, names, found = sharding.row_shards(mesh), set(), []
@@ -339,6 +357,7 @@ def prepare(
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )
+  check_reference(evaluations, settings, algorithm)
   check_chat_used(chat, [train, *(e.data for e in evaluations)])
   P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
   models.check_context(model, P, T)

@@ -20,6 +20,7 @@ from jaxrl_tok.run.inputs import chat_of, renames
 from jaxrl_tok.run.prepare import Setup, make_evaluations
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.reference import make_reference_logp
 
 
 class Result:
@@ -68,6 +69,12 @@ class Result:
   @functools.cache  # noqa: B019  a program for each kind of sampling
   def _sampler(self, config: SamplerConfig):
     return jax.jit(make_sampler(self._setup.policy, config))
+
+  @functools.cached_property
+  def _reference_logp(self):
+    measure = jax.jit(make_reference_logp(self._setup.policy, None))
+    params, rule = self.state.reference_params, self._setup.rule
+    return lambda rollout: measure(params, rollout, rule)
 
   def generate(
     self, prompts: Sequence, greedy: bool = True, seed: int = 0
@@ -123,7 +130,9 @@ class Result:
         def sample(key, prompts, draw=draw):
           return draw(self.params, key, prompts, s.rule)
 
-        metrics, _ = run_evaluation(s, e, sample, jit_scorer(e))
+        metrics, _ = run_evaluation(
+          s, e, sample, jit_scorer(e), reference=self._reference_logp
+        )
         found |= metrics
     return found
 

@@ -32,7 +32,9 @@ class Evaluation:
   """Takes the most likely tokens; False: samples as in training."""
   metrics: Sequence[Callable] = ()
   """Functions of all completions, never optimised:
-  metric(prompts, completions, **columns) -> float | {name: float}."""
+  metric(prompts, completions, **columns) -> float | {name: float}. One that
+  names ref_logps gets, for each completion, the list of its tokens' log-probs
+  under the reference, the starting policy (rewards.perplexity)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Task:
   """Rewards of the held-out evaluation; None: those of training."""
   metrics: Sequence[Callable] = ()
   """Metrics of the held-out evaluation, see Evaluation."""
+  greedy: bool = True
+  """Takes the most likely tokens in the held-out evaluation; False: samples as
+  in training."""
   answers: str | None = None
   """Column of right answers: where no model is given, a new policy learns them
   by supervision first; @on_device rewards read its tokens."""

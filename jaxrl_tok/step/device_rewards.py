@@ -57,6 +57,14 @@ def digit_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
   return right / masked.count(answer_mask, axis=1)[:, None]
 
 
+@on_device
+def ends(rollout: Rollout, min_tokens: int = 0) -> jax.Array:
+  """End by itself: 1 where the policy ended the completion, with an end token
+  or a stop text, after min_tokens tokens or more; 0 where it was cut."""
+  long = masked.count(rollout.mask, axis=1) >= min_tokens
+  return (rollout.ended & long).astype(jnp.float32)
+
+
 def reward_model(model: Policy) -> Callable:
   """Returns reward(params, Rollout) -> float32 [B, T], pure: the score that a
   classifier of one label gives prompt and completion, on the last chosen token.

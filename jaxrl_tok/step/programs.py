@@ -14,16 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok import masked
-from jaxrl_tok.credit import losses
 from jaxrl_tok.data import PromptSet, batch_at
-from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
 from jaxrl_tok.step import memory
 from jaxrl_tok.step.compile import QUICKLY, Job, compile_all
 from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
 from jaxrl_tok.step.mismatch import make_mismatch
+from jaxrl_tok.step.reference import make_reference_kl, make_reference_logp
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
 from jaxrl_tok.types import (
   Algorithm,
@@ -96,6 +94,7 @@ class EvaluationShape(NamedTuple):
   # (function of make_device_scorer, its params); None: host rewards alone
   device_score: tuple | None = None
   columns: dict = {}  # noqa: RUF012  arrays [n, ...] that those rewards read
+  reference: bool = False  # log-probs under the reference are measured
 
 
 class Programs(NamedTuple):
@@ -109,6 +108,8 @@ class Programs(NamedTuple):
   evaluation_scores: dict  # {name: (Rollout, columns) -> (rewards, applies)}
   mismatch: Callable  # (state, an evaluation's Rollout) -> {name: float32 []}
   reference_kl: Callable | None  # (state, Rollout) -> nats a token
+  # (state, an evaluation's Rollout) -> float32 [B, T]; None: of no evaluation
+  reference_logp: Callable | None
 
 
 def completion_lengths(T: int, count: int) -> list[int]:
@@ -166,21 +167,6 @@ def make_sampling(policy: Policy, config: SamplerConfig) -> Callable:
     return sample(policy.merge_params(*policy_params), *args)
 
   return run
-
-
-def make_reference_kl(policy: Policy, logits_chunk: int | None) -> Callable:
-  """Returns reference_kl(reference_params, Rollout, rule) -> KL of the newest
-  rows' policy to the reference, the mean k3 in nats a token."""
-
-  def reference_kl(reference_params, rollout: Rollout, rule: SamplingRule):
-    reference = policy.merge_params(*reference_params)
-    ref = evaluate(policy, reference, rollout, rule, logits_chunk)
-    newest = rollout.version == rollout.version.max()  # replayed rows are older
-    mask = rollout.mask & newest[:, None]
-    d = masked.fill(rollout.logp - ref.logp, mask)
-    return masked.mean(losses.k3(d), mask)
-
-  return reference_kl
 
 
 class _Run(NamedTuple):
@@ -301,6 +287,15 @@ def reference_kl_job(run: _Run, rollout: Rollout) -> dict:
   return {('reference_kl', rollout.prompts.tokens.shape[1]): Job([job], args)}
 
 
+def reference_logp_job(run: _Run, rollout: Rollout) -> dict:
+  """Job {name: Job} of log-probs under the reference, for an evaluation."""
+  measure = make_reference_logp(run.networks.policy, run.config.logits_chunk)
+  job = jax.jit(measure, out_shardings=run.shapes.rows)
+  rollout = mismatch_inputs(rollout)
+  args = run.state.reference_params, rollout, run.networks.rule
+  return {('reference_logp', *rollout_size(rollout)): Job([job], args)}
+
+
 def update_jobs(run: _Run, P: int) -> dict:
   """Jobs {name: Job} of updates by batches whose prompts are of length P."""
   n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
@@ -381,6 +376,8 @@ def compile_programs(
       e.num_prompts, e.prompt_length, e.sampler
     )
     jobs |= mismatch_job(run, rollout)
+    if e.reference:
+      jobs |= reference_logp_job(run, rollout)
     if e.device_score is not None:
       score, params = e.device_score
       columns = {k: shapes.like(v, e.num_prompts) for k, v in e.columns.items()}
@@ -445,6 +442,12 @@ def bind(
     measure = measures[(rollout.prompts.tokens.shape[1],)]
     return measure(state.reference_params, rollout, n.rule)
 
+  logps = by_name('reference_logp')
+
+  def reference_logp(state: TrainState, rollout: Rollout):
+    measure = logps[rollout_size(rollout)]
+    return measure(state.reference_params, mismatch_inputs(rollout), n.rule)
+
   evaluations = {
     name: evaluation(f) for (name,), f in by_name('evaluation').items()
   }
@@ -465,6 +468,7 @@ def bind(
     evaluation_scores,
     mismatch,
     reference_kl if measures else None,
+    reference_logp if logps else None,
   )
 
 

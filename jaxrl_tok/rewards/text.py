@@ -1,0 +1,90 @@
+"""Rewards and metrics of plain text, for any task that writes prose.
+
+  sentiment()       reward: VADER's compound score, sad -1 to happy 1
+  no_repetition     reward: share of word pairs that are not said again
+  distinct          metric: distinct 1-, 2-, 3-grams over all completions
+  perplexity        metric: under the starting policy
+
+A word is a run of letters, digits and apostrophes, in lower case.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from jaxrl_tok.rewards.adapters import get_text
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def words_of(text: str) -> list[str]:
+  """Words of a text, in lower case."""
+  return WORD.findall(text.lower())
+
+
+def ngrams(words: Sequence, n: int) -> list[tuple]:
+  """Runs of n words, each of words[i:i + n]."""
+  return list(zip(*(words[i:] for i in range(n))))
+
+
+def sentiment() -> Callable:
+  """Reward: VADER's compound score of a completion, -1 (sad) to 1 (happy).
+
+    s / sqrt(s^2 + 15),  s the sum of the words' valences
+
+  A lexicon and rules, offline; Hutto and Gilbert, ICWSM 2014. The package is
+  vaderSentiment, in the extra [rewards]. Raises ValueError where it is missing.
+  """
+  try:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+  except ImportError:
+    raise ValueError(
+      "vaderSentiment is not installed; run pip install -e '.[rewards]'"
+    ) from None
+  score = SentimentIntensityAnalyzer().polarity_scores
+
+  def sentiment(completions, **columns) -> list[float]:
+    return [score(get_text(c))['compound'] for c in completions]
+
+  return sentiment
+
+
+def no_repetition(completions, **columns) -> list[float]:
+  """Reward: share of a completion's word pairs that it says for the first time,
+  0 to 1; 1 for a single word, 0 for none.
+
+  # 'so happy and so happy': 3 of 4 pairs are new -> 0.75
+  """
+  found = []
+  for completion in completions:
+    words = words_of(get_text(completion))
+    pairs = ngrams(words, 2)
+    found.append(len(set(pairs)) / len(pairs) if pairs else float(len(words)))
+  return found
+
+
+def distinct(completions, **columns) -> dict[str, float]:
+  """Metric: share of the n-grams of all completions together that are
+  different, distinct_1, distinct_2, distinct_3; arXiv:1510.03055.
+
+  It falls where completions become alike, though none repeats itself. Compare
+  it between equal numbers of completions only.
+  """
+  texts = [words_of(get_text(c)) for c in completions]
+  found = {}
+  for n in (1, 2, 3):
+    grams = list(itertools.chain(*(ngrams(words, n) for words in texts)))
+    found[f'distinct_{n}'] = len(set(grams)) / max(len(grams), 1)
+  return found
+
+
+def perplexity(ref_logps, **columns) -> float:
+  """Metric: perplexity of the completions under the starting policy, exp of the
+  mean negative log-prob of their tokens, at the sampling temperature.
+
+  Text that the pretrained model finds strange is high; text that it would
+  repeat for ever is low: a policy that hacks its reward may move it either way.
+  """
+  logps = list(itertools.chain(*ref_logps))
+  return math.exp(-math.fsum(logps) / max(len(logps), 1))
