@@ -255,6 +255,7 @@ def logits(net: Network, params, hidden):
     found = found * c.logit_scale
   if c.logit_bias:
     bias = params['logit_bias']['bias'].astype(jnp.float32)
+    bias = jnp.expand_dims(bias, range(hidden.ndim - 1))
     found = found + jax.lax.stop_gradient(bias)
   return found
 
