@@ -6,13 +6,15 @@
   sources     files, the hub, data sets, lists, functions -> records
   held_out    training and held-out records
   tokenizers  text <-> ids
-  prompts     records -> batches of a few lengths
+  buckets     the few lengths of batches
+  prompts     records -> batches of those lengths
   words       tokens -> the bytes that they add to decoded text
   stops       stop texts -> an automaton over tokens
 
 Nothing here imports jax, transformers or datasets before it is used.
 """
 
+from jaxrl_tok.data.buckets import choose_buckets
 from jaxrl_tok.data.chat import ROLES, Chat
 from jaxrl_tok.data.held_out import Split, split
 from jaxrl_tok.data.order import record_index, record_indices
@@ -20,7 +22,6 @@ from jaxrl_tok.data.prompts import (
   LONG_PROMPTS,
   PromptSet,
   batch_at,
-  choose_buckets,
   prompt_set,
 )
 from jaxrl_tok.data.records import (

@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxrl_tok.data.buckets import choose_buckets, last_endless
 from jaxrl_tok.data.chat import Chat, check_chat, tools_of
 from jaxrl_tok.data.order import ATTEMPTS, record_indices, redrawn_index
 from jaxrl_tok.data.records import CHUNK, MESSAGES, Records, select
 from jaxrl_tok.data.sources import open_records
-from jaxrl_tok.data.tokenizers import bytes_bound, encode_prompts, largest_id
+from jaxrl_tok.data.tokenizers import (
+  added_ids,
+  bytes_bound,
+  encode_prompts,
+  largest_id,
+)
 
 if TYPE_CHECKING:
   from jaxrl_tok.types import Prompts
@@ -28,13 +34,6 @@ SAMPLE = 2048  # records that stand for the others, where there are more
 KEPT_IDS = 2**22  # ids that are kept, not made anew for each batch
 NO_LIMIT = 2**31 - 1
 MAX_TABLE = 2**31  # bytes
-MAX_BUCKETS = 3
-# a further bucket is a further program: it must save this much of the mean P
-SAVED_SHARE, SAVED_TOKENS = 0.1, 8
-# probabilities that a batch fits, at which a bucket may end
-LEVELS = np.concatenate(
-  [np.linspace(0.02, 0.98, 49), 1 - np.logspace(-2, -7, 16), [1.0]]
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +49,9 @@ class PromptSet:
   column_shapes: dict  # {name: (shape of one record's, dtype)}
   ids: list | None  # of all records, int32 each, where they are few
   name: str
+  # ids at a prompt's start and end that a cut leaves: those that the tokenizer
+  # puts around a text for an encoder
+  frame: tuple[list, list] = ([], [])
 
   @property
   def num_records(self) -> int | None:
@@ -104,6 +106,7 @@ def prompt_set(
   name: str = 'training prompt',
   num_prompts: int = 64,
   chat: Chat = Chat(),  # noqa: B008  a record
+  whole: bool = False,
 ) -> PromptSet:
   """Prompts of records, measured; every fault of a finite set is found here.
 
@@ -116,12 +119,14 @@ def prompt_set(
     name: of a prompt in errors.
     num_prompts: of a batch, by which buckets are chosen.
     chat: of prompts that are messages.
+    whole: as encode_prompts has it: an encoder reads the prompts.
   """
-  check_limit(max_prompt_length, long_prompts)
+  frame = added_ids(tokenizer) if whole else ([], [])
+  check_limit(max_prompt_length, long_prompts, sum(map(len, frame)))
   limit = max_prompt_length or NO_LIMIT
   records = open_records(records)
-  encode = make_encode(tokenizer, vocab_size, name, chat)
-  bound = bound_tokens(records, tokenizer, vocab_size)
+  encode = make_encode(tokenizer, vocab_size, name, chat, whole)
+  bound = bound_tokens(records, tokenizer, vocab_size, whole)
   length, weight, rows = measure(records, encode, bound, limit)
   longest, long = int(length.max()), np.flatnonzero(length > limit)
   if len(long) and long_prompts == 'error':
@@ -150,13 +155,14 @@ def prompt_set(
     counts=counts,
     columns=columns,
     column_shapes=shapes_of(columns, records),
-    ids=rows and [shorten(row, limit, long_prompts) for row in rows],
+    ids=rows and [shorten(row, limit, long_prompts, frame) for row in rows],
     name=name,
+    frame=frame,
   )
 
 
-def check_limit(limit: int | None, long_prompts: str) -> None:
-  """Refuses choices that say nothing."""
+def check_limit(limit: int | None, long_prompts: str, added: int = 0) -> None:
+  """Refuses choices that say nothing. added: tokens around every text."""
   if long_prompts not in LONG_PROMPTS:
     raise ValueError(
       f'long_prompts {long_prompts!r} is not one of {", ".join(LONG_PROMPTS)}'
@@ -167,6 +173,11 @@ def check_limit(limit: int | None, long_prompts: str) -> None:
     )
   if limit is not None and limit < 1:
     raise ValueError(f'--max_prompt_length {limit} must be 1 or more')
+  if limit is not None and limit <= added and long_prompts.startswith('cut'):
+    raise ValueError(
+      f'--max_prompt_length {limit} holds no more than the {added} tokens that '
+      f'the tokenizer puts around a text; pass {added + 1} or more'
+    )
 
 
 def kept(length: np.ndarray, limit: int, name: str) -> np.ndarray:
@@ -180,14 +191,6 @@ def kept(length: np.ndarray, limit: int, name: str) -> np.ndarray:
   return keep
 
 
-def last_endless(length: np.ndarray, limit: int | None) -> int | None:
-  """Last bucket of endless records: the limit, else twice the longest of the
-  sample. A length that one in a hundred shares is taken for the longest."""
-  if limit is not None or np.mean(length == length.max()) > 0.01:
-    return limit
-  return 2 * int(length.max())
-
-
 # --- lengths -----------------------------------------------------------------
 
 
@@ -196,6 +199,7 @@ def make_encode(
   vocab_size: int,
   name: str,
   chat: Chat = Chat(),  # noqa: B008  a record
+  whole: bool = False,
 ) -> Callable:
   """Returns encode(records, where) -> ids of each: none is empty, and the
   model has a row for every id."""
@@ -206,7 +210,7 @@ def make_encode(
   def encode(examples, where: Callable) -> list[list[int]]:
     prompts = [e['prompt'] for e in examples]
     tools = [read_tools(e, where, i) for i, e in enumerate(examples)]
-    rows = encode_prompts(tokenizer, prompts, where, chat, tools)
+    rows = encode_prompts(tokenizer, prompts, where, chat, tools, whole)
     for i, row in enumerate(rows):
       if not row:
         raise ValueError(
@@ -240,20 +244,28 @@ def too_long(where: str, name: str, length, limit, longest) -> ValueError:
   )
 
 
-def shorten(row, limit: int, long_prompts: str):
-  """Ids, cut to the limit where that is asked for."""
-  if len(row) <= limit:
+def shorten(row, limit: int, long_prompts: str, frame=([], [])):
+  """Ids, cut to the limit where that is asked for; those of the frame, where
+  the row has them, stay."""
+  if len(row) <= limit or not long_prompts.startswith('cut'):
     return row
-  cut = {'cut_left': row[-limit:], 'cut_right': row[:limit]}
-  return cut.get(long_prompts, row)
+  start, end = (len(ids) for ids in frame)
+  last = len(row) - end
+  framed = [list(row[:start]), list(row[last:])] == list(map(list, frame))
+  if not framed:  # messages
+    start, last = 0, len(row)
+  room = limit - start - (len(row) - last)
+  text = row[start:last]
+  text = text[-room:] if long_prompts == 'cut_left' else text[:room]
+  return np.concatenate([row[:start], text, row[last:]]).astype(np.int32)
 
 
-def bound_tokens(records: Records, tokenizer, vocab_size: int):
+def bound_tokens(records: Records, tokenizer, vocab_size: int, whole=False):
   """int64 [n]: tokens that a prompt has at most, by its bytes; None where all
   must be tokenised, because nothing is proven or they are few."""
   if records.num_records is None or records.num_records <= MEASURED:
     return None
-  bound = bytes_bound(tokenizer)
+  bound = bytes_bound(tokenizer, whole)
   if bound is None or largest_id(tokenizer) >= vocab_size:
     return None
   factor, constant = bound
@@ -307,56 +319,13 @@ def encoded(records: Records, encode: Callable, numbers: np.ndarray):
     yield some, encode(examples, lambda i, s=some: records.where(int(s[i])))
 
 
-def choose_buckets(
-  length: np.ndarray,
-  weight: np.ndarray,
-  num_prompts: int,
-  last: int | None = None,
-) -> tuple[int, ...]:
-  """Prompt lengths P, ascending, that cost the least on average.
-
-  A batch fits P with probability F(P)^C, F the share of prompts that do, so
-  that C prompts cost sum_k P_k (F(P_k)^C - F(P_k-1)^C). One further bucket
-  must save a tenth, and 8 tokens.
-
-  Args:
-    length, weight: of the prompts; weight 0: not measured.
-    last: the last bucket, where a prompt may be as long; None: the longest.
-  """
-  known = weight > 0
-  ends, place = np.unique(length[known], return_inverse=True)
-  share = np.cumsum(np.bincount(place, weight[known])) / weight[known].sum()
-  fits = share**num_prompts
-  keep = np.unique(np.minimum(np.searchsorted(fits, LEVELS), len(ends) - 1))
-  ends, fits = ends[keep].astype(float), np.minimum(fits[keep], 1.0)
-  if last is not None and last > ends[-1]:  # rare, so far
-    ends = np.append(ends, last)
-    fits = np.append(fits * (1 - 1e-9), 1.0)
-  chosen, cost = [len(ends) - 1], ends[-1]
-  while len(chosen) < MAX_BUCKETS and len(chosen) < len(ends):
-    trials = {
-      mean_bucket(ends, fits, sorted({*chosen, i})): i
-      for i in range(len(ends) - 1)
-    }
-    best = min(trials)
-    if cost - best < max(SAVED_SHARE * cost, SAVED_TOKENS):
-      break
-    chosen, cost = [*chosen, trials[best]], best
-  return tuple(int(ends[i]) for i in sorted(chosen))
-
-
-def mean_bucket(ends: np.ndarray, fits: np.ndarray, chosen: list) -> float:
-  """Mean P of a batch, with these buckets."""
-  return float(np.sum(ends[chosen] * np.diff(fits[chosen], prepend=0.0)))
-
-
 # --- batches -----------------------------------------------------------------
 
 
 def fit(data: PromptSet, rows: list, where: Callable) -> list:
   """Ids that the last bucket holds: cut where that is asked for."""
   P = data.buckets[-1]
-  rows = [shorten(row, P, data.long_prompts) for row in rows]
+  rows = [shorten(row, P, data.long_prompts, data.frame) for row in rows]
   for i, row in enumerate(rows):
     if len(row) > P:
       raise too_long(where(i), data.name, len(row), P, len(row))

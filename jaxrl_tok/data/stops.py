@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxrl_tok.data.tokenizers import decode_all, encode_texts
+from jaxrl_tok.data.tokenizers import decode_all, written_ids
 from jaxrl_tok.data.words import (
   BYTE,
   LOST,
@@ -222,7 +222,7 @@ def check_special(tokenizer, stops: Sequence[str]) -> None:
 
 def check_reached(tokenizer, decode: Callable, stops, words: Words) -> None:
   """Refuses a stop text that no tokens are decoded to."""
-  texts = decode(encode_texts(tokenizer, list(stops), False))
+  texts = decode(written_ids(tokenizer, stops))
   for stop, text in zip(stops, texts):
     if stop not in text and not reaches_end(automaton([stop], words)[1]):
       raise ValueError(
@@ -242,7 +242,7 @@ def random_ids(tokenizer, stops, kind: np.ndarray) -> list:
   for n in range(PROBES):
     row = rng.choice(pools[n % len(pools)], PROBE_LENGTH).tolist()
     rows.append(row[: rng.integers(1, PROBE_LENGTH + 1)])
-  read = encode_texts(tokenizer, list(stops), False)
+  read = written_ids(tokenizer, stops)
   rows += [[*row[:n], *ids] for ids in read for n, row in enumerate(rows[:4])]
   return [[i for i in row if i < V] for row in rows]
 

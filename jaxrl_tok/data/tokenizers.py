@@ -71,9 +71,22 @@ def encode_texts(
   return [encoding.ids for encoding in found]
 
 
+def written_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+  """Ids of many texts as a policy writes them: no token is put before or after.
+
+  A tokenizer of two languages (Marian's) reads them by that of completions.
+  """
+  if hasattr(tokenizer, 'spm_target'):
+    return [
+      tokenizer(text_target=text, add_special_tokens=False)['input_ids']
+      for text in texts
+    ]
+  return encode_texts(tokenizer, list(texts))
+
+
 def text_ids(tokenizer, text: str) -> list[int]:
-  """Ids of one text as it stands: no token is put before or after."""
-  return encode_texts(tokenizer, [text])[0]
+  """Ids of one text as a policy writes it."""
+  return written_ids(tokenizer, [text])[0]
 
 
 def added_ids(tokenizer) -> tuple[list[int], list[int]]:
@@ -110,6 +123,7 @@ def encode_prompts(
   where: Callable[[int], str] = str,
   chat: Chat = Chat(),  # noqa: B008  a record
   tools: Sequence | None = None,
+  whole: bool = False,
 ) -> list[list[int]]:
   """Ids of many prompts, for a policy to continue.
 
@@ -121,6 +135,8 @@ def encode_prompts(
     where: names a prompt by its place, for errors.
     chat: of all messages.
     tools: of each prompt that is messages, or None.
+    whole: keeps all that the tokenizer puts around a text, as the encoder of an
+      encoder-decoder reads it: T5's </s>, the language of mBART.
 
   Raises ValueError where the template refuses a prompt.
   """
@@ -132,7 +148,7 @@ def encode_prompts(
     except ValueError as e:
       raise ValueError(f'{where(i)}: {e}') from None
     texts.append(prompt)
-  start, end = added_ids(tokenizer)
+  start, end = ([], []) if whole else added_ids(tokenizer)
   plain = [isinstance(prompt, str) for prompt in prompts]
   rows = {
     special: iter(
@@ -162,9 +178,9 @@ def answer_ids(tokenizer, answer, ends: Sequence[int]) -> list[int]:
   return found if found and found[-1] in ends else [*found, ends[0]]
 
 
-def bytes_bound(tokenizer) -> tuple[int, int] | None:
+def bytes_bound(tokenizer, whole: bool = False) -> tuple[int, int] | None:
   """(factor, constant): a text of n > 0 bytes has 1 to factor * n + constant
-  tokens. None: not proven for this tokenizer.
+  tokens. None: not proven for this tokenizer. whole: as encode_prompts has it.
 
   Byte-level BPE covers every byte of the normalised text by one token, and no
   token is of less than a byte. NFC makes UTF-8 at most three times as long.
@@ -189,7 +205,8 @@ def bytes_bound(tokenizer) -> tuple[int, int] | None:
     or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(backend.get_vocab())
   ):
     return None
-  return factor, len(added_ids(tokenizer)[0])
+  start, end = added_ids(tokenizer)
+  return factor, len(start) + len(end) * whole
 
 
 def keeps_bytes(splitter) -> bool:
