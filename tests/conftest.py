@@ -58,6 +58,7 @@ CONFIG = TransformerConfig(
 )
 PAD, END, OTHER_END = 0, 10, 9
 GOLDEN = Path(__file__).parent / 'golden/families'  # directories torch made
+SEQ2SEQ = GOLDEN.with_name('seq2seq')  # and encoder-decoders
 ONE, FOUR = 'data=1', 'data=1,fsdp=2,tensor=2'  # meshes for train_fixture
 
 

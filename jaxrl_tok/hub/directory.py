@@ -20,6 +20,7 @@ import jinja2
 
 from jaxrl_tok.hub import families, fetch, gguf
 from jaxrl_tok.hub.model import Model
+from jaxrl_tok.hub.seq2seq_families import with_generation
 from jaxrl_tok.hub.tokenizer import (
   GENERATION,
   listed,
@@ -82,7 +83,8 @@ def open_model(
     )
   hf_config = read_json(directory / 'config.json')
   try:
-    config = families.read_config(hf_config)
+    generation = read_if_there(directory / GENERATION)
+    config = families.read_config(with_generation(hf_config, generation))
     tokenizer, notes = read_tokenizer(directory, config.vocab_size)
     ends, pad = special_tokens(
       directory, hf_config, tokenizer, config.vocab_size

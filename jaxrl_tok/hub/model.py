@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl_tok.hub import families
 from jaxrl_tok.hub.layout import ParamMapping
+from jaxrl_tok.models.encoder_decoder_config import EncoderDecoderConfig
 from jaxrl_tok.types import Policy
 
 
@@ -50,6 +51,12 @@ class Model(NamedTuple):
   def is_classifier(self) -> bool:
     """Tells a model that scores text (a reward model) from one that writes."""
     return not self.config.lm_head
+
+  @property
+  def is_encoder_decoder(self) -> bool:
+    """Tells a model whose encoder reads the prompt, with all that the tokenizer
+    puts around it, and whose decoder writes from its start tokens on."""
+    return isinstance(self.config, EncoderDecoderConfig)
 
   @property
   def param_mappings(self) -> list[ParamMapping]:

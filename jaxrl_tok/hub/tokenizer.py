@@ -8,12 +8,15 @@
 """
 
 import codecs
+import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxrl_tok.data.tokenizers import added_ids, rust_backend
+from jaxrl_tok.hub.tokenizer_language import use_source_language
 from jaxrl_tok.hub.tokenizer_settings import (
   SETTINGS,
   chat_templates,
@@ -28,7 +31,15 @@ os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 FILE = 'tokenizer.json'
 GENERATION = 'generation_config.json'
 GENERIC = 'PreTrainedTokenizerFast'
-VOCABULARIES = FILE, 'tokenizer.model', 'vocab.json', 'vocab.txt'
+# vocabularies that the package sentencepiece reads; two of them are Marian's
+SENTENCEPIECE = 'source.spm', 'spiece.model', 'sentencepiece.bpe.model'
+VOCABULARIES = (
+  FILE,
+  'tokenizer.model',
+  'vocab.json',
+  'vocab.txt',
+  *SENTENCEPIECE,
+)
 # texts that tell tokenizers apart: digits, spaces, signs, accents (composed and
 # not), scripts, emoji, code
 PROBES = (
@@ -191,6 +202,7 @@ def from_file(directory: Path):
     backend.model.dropout = None  # ids that are the same every time
   known = backend.token_to_id
   settings = read_settings(directory)
+  use_source_language(backend, settings)
   check_added(directory, settings, known)
   named, notes = named_tokens(settings, known)
   # made around an empty tokenizer, which its constructor adds tokens to; the
@@ -222,13 +234,28 @@ def from_vocabulary(directory: Path):
 
   read_settings(directory)  # refused here, in one line
   chat_templates(directory, {})
-  tokenizer = attempt(
-    AutoTokenizer.from_pretrained,
-    directory,
-    local_files_only=True,
-    trust_remote_code=False,
-  )
+  check_sentencepiece(directory)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Recommended: pip install sacremoses')
+    tokenizer = attempt(
+      AutoTokenizer.from_pretrained,
+      directory,
+      local_files_only=True,
+      trust_remote_code=False,
+    )
   return tokenizer, ()
+
+
+def check_sentencepiece(directory: Path) -> None:
+  """Refuses a vocabulary that sentencepiece reads where that is missing."""
+  found = [name for name in SENTENCEPIECE if (directory / name).is_file()]
+  if (directory / FILE).is_file() or not found:
+    return
+  if importlib.util.find_spec('sentencepiece') is None:
+    raise ValueError(
+      f'{found[0]} is read by the package sentencepiece, which is not there; '
+      'pip install sentencepiece'
+    )
 
 
 def read_tokenizer(directory: Path, vocab_size: int) -> tuple:
@@ -338,6 +365,7 @@ def auto_difference(directory: Path) -> str | None:
   backend = Tokenizer.from_file(str(directory / FILE))
   backend.no_truncation()
   backend.no_padding()
+  use_source_language(backend, read_settings(directory))
   try:
     auto, _ = from_vocabulary(directory)
     return first_difference(backend, lambda text: auto(text)['input_ids'])

@@ -88,6 +88,7 @@ FIELDS = {
     'an object, {"id": {"content": text}}',
   ),
   'model_max_length': (is_number, 'a number'),
+  'src_lang': (lambda value: isinstance(value, str), 'a text'),
   'chat_template': (
     is_template,
     'a text or a list of {"name": text, "template": text}',

@@ -196,4 +196,5 @@ def prompt_set(
     name=name,
     num_prompts=settings.sampling.num_prompts,
     chat=chat_of(settings),
+    whole=model.is_encoder_decoder,
   )

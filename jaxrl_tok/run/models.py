@@ -44,6 +44,10 @@ class OwnModel(NamedTuple):
   def is_classifier(self) -> bool:
     return False
 
+  @property
+  def is_encoder_decoder(self) -> bool:
+    return False
+
 
 def own_model(policy: Policy, tokenizer) -> OwnModel:
   """Makes an OwnModel. Raises ValueError for a tokenizer with more ids than the
@@ -184,6 +188,12 @@ def make_reward_model(settings: Settings, policy: Model) -> Model | None:
       f'--reward_model {model.origin} is no classifier '
       '(...ForSequenceClassification of one label)'
     )
+  if policy.is_encoder_decoder:
+    raise ValueError(
+      f'--reward_model {model.origin} reads a prompt and its completion as one '
+      f'text, which those of {policy.origin}, an encoder-decoder, are not; '
+      'give the task a reward function'
+    )
   if model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
     raise ValueError(
       f'--reward_model {model.origin} has another tokenizer than the policy, '
@@ -193,13 +203,34 @@ def make_reward_model(settings: Settings, policy: Model) -> Model | None:
 
 
 def check_context(model, P: int, T: int) -> None:
-  """Refuses prompts and completions that do not fit the model's context."""
+  """Refuses prompts and completions that do not fit the model's context; each
+  side of an encoder-decoder has its own."""
+  if model.is_encoder_decoder:
+    check_positions(model.config, P, T)
+    return
   if model.max_length is not None and model.max_length < P + T:
     raise ValueError(
       f'prompts of {P} and completions of {T} tokens are more than the '
       f'context of {model.max_length}; pass a smaller '
       '--max_completion_length or shorter prompts'
     )
+
+
+def check_positions(config, P: int, T: int) -> None:
+  """Refuses prompts and completions that an encoder-decoder has no positions
+  for."""
+  positions = config.num_positions
+  if positions is None:
+    return
+  for name, wanted, most, more in (
+    ('prompt', P, positions, ' --long_prompts cut_right'),
+    ('completion', T, positions - len(config.start_tokens), ''),
+  ):
+    if wanted > most:
+      raise ValueError(
+        f'{name}s of {wanted} tokens are more than the {most} that the model '
+        f'has positions for; pass --max_{name}_length {most}{more}'
+      )
 
 
 def forbidden_tokens(model) -> np.ndarray | None:

@@ -91,6 +91,7 @@ class Result:
       s.model.vocab_size,
       name='prompt',
       chat=chat_of(s.settings),
+      whole=s.model.is_encoder_decoder,
     )
     shards = sharding.row_shards(s.mesh)
     more = -len(records) % shards
