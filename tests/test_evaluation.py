@@ -14,6 +14,7 @@ from jaxrl_tok.evaluation import (
   credit_rows,
   due,
   evaluate_held_out,
+  reads_reference,
 )
 from jaxrl_tok.step.collectors import Batch, TokenCounts
 from jaxrl_tok.step.device_steps import StepBatch
@@ -62,6 +63,44 @@ def test_rewards_on_the_device_read_their_columns():
   for number, (both, host) in enumerate(zip(rows, alone)):
     target = (number // G) % 2 == 0
     assert both['reward'] == (host['reward'] or 0) + 0.5 * target
+
+
+def test_several_rewards_have_a_mean_and_a_component_each():
+  metrics, rows = evaluated(BOTH._replace(device=device))
+  parts = [row['components'] for row in rows]
+  weights = BOTH.weights
+  for row, part in zip(rows, parts):
+    both = sum(weights[name] * value for name, value in part.items())
+    assert row['reward'] == pytest.approx(both)
+  names = {name for part in parts for name in part}
+  assert len(names) == 2
+  for name in names:
+    values = [part[name] for part in parts if name in part]
+    found = metrics[f'eval/rewards/{name}/mean']
+    assert found == pytest.approx(np.mean(values))
+  assert min(map(len, parts)) == 1  # the host's does not apply to prompt 7
+  alone, rows = evaluated(SCORER)
+  assert not [name for name in alone if 'rewards/' in name]
+  assert 'components' not in rows[0]
+
+
+def test_log_probs_under_the_reference_are_of_chosen_tokens():
+  seen = []
+
+  def spy(ref_logps, completions):
+    assert len(ref_logps) == len(completions) == N * G
+    seen.extend(map(len, ref_logps))
+    return float(np.mean(np.concatenate(ref_logps)))
+
+  def halved(rollout):
+    return jnp.where(rollout.mask, -0.5, 9.0)
+
+  metrics, _ = evaluated(SCORER, metrics=(spy,), reference=halved)
+  assert metrics['eval/spy'] == -0.5
+  assert np.mean(seen) == pytest.approx(metrics['eval/mean_length'])
+  assert set(seen) == {T - 1, T}
+  assert reads_reference([spy]) == 'spy'
+  assert reads_reference([lambda completions, **columns: 0]) is None
 
 
 def test_corpus_metrics_see_all_completions():

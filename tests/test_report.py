@@ -475,6 +475,21 @@ def test_components_of_the_reward_are_named(tmp_path):
   assert figures.panels(alone) == []  # it is the reward
 
 
+def test_evaluations_have_panels_for_each_reward_and_metric():
+  found = {'eval/rewards/a/b/mean': 1.0, 'eval/hard/rewards/c/mean': 2.0}
+  found |= {'eval/reward': 3.0, 'eval/ref_kl': 4.0}
+  rows = [{'phase': 'eval', 'step': k, **found} for k in range(3)]
+  rows += [train_row(k, 1.0, kl=0.1, grad_norm=1.0) for k in range(3)]
+  shown = [(p['heading'], p['unit']) for p in figures.panels(rows)]
+  assert shown[:3] == [
+    ('a/b', 'held-out, reward, mean'),
+    ('c', 'hard, reward, mean'),
+    ('ref kl', 'held-out'),
+  ]
+  policy = [p['heading'] for p in figures.panels(rows) if p['of_policy']]
+  assert policy == ['a/b', 'c', 'ref kl', 'KL to the reference']
+
+
 def test_a_mismatch_is_one_panel_whatever_is_evaluated():
   names = ('logp_gap_mean', 'kl', 'prob_gap_max')
   found = {f'eval/mismatch/{n}': 0.1 for n in names}

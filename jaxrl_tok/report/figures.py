@@ -95,14 +95,21 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   for name in held_out:
     parts = name.split('/')
     drawn = parts[-1] == 'reward' or 'mismatch' in parts[:-1]  # elsewhere
-    if parts[0] == 'eval' and not drawn:
+    if parts[0] != 'eval' or drawn:
+      continue
+    reward = re.fullmatch('eval/(?:(.+?)/)?rewards/(.+)/mean', name)
+    if reward:
+      unit = f'{reward[1] or HELD_OUT}, reward, mean'
+      found.append(('eval', name, reward[2], unit))
+    else:
       evaluation = '/'.join(parts[1:-1]) or HELD_OUT
       found.append(('eval', name, parts[-1].replace('_', ' '), evaluation))
   return found
 
 
 def panels(metrics: list[dict]) -> list[dict]:
-  """Small pictures of all other metrics: heading, unit, svg."""
+  """Small pictures of all other metrics: heading, unit, svg, and whether they
+  show the policy by its evaluations and its KL, or how training goes."""
   shown = []
   for phase, name, heading, unit in (*more_panels(metrics), *PANELS):
     points = thin(curve(metrics, phase, name), 300)
@@ -112,5 +119,12 @@ def panels(metrics: list[dict]) -> list[dict]:
         f'{heading} by step',
         (300, 150),
       )
-      shown.append({'heading': heading, 'unit': unit, 'svg': Markup(drawn)})
+      shown.append(
+        {
+          'heading': heading,
+          'unit': unit,
+          'svg': Markup(drawn),
+          'of_policy': phase == 'eval' or name == 'kl',
+        }
+      )
   return shown[:MOST_PANELS]
