@@ -148,6 +148,16 @@ def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def log_prob_and_slope(logits: jax.Array, tokens: jax.Array):
+  """Computes the log-prob, and its gradient with respect to the logits,
+  onehot(token) - softmax(logits) [..., V]."""
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+  summed = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  slope = (vocab == tokens[..., None]) - jnp.exp(logits - summed)
+  return (chosen - summed)[..., 0], slope
+
+
 def entropy(logits: jax.Array) -> jax.Array:
   """Computes -sum_v p_v log p_v in nats, as logsumexp - sum_v p_v logit_v.
 

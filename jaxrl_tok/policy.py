@@ -7,6 +7,7 @@ tokens, and the chunks of the vocabulary's logits, are here alone.
 """
 
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -82,33 +83,119 @@ def values(policy: Policy, params, rollout: Rollout) -> jax.Array:
   return policy.value(params, _states(policy, params, rollout))
 
 
-def _stats_of(policy: Policy, params, rule: SamplingRule):
-  """Returns stats(hidden [B, t, D], tokens [B, t], num_kept | None) ->
-  (log-prob, entropy), whose logits are computed again backward."""
+def head_is_frozen(policy: Policy, params, fixed, prompts: Prompts) -> bool:
+  """Tells whether logits read no trained parameter, as under adapters of the
+  blocks; arguments may be ShapeDtypeStructs.
+
+  params, fixed: arguments of Policy.merge_params.
+  """
+
+  def hidden_of(params):
+    return policy.encode(policy.merge_params(params, fixed), prompts).hidden
+
+  def logits(params, hidden):
+    return policy.logits(policy.merge_params(params, fixed), hidden)
+
+  hidden = jax.eval_shape(hidden_of, params)
+  jaxpr = jax.make_jaxpr(logits)(params, hidden).jaxpr
+  read = {id(v) for v in jaxpr.outvars}
+  for equation in reversed(jaxpr.eqns):
+    if any(id(v) in read for v in equation.outvars):
+      read |= {id(v) for v in equation.invars}
+  count = len(jax.tree.leaves(params))
+  return not any(id(v) in read for v in jaxpr.invars[:count])
+
+
+def _shaped_logits(policy: Policy, params, rule: SamplingRule, part):
+  """Logits [B, t, V] of the distribution that is sampled and trained; part:
+  (hidden [B, t, D], tokens [B, t], num_kept [B, t] | None)."""
+  hidden_BxtxD, tokens_Bxt, kept_Bxt = part
+  logits = policy.logits(params, hidden_BxtxD)
+  B, t = tokens_Bxt.shape
+  check_array('policy.logits', logits, float, B=B, t=t, V=policy.vocab_size)
+  logits = distribution.shape_logits(logits, rule)
+  if kept_Bxt is None:
+    return logits
+  order = logits
+  if policy.rank_logits is not None:
+    order = policy.rank_logits(params, hidden_BxtxD)
+    order = distribution.shape_logits(order, rule)
+  keep = distribution.most_likely(order, kept_Bxt, tokens_Bxt)
+  return jnp.where(keep, logits, distribution.NEVER)
+
+
+def _stats_of(policy: Policy, params, rule: SamplingRule) -> Callable:
+  """Returns stats(part) -> (log-prob, entropy), whose logits are computed again
+  backward; part as in _shaped_logits."""
   saved = jax.checkpoint_policies.save_only_these_names(distribution.BORDER)
 
   @functools.partial(jax.checkpoint, policy=saved)
-  def stats(hidden_BxtxD, tokens_Bxt, kept_Bxt):
-    logits = policy.logits(params, hidden_BxtxD)
-    B, t = tokens_Bxt.shape
-    check_array('policy.logits', logits, float, B=B, t=t, V=policy.vocab_size)
-    logits = distribution.shape_logits(logits, rule)
-    if kept_Bxt is not None:
-      order = logits
-      if policy.rank_logits is not None:
-        order = policy.rank_logits(params, hidden_BxtxD)
-        order = distribution.shape_logits(order, rule)
-      keep = distribution.most_likely(order, kept_Bxt, tokens_Bxt)
-      logits = jnp.where(keep, logits, distribution.NEVER)
-    logp = distribution.log_prob(logits, tokens_Bxt)
-    return logp, distribution.entropy(logits)
+  def stats(part):
+    logits = _shaped_logits(policy, params, rule, part)
+    return distribution.log_prob(logits, part[1]), distribution.entropy(logits)
 
   return stats
 
 
-def _in_chunks(stats, chunk: int, hidden, tokens, num_kept):
-  """Calls stats for `chunk` tokens of each row at a time."""
+def _stats_of_frozen(policy: Policy, params, rule: SamplingRule) -> Callable:
+  """Returns stats(part) -> (log-prob, entropy) for a head that is constant.
+
+  Tokens are independent given their hidden states, so the gradient needs no
+  second look at the vocabulary: it is computed beside the log-prob,
+
+    d l / d h = (onehot(token) - softmax(z)) d z / d h,  z the logits of h,
+
+  two products with the head where computing the logits again takes three. An
+  entropy that is trained is computed again.
+  """
+
+  def with_slope(part):
+    hidden, *rest = part
+    logits, pull = jax.vjp(
+      lambda hidden: _shaped_logits(policy, params, rule, (hidden, *rest)),
+      hidden,
+    )
+    logp, slope = distribution.log_prob_and_slope(logits, part[1])
+    return (logp, distribution.entropy(logits)), *pull(slope)
+
+  def entropy(part):
+    return distribution.entropy(_shaped_logits(policy, params, rule, part))
+
+  @jax.custom_vjp
+  def stats(part):
+    logits = _shaped_logits(policy, params, rule, part)
+    return distribution.log_prob(logits, part[1]), distribution.entropy(logits)
+
+  def forward(part):
+    part = jax.tree.map(lambda x: x.value, part)
+    out, slope = with_slope(part)
+    return out, (slope, part)
+
+  def backward(kept, out_bar):
+    (slope, (hidden, *rest)), (logp_bar, entropy_bar) = kept, out_bar
+    found = jnp.zeros_like(hidden)
+    if not is_zero(logp_bar):
+      found = (logp_bar[..., None] * slope).astype(hidden.dtype)
+    if not is_zero(entropy_bar):
+      pull = jax.vjp(lambda hidden: entropy((hidden, *rest)), hidden)[1]
+      found += pull(entropy_bar)[0]
+    return ((found, None, None),)
+
+  stats.defvjp(forward, backward, symbolic_zeros=True)
+  return stats
+
+
+def is_zero(cotangent) -> bool:
+  """Tells a cotangent that is zero by construction."""
+  return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _in_chunks(stats: Callable, chunk: int, part):
+  """Calls stats(part) for `chunk` tokens of each row at a time."""
+  hidden, tokens, num_kept = part
   B, T = tokens.shape
+  if chunk == T:
+    return stats(part)
 
   def split(x, value=0):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
     pad = ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2)
@@ -121,7 +208,7 @@ def _in_chunks(stats, chunk: int, hidden, tokens, num_kept):
     split(tokens),
     None if num_kept is None else split(num_kept, 1),
   )
-  _, found = jax.lax.scan(lambda carry, part: (carry, stats(*part)), (), parts)
+  _, found = jax.lax.scan(lambda carry, part: (carry, stats(part)), (), parts)
   return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in found)
 
 
@@ -131,13 +218,15 @@ def evaluate(
   rollout: Rollout,
   rule: SamplingRule,
   chunk: int | None = None,
+  frozen_head: bool = False,
 ) -> TokenStats:
   """Log-prob, entropy and value of every completion token.
 
   The distribution is the sampler's: its temperature and forbidden tokens, and
   as many tokens kept as the sampler recorded. Logits exist for `chunk` tokens
   of each row at a time, forward and backward, so no [B, T, V] array is ever
-  made (`chunk` None: those of `tokens_at_once`).
+  made (`chunk` None: those of `tokens_at_once`). frozen_head (see
+  head_is_frozen) takes no gradient of what the logits read of params.
 
   Returns TokenStats of float32 [B, T], 0 off-mask; value None without a head.
   Raises ValueError, in one line, for arrays of another rank, size or dtype
@@ -156,14 +245,13 @@ def evaluate(
   if chunk is None:
     chunk = max(1, tokens_at_once(policy.vocab_size) // B)
   chunk = min(chunk, T)
-  stats = _stats_of(policy, params, rule)
+  make = _stats_of_frozen if frozen_head else _stats_of
+  stats = make(policy, params, rule)
   num_kept = rollout.num_kept
   if num_kept is not None:  # 0 off-mask; any legal number will do there
     num_kept = jnp.maximum(num_kept, 1)
-  if chunk == T:
-    logp, entropy = stats(hidden, rollout.tokens, num_kept)
-  else:
-    logp, entropy = _in_chunks(stats, chunk, hidden, rollout.tokens, num_kept)
+  part = hidden, rollout.tokens, num_kept
+  logp, entropy = _in_chunks(stats, chunk, part)
   value = None
   if policy.value is not None:
     value = policy.value(params, hidden)

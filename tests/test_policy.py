@@ -19,7 +19,12 @@ from conftest import (
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
-from jaxrl_tok.policy import completion_hidden, evaluate, values
+from jaxrl_tok.policy import (
+  completion_hidden,
+  evaluate,
+  head_is_frozen,
+  values,
+)
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
@@ -159,6 +164,81 @@ def test_chunks_change_nothing(tiny, chunk):
   assert value == pytest.approx(float(whole), rel=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
+
+
+def frozen(tiny):
+  """Policy whose head is frozen: (policy, trained, fixed)."""
+  policy = tiny.policy._replace(
+    merge_params=lambda trained, head: trained | head
+  )
+  trained = {k: v for k, v in tiny.params.items() if k != 'head'}
+  return policy, trained, {'head': tiny.params['head']}
+
+
+@pytest.mark.parametrize(('chunk', 'num_kept'), [(4, 3), (9, None)])
+def test_a_frozen_head_changes_no_gradient(tiny, chunk, num_kept):
+  """Slopes that are computed forward, and the entropy's computed again."""
+  policy, trained, fixed = frozen(tiny)
+  rollout = tiny.rollout
+  if num_kept is not None:
+    kept = jnp.full(rollout.tokens.shape, num_kept, jnp.int32)
+    rollout = rollout._replace(num_kept=kept)
+  weigh = jax.random.normal(jax.random.key(0), rollout.tokens.shape)
+
+  def loss(trained, entropy_coef, frozen_head):
+    stats = evaluate(
+      policy,
+      policy.merge_params(trained, fixed),
+      rollout,
+      tiny.rule,
+      chunk,
+      frozen_head,
+    )
+    total = (stats.logp * weigh).sum()
+    if entropy_coef:
+      total += entropy_coef * (stats.entropy * weigh).sum()
+    return total, stats
+
+  grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))
+  for entropy_coef in (0.0, 0.3):
+    found, want = (grad(trained, entropy_coef, f) for f in (True, False))
+    for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
+
+
+def test_a_head_is_frozen_where_no_trained_leaf_reaches_the_logits(tiny):
+  policy, trained, fixed = frozen(tiny)
+  assert head_is_frozen(policy, trained, fixed, tiny.prompts)
+  assert not head_is_frozen(tiny.policy, tiny.params, None, tiny.prompts)
+  scaled = policy._replace(
+    merge_params=lambda trained, head: (
+      trained
+      | {'head': {'embedding': head['head']['embedding'] * trained['gain']}}
+    )
+  )
+  trained['gain'] = jnp.float32(1)
+  assert not head_is_frozen(scaled, trained, fixed, tiny.prompts)
+
+
+def test_a_frozen_head_saves_a_product(tiny, wide):
+  """Logits are not computed again: a third of the head's FLOPs."""
+  policy, params, _, prompts, rule, (C, G, _, T, V) = wide
+  fixed = {'head': params['head']}
+  trained = {k: v for k, v in params.items() if k != 'head'}
+  tokens = jnp.ones((C * G, T), jnp.int32)
+  rollout = make_rollout(prompts, tokens, tokens > 0)
+
+  def flops(frozen_head):
+    def loss(trained):
+      whole = trained | fixed
+      stats = evaluate(policy, whole, rollout, rule, T // 2, frozen_head)
+      return stats.logp.sum()
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(trained).compile()
+    return compiled.cost_analysis()['flops']
+
+  product = 2 * C * G * (T // 2) * V * CONFIG.d_model  # of one chunk
+  assert flops(False) - flops(True) > 0.9 * product
 
 
 def test_value_head_and_remat():

@@ -19,7 +19,7 @@ import optax
 
 from jaxrl_tok import masked
 from jaxrl_tok.credit import losses
-from jaxrl_tok.policy import evaluate, values
+from jaxrl_tok.policy import evaluate, head_is_frozen, values
 from jaxrl_tok.step.groups import split_groups, take_groups
 from jaxrl_tok.step.guard import (
   Step,
@@ -213,7 +213,8 @@ def make_gradient(
     rollout = trajectory.rollout
     params, critic_params = trained
     merged = policy.merge_params(params, fixed.params)
-    stats = evaluate(policy, merged, rollout, fixed.rule, logits_chunk)
+    frozen = head_is_frozen(policy, params, fixed.params, rollout.prompts)
+    stats = evaluate(policy, merged, rollout, fixed.rule, logits_chunk, frozen)
     if critic is not None:
       value = values(critic, critic_params, rollout)[:, :-1]
       stats = stats._replace(value=value)
