@@ -2,9 +2,12 @@
 protocol."""
 
 import json
+import re
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
@@ -15,12 +18,15 @@ from experiments.studies.bench import (
   decode,
   experiment,
   learn,
+  networks,
   pictures,
   sizes,
   startup,
   timing,
 )
 
+CLASSIFIER = Path(__file__).parent / 'golden/families/llama_classifier'
+MODEL = str(Path(__file__).parent / 'golden/families/llama')
 TINY = sizes.Size(16, 1, 2, 1, 8, 24, 64)
 PEER = """
 import json, sys
@@ -121,18 +127,92 @@ def test_steps_learn_alike_on_the_host_and_in_one_program():
   )
 
 
+@pytest.fixture(scope='module')
+def model():
+  return networks.open_decoder(MODEL)
+
+
+def test_a_model_is_sampled_and_its_adapters_are_trained(model):
+  """Its own weights, which stay."""
+  given = work(completion_length=4, prompt_length=8, model=model)
+  given = given._replace(size=networks.size_of(model))
+  assert 0 < decode.contender(given, 2, 2)() < 60
+  one = learn.Step(given, 2, 2)
+  before = jax.tree.map(np.array, (one.state.params, one.state.frozen))
+  assert min(one.host(), one.host()) > 0
+  after = one.state.params, one.state.frozen
+  moved = [
+    max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, pair)))
+    for pair in zip(before, after)
+  ]
+  assert moved[0] > 1e-6
+  assert moved[1] == 0
+  whole, none = networks.make_network(
+    given.size, model, 'float32', False
+  ).params
+  assert none is None
+  for a, b in zip(*map(jax.tree.leaves, (whole, before[1])), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_peers_read_the_directory_of_a_model(model, tmp_path):
+  """One that is given, or one that is written and opens to equal weights."""
+  with networks.directory_for_peers(model, True) as found:
+    assert found == MODEL
+  with networks.directory_for_peers(model, False) as found:
+    assert found is None
+  copied = model._replace(origin='pip:some-package')
+  with networks.directory_for_peers(copied, True) as found:
+    again = networks.open_decoder(found)
+    weights = [
+      networks.make_network(TINY, m, 'float32', False).params[0]
+      for m in (model, again)
+    ]
+  assert not Path(found).exists()
+  for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_peers_are_told_of_the_model_and_its_adapters(tmp_path, monkeypatch):
+  monkeypatch.setattr(timing, 'SCRIPTS', tmp_path)
+  (tmp_path / 'trl_peer.py').write_text(
+    'import json, sys\njob = json.loads(sys.argv[1])\n'
+    "print(json.dumps({'ready': job}), flush=True)\n"
+    "for line in sys.stdin: print(json.dumps({'seconds': 1.0}), flush=True)\n"
+  )
+  given = work(
+    peers={'trl': sys.executable},
+    directory='/m',
+    peer_dtypes=('float32', 'autocast'),
+  )
+  adapters = {'rank': 8, 'alpha': 16.0}
+  _, told = timing.with_peers(given, 'step', 2, 8, {}, adapters)
+  assert set(told) == {'trl float32', 'trl autocast'}
+  for job in told.values():
+    assert (job['model'], job['adapters']) == ('/m', adapters)
+
+
 def test_a_sampler_is_a_contender():
   sample = decode.contender(work(completion_length=2), 2, 8)
   assert 0 < sample() < 60
 
 
-def test_weights_are_counted():
-  """Matrices count: all parameters but the embedding and the norms."""
-  policy = learn.make_policy(sizes.make_config(TINY))
-  shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  shapes.pop('embed')
-  counted = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
-  assert sizes.num_weights(TINY) == counted
+def test_weights_are_counted(model):
+  """Matrices count: all parameters but norms, biases, and the embedding where it is
+  not the head."""
+  for size, config in (
+    (TINY, sizes.make_config(TINY)),
+    (networks.size_of(model), model.config),
+  ):
+    policy = learn.make_policy(config)
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    flat = flax.traverse_util.flatten_dict(shapes, sep='/')
+    if not config.tie_embeddings:
+      flat.pop('embed/embedding')
+    counted = sum(
+      x.size for path, x in flat.items() if not re.search('norm|bias', path)
+    )
+    assert sizes.num_weights(size) == counted
 
 
 @pytest.fixture
@@ -200,6 +280,7 @@ def test_results_survive_a_benchmark_that_fails(tmp_path, stubbed, monkeypatch):
     ),
     ('startup logp --size small', ['startup small', 'logp small']),
     ('startup', ['startup nano']),
+    ('step decode --model a/b', ['step a/b', 'decode a/b']),
   ],
 )
 def test_benchmarks_run_once_in_the_order_given(monkeypatch, given, jobs):
@@ -229,6 +310,14 @@ def test_all_runs_every_benchmark(monkeypatch):
     ('decode --peer hf --peer_python /none', 'is no file'),
     ('decode --peer hf hf --peer_python /a', 'names one twice'),
     ('decode --peer hf --profile /a', 'pass it without --peer'),
+    ('decode --model /m --size nano', 'pass it or --model'),
+    ('decode logp --model /m', 'not logp; name those'),
+    ('all --model /m', 'decode and step'),
+    ('step --model /m --cpu_devices 2', 'leave it out with --model'),
+    ('step --model /m --peer tunix --peer_python /a', 'pass hf or trl'),
+    ('step --peer_dtype float32', 'no effect without --peer'),
+    ('step --model /none-such', '/none-such'),
+    (f'step --model {CLASSIFIER}', 'not a decoder that writes'),
     ('decode --roudns 3', 'did you mean --rounds?'),
   ],
 )

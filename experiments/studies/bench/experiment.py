@@ -11,7 +11,13 @@ import jax
 import rich.console
 import rich.table
 
-from experiments.studies.bench import decode, learn, pictures, startup
+from experiments.studies.bench import (
+  decode,
+  learn,
+  networks,
+  pictures,
+  startup,
+)
 from experiments.studies.bench.sizes import SIZES
 from experiments.studies.bench.timing import Row, Work
 from jaxrl_tok.report.files import atomic_write
@@ -31,23 +37,29 @@ PEERS = {'hf': ('decode',), 'trl': ('step',), 'tunix': ('decode', 'step')}
 PROMPT_LENGTH = {'step': 64}  # others 32
 
 
-def work_of(flags, bench: str, name: str, show) -> Work:
-  """Work of a benchmark at a size, with the peers that can do it."""
+USUAL_SIZES = 'nano', 'small'
+
+
+def work_of(flags, bench: str, name: str, show, model=None) -> Work:
+  """Work of a benchmark at a size, or with an opened model, with the peers that
+  can do it."""
   pythons = flags.peer_python
   if len(pythons) == 1:
     pythons *= len(flags.peer)
   peers = dict(zip(flags.peer, pythons))
   return Work(
     name,
-    SIZES[name],
+    SIZES[name] if model is None else networks.size_of(model),
     flags.dtype,
     flags.rows,
     flags.prompt_length or PROMPT_LENGTH.get(bench, 32),
-    flags.completion_length,
+    flags.completion_length or (64 if model is None else 32),
     flags.rounds,
     {peer: path for peer, path in peers.items() if bench in PEERS[peer]},
     show,
     flags.profile,
+    model,
+    peer_dtypes=flags.peer_dtype or ('float32', 'bfloat16'),
   )
 
 
@@ -108,7 +120,9 @@ def jobs_of(flags) -> list[tuple[str, str]]:
   """Jobs (benchmark, size) in the order in which they run, each once; startup
   has one size."""
   named = BENCHES if 'all' in flags.what else dict.fromkeys(flags.what)
-  sizes = list(dict.fromkeys(flags.size))
+  sizes = list(dict.fromkeys(flags.size or USUAL_SIZES))
+  if flags.model:
+    sizes = [flags.model]
   return [
     (bench, size)
     for bench in named
@@ -137,6 +151,7 @@ def run(flags) -> list[Row]:
       f'the peers run on the CPU, and jax here on {jax.default_backend()}; set '
       'JAX_PLATFORMS=cpu'
     )
+  model = networks.open_decoder(flags.model) if flags.model else None
   place = RunSettings(output_dir=flags.output_dir)
   run_dir = claim_output_dir(place, 'bench', resumable=False)
   console, found = rich.console.Console(), []
@@ -145,10 +160,12 @@ def run(flags) -> list[Row]:
     console.print(f'  {text}', highlight=False)
 
   try:
-    for bench, name in jobs_of(flags):
-      console.print(f'{bench} {name} ...', highlight=False)
-      found += BENCHES[bench](work_of(flags, bench, name, show))
-      write(run_dir, flags, found)
+    with networks.directory_for_peers(model, bool(flags.peer)) as directory:
+      for bench, name in jobs_of(flags):
+        console.print(f'{bench} {name} ...', highlight=False)
+        work = work_of(flags, bench, name, show, model)
+        found += BENCHES[bench](work._replace(directory=directory))
+        write(run_dir, flags, found)
   finally:
     if found:
       console.print(table(found))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.studies.bench import sizes
+from experiments.studies.bench import networks, sizes
 from experiments.studies.bench.decode import random_prompts
 from experiments.studies.bench.timing import (
   Row,
@@ -41,18 +41,21 @@ class Step:
 
   def __init__(self, work: Work, C: int, G: int):
     T = work.completion_length
-    policy = make_policy(sizes.make_config(work.size), jnp.dtype(work.dtype))
+    policy, params = networks.make_network(
+      work.size, work.model, work.dtype, adapters=True
+    )
     algorithm, optimizer = algorithms.grpo(), optax.adamw(1e-5)
     sample = make_sampling(policy, SamplerConfig(G, T))
     self.prompts = random_prompts(work.size, C, work.prompt_length)
     self.rule = distribution.make_rule(work.size.vocab_size, [])
-    params = jax.jit(policy.init)(jax.random.key(0))
-    self.state = init_state(algorithm, optimizer, params, jax.random.key(1))
+    self.state = init_state(
+      algorithm, optimizer, params[0], jax.random.key(1), params[1]
+    )
     self.parts = {'rollout': [], 'score': [], 'update': []}
     given = self.sampling_arguments()
     self.sample = jax.jit(sample).lower(*given).compile()
     rollout = jax.eval_shape(sample, *given)
-    each = memory.bytes_a_prompt(policy, (params, None), rollout, self.rule)
+    each = memory.bytes_a_prompt(policy, params, rollout, self.rule)
     parts, *_ = memory.divisions(C, each, memory.budget(jax.devices()[0]))
     update = make_update(policy, algorithm, optimizer, parts)
     reward = jax.ShapeDtypeStruct((C * G, T), jnp.float32)
@@ -128,8 +131,13 @@ def step(work: Work) -> list[Row]:
   G = 8
   C = work.rows // G
   one = Step(work, C, G)
-  own = {'jaxrl_tok': one.host, 'jaxrl_tok, one program': one.on_device(10)}
-  seconds, versions = with_peers(work, 'step', C, G, own)
+  own, adapters = {'jaxrl_tok': one.host}, None
+  if work.model is None:
+    own['jaxrl_tok, one program'] = one.on_device(10)
+  else:
+    lora = networks.LORA
+    adapters = {'rank': lora.rank, 'alpha': lora.alpha}
+  seconds, versions = with_peers(work, 'step', C, G, own, adapters)
   tokens = work.rows * work.completion_length
   found = []
   for who, times in seconds.items():

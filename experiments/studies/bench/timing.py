@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).parent / 'peers'
 # dtypes that a peer is tried in
 PEER_DTYPES = {
   'hf': ('float32', 'bfloat16'),
-  'trl': ('float32', 'bfloat16'),
+  'trl': ('float32', 'bfloat16', 'autocast'),
   'tunix': ('float32',),
 }
 
@@ -54,6 +54,9 @@ class Work(NamedTuple):
   peers: dict  # {name: interpreter}
   show: Callable  # prints a line
   profile: str | None = None  # directory for traces
+  model: Any = None  # hub Model in place of random weights
+  directory: str | None = None  # of the model, for the peers
+  peer_dtypes: tuple = ('float32', 'bfloat16')
 
 
 def once(function: Callable) -> float:
@@ -134,15 +137,23 @@ class Peer:
     self._errors.close()
 
 
-def with_peers(work: Work, bench: str, C: int, G: int, own: dict):
-  """Times our contenders and the work's peers in turn: (seconds, versions)."""
+def with_peers(
+  work: Work, bench: str, C: int, G: int, own: dict, adapters=None
+):
+  """Times our contenders and the work's peers in turn: (seconds, versions).
+
+  adapters: {rank, alpha} that a peer trains, of all linear layers; None: all of
+    the model.
+  """
   named = {}
   try:
     for peer, python in work.peers.items():
-      for dtype in PEER_DTYPES[peer]:
+      for dtype in [d for d in PEER_DTYPES[peer] if d in work.peer_dtypes]:
         job = {
           'bench': bench,
           'size': work.size._asdict(),
+          'model': work.directory,
+          'adapters': adapters,
           'prompts': C,
           'samples': G,
           'prompt_length': work.prompt_length,

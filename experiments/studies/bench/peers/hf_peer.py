@@ -2,10 +2,11 @@
 
 Measured: one call of `generate`, prompts as tensors in, tokens out; it reads
 the prompts, each G times as num_return_sequences repeats them first, and then
-decodes. The model is a Llama of random weights with sdpa attention, in float32
-or wholly in bfloat16; torch.inference_mode, the default DynamicCache, plain
-sampling (temperature 1, no top-k, no top-p). No end token is set, so there is
-no stopping rule to look at after each token and every row runs to T.
+decodes. The model is a directory's, or a Llama of random weights, with sdpa
+attention, in float32 or wholly in bfloat16; torch.inference_mode, the default
+DynamicCache, plain sampling (temperature 1, no top-k, no top-p). No end token
+is set, so there is no stopping rule to look at after each token and every row
+runs to T.
 
   python hf_peer.py '{"bench": "decode", "size": {...}, "prompts": 64, ...}'
 """
@@ -14,10 +15,23 @@ import protocol
 
 # isort: split
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+  AutoModelForCausalLM,
+  GenerationConfig,
+  LlamaConfig,
+  LlamaForCausalLM,
+)
 
 
 def make_model(job):
+  if job['model']:
+    model = AutoModelForCausalLM.from_pretrained(
+      job['model'], dtype=torch.float32, attn_implementation='sdpa'
+    )
+    # the model's own choices would be filled in, its end token among them
+    model.generation_config = GenerationConfig()
+    model.config.eos_token_id = None
+    return model
   size = job['size']
   config = LlamaConfig(
     vocab_size=size['vocab_size'],
@@ -58,7 +72,7 @@ def main():
   )
 
   with torch.inference_mode():
-    for _ in protocol.rounds(['torch', 'transformers']):
+    for _ in protocol.rounds(['torch', 'transformers'], job):
       out_BxS = model.generate(
         tokens_CxP, attention_mask=mask_CxP, generation_config=config
       )

@@ -23,20 +23,21 @@ os.dup2(2, 1)
 
 # Libraries compile, grow their memory pools and fill caches in the first
 # rounds, some of them (a change of sharding) only in the second.
-WARM_UP = 3
+# A model's rounds take half a minute, and torch, its peers, compiles nothing.
+WARM_UP, WARM_UP_OF_A_MODEL = 3, 1
 
 
 def read_job():
   return json.loads(sys.argv[1])
 
 
-def rounds(packages):
+def rounds(packages, job):
   """Yields True once a round; what runs until the next `next` is the round.
 
   One generator serves a plain loop (`for _ in rounds(...): work()`) and a
   library that owns its loop and only calls back between two steps.
   """
-  for _ in range(WARM_UP):
+  for _ in range(WARM_UP_OF_A_MODEL if job['model'] else WARM_UP):
     yield True
   _answer(
     {'ready': {name: importlib.metadata.version(name) for name in packages}}

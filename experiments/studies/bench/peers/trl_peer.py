@@ -8,7 +8,8 @@ called when a step has ended, closes that round and waits for the next one to
 be asked for. (on_step_begin would do as well: it is fired before TRL generates,
 in training_step -> _prepare_inputs; only the fetch of the prompts is earlier.)
 
-The model is hf_peer's Llama. One inner iteration, no reference (beta 0), no
+The model is hf_peer's, whole or with adapters (peft) on all linear layers. One
+inner iteration, no reference (beta 0), no
 gradient checkpointing, no gradient clipping, no logging, no saving.
 min_new_tokens keeps every row going to T; TRL has no way to do without an end
 token.
@@ -67,8 +68,10 @@ def make_reward(job):
 class BetweenSteps(transformers.TrainerCallback):
   """Starts a round when one is asked for; ends training with the input."""
 
-  def __init__(self):
-    self.rounds = protocol.rounds(['torch', 'transformers', 'trl'])
+  def __init__(self, job):
+    packages = ['torch', 'transformers', 'trl']
+    packages += ['peft'] if job['adapters'] else []
+    self.rounds = protocol.rounds(packages, job)
 
   def on_train_begin(self, args, state, control, **_):
     next(self.rounds)
@@ -81,7 +84,7 @@ def make_config(job, directory):
   return trl.GRPOConfig(
     output_dir=directory,
     use_cpu=True,
-    bf16=False,  # no autocast; main() casts the whole model
+    bf16=job['dtype'] == 'autocast',
     per_device_train_batch_size=job['prompts'] * job['samples'],
     num_generations=job['samples'],
     max_completion_length=job['completion_length'],
@@ -101,6 +104,21 @@ def make_config(job, directory):
   )
 
 
+def make_adapters(job):
+  """Makes the PEFT configuration of a job, or None."""
+  if job['adapters'] is None:
+    return None
+  import peft  # no need of it otherwise
+
+  return peft.LoraConfig(
+    r=job['adapters']['rank'],
+    lora_alpha=job['adapters']['alpha'],
+    lora_dropout=0.0,
+    target_modules='all-linear',
+    task_type='CAUSAL_LM',
+  )
+
+
 def main():
   job = protocol.read_job()
   protocol.check('bench of trl_peer', job['bench'], 'step')
@@ -110,7 +128,8 @@ def main():
   # bfloat16 is the whole model in it. Autocast (bf16=True on float32 weights)
   # casts the weights anew at every token; it was no faster: 35 and 26.8 s a
   # step against 27.1 and 26.7 s on a busy CPU without bfloat16 instructions.
-  model = hf_peer.make_model(job).to(getattr(torch, job['dtype']))
+  dtype = torch.bfloat16 if job['dtype'] == 'bfloat16' else torch.float32
+  model = hf_peer.make_model(job).to(dtype)
   tokenizer = make_tokenizer(job['size']['vocab_size'])
   with tempfile.TemporaryDirectory() as directory:
     trainer = trl.GRPOTrainer(
@@ -120,7 +139,8 @@ def main():
       # Enough for 256 steps without the data loader starting again.
       train_dataset=make_prompts(job, tokenizer, 256 * job['prompts']),
       processing_class=tokenizer,
-      callbacks=[BetweenSteps()],
+      callbacks=[BetweenSteps(job)],
+      peft_config=make_adapters(job),
     )
     trainer.train()
 

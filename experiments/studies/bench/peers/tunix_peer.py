@@ -98,7 +98,7 @@ def decode(job):
   )
   sampler = sampler_lib.Sampler(make_model(job), Tokenizer(), cache)
   prompts = [p for p in make_prompts(job) for _ in range(job['samples'])]
-  for i, _ in enumerate(protocol.rounds(PACKAGES)):
+  for i, _ in enumerate(protocol.rounds(PACKAGES, job)):
     out = sampler(prompts, T, P, temperature=1.0, top_p=1.0, seed=i)
     lengths = [len(row) for row in out.tokens]
     protocol.check('tokens in each row', lengths, [T] * len(prompts))
@@ -152,7 +152,7 @@ def step(job):
   prompts = np.array(make_prompts(job))  # repeated G times as an array
 
   def batches():
-    for _ in protocol.rounds(PACKAGES):
+    for _ in protocol.rounds(PACKAGES, job):
       yield {'prompts': prompts}
       jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
 
