@@ -72,7 +72,7 @@ def num_shards(mesh, axes) -> int:
 
 
 def path_name(path) -> str:
-  """Path of a leaf as text: 'params/layer_0/attention/qkv'."""
+  """Path of a leaf as text: 'params/layers/attention/qkv'."""
   return '/'.join(
     str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
     for k in path

@@ -40,9 +40,11 @@ hypothesis.settings.load_profile('same')
 
 from jaxrl_tok import Task, distribution, main
 from jaxrl_tok.models.rope import make_rope
+from jaxrl_tok.models.stack import is_stacked
 from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.sharding import path_name
 from jaxrl_tok.types import AdvantageInputs, Prompts, Rollout, Scored
 
 CONFIG = TransformerConfig(
@@ -72,7 +74,12 @@ def random_prompts(C=4, P=6, V=11, seed=0) -> Prompts:
 
 def sharpened(params, scale=4.0):
   """Random weights give near-uniform tokens; these have opinions."""
-  return jax.tree.map(lambda x: x * scale if x.ndim == 2 else x, params)
+
+  def one(path, x):
+    of_layers = is_stacked(path_name(path))
+    return x * scale if x.ndim - of_layers == 2 else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def make_tiny(config=CONFIG):

@@ -98,7 +98,7 @@ def test_another_optimizer_or_model_is_refused(tmp_path, state):
     manager.wait_until_finished()
     with pytest.raises(ValueError, match=r'opt_state.*resume with the flags'):
       checkpoint.restore(manager, 4, born('data=8', optax.sgd(0.1)))
-    with pytest.raises(ValueError, match=r'mlp/down float32\[20, 16\]'):
+    with pytest.raises(ValueError, match=r'mlp/down float32\[1, 20, 16\]'):
       checkpoint.restore(manager, 4, born('data=8', policy=wider))
 
 

@@ -818,8 +818,8 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path, capsys):
   trainable = full(model)
   params, _ = trainable.load(sharding.make_mesh('data=1'))
   spoilt = jax.tree.map(jnp.copy, params)
-  spoilt['layer_0']['mlp']['down'] = spoilt['layer_0']['mlp']['down'] * jnp.nan
-  with pytest.raises(ValueError, match='has layer_0/mlp/down with numbers'):
+  spoilt['layers']['mlp']['down'] = spoilt['layers']['mlp']['down'] * jnp.nan
+  with pytest.raises(ValueError, match='has layers/mlp/down with numbers'):
     trainable.save(tmp_path / 'out', spoilt, None)
   assert not (tmp_path / 'out').exists()
   where = tmp_path / 'model'
@@ -831,6 +831,6 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path, capsys):
   )
   line = failed(capsys, tmp_path / 'run', varied, f'--model={where}')
   assert line == (
-    f'error: {where} has layer_0/mlp/down with numbers that are not finite; no '
+    f'error: {where} has layers/mlp/down with numbers that are not finite; no '
     'update of it is finite: give another model'
   )

@@ -39,7 +39,10 @@ MODEL_FLOORS = {
   'experts': 0,
   'kernels': 0,
   'lora': 0,
-  'transformer': 1,
+  'stack': 0,
+  'quantize': 0,
+  'blocks': 1,
+  'transformer': 2,
   'mask_policy': 1,
 }
 # names of jaxrl_tok/__init__.py, which imports the rooms when they are used
@@ -64,6 +67,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.api',
   'experiments.arithmetic',
   'experiments.reasoning',
+  'experiments.stories',
   'experiments.text',
 )
 FILES = sorted(

@@ -368,12 +368,13 @@ def test_parameters_are_the_dequantized_tensors(name, dtype, tmp_path):
   rng = np.random.default_rng(1)
   stored = quantized(tmp_path / 'a.gguf', Kind[name], rng)
   params = read_params(open_model(tmp_path / 'a.gguf'))
-  down = params['layer_0']['mlp']['down']
+  (down,) = params['layers']['mlp']['down']
   want = quants.dequantize(stored['blk.0.ffn_down.weight'], Kind[name]).T
   assert down.dtype == dtype
   np.testing.assert_array_equal(down, want.astype(down.dtype))
   as_asked = read_params(open_model(tmp_path / 'a.gguf'), dtype='float32')
-  np.testing.assert_array_equal(as_asked['layer_0']['mlp']['down'], want)
+  (down,) = as_asked['layers']['mlp']['down']
+  np.testing.assert_array_equal(down, want)
 
 
 # --- the reader --------------------------------------------------------------

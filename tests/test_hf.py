@@ -406,7 +406,7 @@ def test_a_runs_adapters_are_exported_with_their_base(tmp_path):
   )
   export.main([run, str(tmp_path / 'out')])
   base, found = tensors_of(GOLDEN / 'qwen2'), tensors_of(tmp_path / 'out')
-  for module, x in adapters.items():
+  for module, x in lora.by_module(adapters, modules).items():
     base[f'{module}.weight'] += 8 * np.asarray(x['b']) @ np.asarray(x['a'])
   assert base.keys() == found.keys()
   for name, x in found.items():

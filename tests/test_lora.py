@@ -1,6 +1,7 @@
 """Adapters: PEFT's files, PEFT's numbers, and a base that stays as it is."""
 
 import functools
+import math
 import json
 import shutil
 import types
@@ -32,7 +33,7 @@ from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.trainable import adapted
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.models import lora
-from jaxrl_tok.models.transformer import project
+from jaxrl_tok.models.blocks import project
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.state import make_state
@@ -48,6 +49,12 @@ def opened(name: str, dtype: str | None = None):
   config = peft.load_config(GOLDEN / name)
   trainable = adapted(model, config, dtype, directory=GOLDEN / name)
   return model, trainable, *trainable.load(MESH)
+
+
+def mapped(model, config) -> tuple:
+  """Arguments of make_full_params."""
+  mappings = model.param_mappings
+  return mappings, lora.targeted(mappings, config.targets), config.scale
 
 
 def same_bits(a, b) -> bool:
@@ -105,8 +112,8 @@ def test_the_base_stays_as_it_is_beside_its_adapters(name):
   assert same_bits(kept, flax.traverse_util.flatten_dict(base, sep='/'))
   beside = [x for k, x in found.items() if '_lora/' in k]
   assert {x.dtype.name for x in beside} == {'float32'}
-  adapted_layers = {k.split('/')[0] for k in found if '_lora/' in k}
-  assert adapted_layers == {k for k in base if k.startswith('layer_')}
+  depths = {len(x) for k, x in found.items() if '_lora/' in k}
+  assert depths == {len(base['layers']['attention']['qkv'])}
 
 
 @pytest.mark.parametrize('name', LORAS)
@@ -146,7 +153,8 @@ def test_new_adapters_change_nothing(compute):
   model = open_model(GOLDEN / 'qwen2')
   trainable = adapted(model, lora.LoraConfig(2, 16.0), seed=3)
   adapters, base = trainable.load(MESH)
-  assert len(adapters) == 7 * model.config.num_layers
+  L = model.config.num_layers
+  assert [x['a'].shape[0] for x in adapters.values()] == [L] * 7
   assert same_bits(adapters, jax.jit(trainable.init)(jax.random.key(3)))
   assert all(x['a'].any() and not x['b'].any() for x in adapters.values())
   policy = model.make_policy(compute)
@@ -201,7 +209,7 @@ def test_a_change_too_small_for_bfloat16_weights_counts():
   )
   config = peft.load_config(GOLDEN / 'qwen2_lora')
   small = shrunk(adapters, 0.015)
-  full_params = lora.make_full_params(model.param_mappings, config.scale)
+  full_params = lora.make_full_params(*mapped(model, config))
   tokens = random_prompts(128, 30, 250).tokens
 
   def change(params, compute):
@@ -268,9 +276,10 @@ def test_an_export_has_the_wider_dtype(compute, tmp_path):
   found = load_file(out / 'model.safetensors')
   module = 'model.layers.0.self_attn.o_proj'
   scale = peft.load_config(GOLDEN / 'qwen2_lora').scale
-  want = np.asarray(base['layer_0']['attention']['out'], np.float64)
+  want = np.asarray(base['layers']['attention']['out'][0], np.float64)
+  sides = small[lora.stack_of(module)]
   want = want.reshape(-1, want.shape[-1]).T + scale * np.asarray(
-    small[module]['b'] @ small[module]['a']
+    sides['b'][0] @ sides['a'][0]
   )
   tolerance = 1e-7 if compute == 'float32' else 0.01
   got = found[f'{module}.weight']
@@ -358,9 +367,8 @@ def test_no_product_is_as_large_as_a_matrix_of_the_base(name):
 
   merged = jax.eval_shape(trainable.merge, adapters, base)
   flat = flax.traverse_util.flatten_dict(merged, sep='/')
-  sizes = {
-    flat[path.split('_lora/')[0]].size for path in flat if '_lora/' in path
-  }
+  adapted = {path.split('_lora/')[0] for path in flat if '_lora/' in path}
+  sizes = {math.prod(flat[path].shape[1:]) for path in adapted}  # of a layer
   assert not sizes & {
     int(np.prod(s)) for s in made(trainable.merge, adapters, base)
   }
@@ -368,7 +376,7 @@ def test_no_product_is_as_large_as_a_matrix_of_the_base(name):
   dense = made(lambda trained, base: trained, base, None)
   assert sizes <= {int(np.prod(s)) for s in dense}
   config = peft.load_config(GOLDEN / name)
-  full_params = lora.make_full_params(model.param_mappings, config.scale)
+  full_params = lora.make_full_params(*mapped(model, config))
   assert sizes <= {int(np.prod(s)) for s in made(full_params, adapters, base)}
 
 

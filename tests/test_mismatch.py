@@ -2,6 +2,7 @@
 seeded fault of either is seen."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -210,11 +211,11 @@ def test_cast_params_change_no_result():
   )
   policy = make_policy(config, jnp.bfloat16)
   params = off_the_grid(jax.jit(policy.init)(jax.random.key(0)), 0.2)
-  attention = params['layer_0']['attention']
-  rng = np.random.default_rng(1)
+  attention = params['layers']['attention']
+  rng, L = np.random.default_rng(1), len(attention['qkv'])
   attention['qkv_lora'] = {
-    'a': rng.normal(size=(16, 2)).astype('f4'),
-    'b': rng.normal(size=(2, *attention['qkv'].shape[1:])).astype('f4'),
+    'a': rng.normal(size=(L, 16, 2)).astype('f4'),
+    'b': rng.normal(size=(L, 2, *attention['qkv'].shape[2:])).astype('f4'),
   }
 
   @jax.jit
@@ -227,19 +228,20 @@ def test_cast_params_change_no_result():
   for a, b in zip(want, got):
     np.testing.assert_array_equal(a, b)
   # and the check sees each float32 leaf, if it is cast as well
-  kept = [
-    path
-    for path, x in jax.tree_util.tree_leaves_with_path(
-      policy.cast_params(params)
-    )
+  cast = jax.tree_util.tree_leaves_with_path(policy.cast_params(params))
+  kept = {
+    re.sub(r'layers/\d+/', 'layers/', sharding.path_name(path))
+    for path, x in cast
     if x.dtype == jnp.float32
-  ]
-  assert len(kept) == 8 + 8 + 2 + 1 + 2  # q/k, others, last, head, adapter
+  }
+  assert len(kept) == 4 + 4 + 2 + 1 + 2  # q/k, others, last, head, adapter
 
   def cast_one(chosen):
     return jax.tree_util.tree_map_with_path(
       lambda path, x: (
-        x.astype(jnp.bfloat16).astype(jnp.float32) if path == chosen else x
+        x.astype(jnp.bfloat16).astype(jnp.float32)
+        if sharding.path_name(path) == chosen
+        else x
       ),
       params,
     )

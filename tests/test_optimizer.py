@@ -529,8 +529,12 @@ def test_second_moments_in_bfloat16_follow_a_fall():
 
 
 def matrices(path: str, x) -> np.ndarray:
-  """A leaf as its hidden matrices [n, in, out], by hand."""
+  """A leaf as its hidden matrices [n, in, out], by hand; those of each layer
+  of a stack."""
   x = np.asarray(x, np.float64)
+  if path.startswith('layers/'):
+    alone = path.removeprefix('layers/')
+    return np.concatenate([matrices(f'-/{alone}', layer) for layer in x])
   D = x.shape[-1]
   if path.endswith('attention/qkv'):  # [D, K, M + 2, H]: one a head
     return np.moveaxis(x, 0, -2).reshape(-1, x.shape[0], D)

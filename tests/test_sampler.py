@@ -438,7 +438,7 @@ def test_casting_once_changes_no_bit(tiny, stored, compute):
   kept = cast['norm']['scale'], cast['value_head']['embedding']
   assert {x.dtype for x in kept} == {jnp.dtype(stored)}
   assert cast['embed']['embedding'].dtype == compute
-  assert cast['layer_0']['mlp']['down_bias'].dtype == compute
+  assert cast['layers'][0]['mlp']['down_bias'].dtype == compute
 
   @jax.jit
   def run(params):

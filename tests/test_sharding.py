@@ -96,9 +96,9 @@ def test_devices_change_nothing(step, alone, spec, devices, parts):
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(alone[3])):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
-  wide = placed.params['layer_0']['mlp']['gate_up']  # [16, 2, 20]
+  wide = placed.params['layers']['mlp']['gate_up']  # [L, 16, 2, 20]
   num_shards = {'data=4': 1, 'data=-1,fsdp=2': 2}.get(spec, 4)
-  assert np.prod(wide.shard_shape((16, 2, 20))) == 640 // num_shards
+  assert np.prod(wide.shard_shape((2, 16, 2, 20))) == 1280 // num_shards
 
 
 def test_moments_lie_where_their_parameters_do():
@@ -121,8 +121,8 @@ def test_moments_lie_where_their_parameters_do():
       state.params,
       tree,
     )
-  qkv = state.params['layer_0']['attention']['qkv']
-  assert qkv.sharding.spec == P('fsdp', 'tensor', None, None)
+  qkv = state.params['layers']['attention']['qkv']
+  assert qkv.sharding.spec == P(None, 'fsdp', 'tensor', None, None)
   assert qkv.addressable_shards[0].data.size == qkv.size // 4
   # 11 rows cannot be shared by 2: that dimension is whole on each
   embedding = state.params['embed']['embedding']

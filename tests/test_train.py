@@ -376,7 +376,7 @@ def test_what_cannot_be_is_one_line(whole, tmp_path, capsys, given, fact):
 def test_print_config_trains_nothing(tmp_path, capsys):
   arithmetic.run([*flags(tmp_path / 'run'), '--print_config'])
   said = capsys.readouterr().out
-  for fact in ('learning_rate: 0.0015', 'parameters: ', 'layer_0/mlp/gate_up'):
+  for fact in ('learning_rate: 0.0015', 'parameters: ', 'layers/mlp/gate_up'):
     assert fact in said
   assert not (tmp_path / 'run').exists()
 

@@ -11,17 +11,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxrl_tok.hub.architecture import TRANSFORMER, Architecture
+from jaxrl_tok.hub.config_fields import activation, refuse_unless
 from jaxrl_tok.hub.layout import DECODER, GPT2, GPT_NEOX, POST_NORMED
+from jaxrl_tok.models.blocks import Layer, TransformerConfig
 from jaxrl_tok.models.rope import make_rope
-from jaxrl_tok.models.transformer import Layer, TransformerConfig
-
-ACTIVATIONS = {  # theirs -> ours
-  'silu': 'silu',
-  'swish': 'silu',
-  'gelu': 'gelu',
-  'gelu_new': 'gelu_tanh',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-}
 
 
 class Family(NamedTuple):
@@ -37,22 +30,6 @@ class Family(NamedTuple):
   transposed: bool = True  # matrices are stored [out, in]
   buffers: str = r'rotary_emb\.inv_freq$'  # of older files: no parameters
   architecture: Architecture = TRANSFORMER
-
-
-def _refuse_unless(j, **wanted) -> None:
-  for name, value in wanted.items():
-    found = getattr(j, name, value)
-    if found != value:
-      raise ValueError(f'{name} {found} is not supported; only {value}')
-
-
-def _activation(name: str) -> str:
-  if name not in ACTIVATIONS:
-    raise ValueError(
-      f'activation {name!r} is not supported; supported: '
-      f'{", ".join(ACTIVATIONS)}'
-    )
-  return ACTIVATIONS[name]
 
 
 def _head_dim(j) -> int:
@@ -110,7 +87,7 @@ def _read(j, **own) -> TransformerConfig:
     'qkv_bias': bias,
     'out_bias': bias,
     'mlp_bias': _declared(j, 'mlp_bias', False),
-    'activation': _activation(name),
+    'activation': activation(name),
     'tie_embeddings': j.tie_word_embeddings,
   }
   return TransformerConfig(**(fields | own))
@@ -130,7 +107,7 @@ def _read_gemma(j, **own) -> TransformerConfig:
 
 
 def _read_gpt2(j) -> TransformerConfig:
-  _refuse_unless(
+  refuse_unless(
     j,
     scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
@@ -151,7 +128,7 @@ def _read_gpt2(j) -> TransformerConfig:
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
-    activation=_activation(j.activation_function),
+    activation=activation(j.activation_function),
     gated=False,
     tie_embeddings=j.tie_word_embeddings,
   )

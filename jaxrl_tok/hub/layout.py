@@ -6,11 +6,13 @@ the other bitwise. A family (families.py) differs by a table of names and by
 how its file fuses and turns matrices.
 """
 
+import collections
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jaxrl_tok.models.transformer import TransformerConfig
+from jaxrl_tok.models.blocks import TransformerConfig
 
 
 class ParamMapping(NamedTuple):
@@ -21,11 +23,16 @@ class ParamMapping(NamedTuple):
   place of the input axes, which an adapter's factor [r, ...] needs.
   """
 
-  path: str  # of our parameter, 'layer_0/attention/qkv'
+  path: str  # of our parameter, 'layers/attention/qkv'
   tensors: tuple  # of (name, shape) in the file
   views: Callable  # parameter -> tuple, one of views for each tensor
   in_axes: int = 0  # leading axes that a product sums over; 0: no such matrix
   transposed: bool = True  # the file's matrices are [out, in]
+  row: int | None = None  # of a stack [L, ...], one layer's; None: no stack
+
+  def part(self, x):
+    """Part of the leaf at `path` that is this parameter."""
+    return x if self.row is None else x[self.row]
 
 
 # --- names: ours -> the file's ----------------------------------------------
@@ -145,8 +152,8 @@ def _qkv(c: TransformerConfig, family, path: str, base: str):
     yield ParamMapping(f'{path}/qkv_bias', tuple(biases), bias_views)
 
 
-def _attention(c: TransformerConfig, family, i: int, base: str):
-  path, names = f'layer_{i}/attention', family.names
+def _attention(c: TransformerConfig, family, base: str):
+  path, names = 'layers/attention', family.names
   K, M, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
   yield from _qkv(c, family, path, base)
   if c.qk_norm:
@@ -187,8 +194,8 @@ def _gate_up(c: TransformerConfig, family, path: str, base: str):
     )
 
 
-def _feed_forward(c: TransformerConfig, family, i: int, base: str):
-  path, D, F = f'layer_{i}/mlp', c.d_model, c.d_ff
+def _feed_forward(c: TransformerConfig, family, base: str):
+  path, D, F = 'layers/mlp', c.d_model, c.d_ff
   if c.gated:
     yield from _gate_up(c, family, path, base)
   sides = [('down', F, D)] if c.gated else [('up', D, F), ('down', F, D)]
@@ -201,10 +208,10 @@ def _feed_forward(c: TransformerConfig, family, i: int, base: str):
       yield _vector(f'{path}/{side}_bias', f'{name}.bias', n_out)
 
 
-def _experts(c: TransformerConfig, family, i: int, base: str):
+def _experts(c: TransformerConfig, family, base: str):
   """Router [D, E], gate/up [E, D, 2, F], down [E, F, D]: a file has three
   tensors for each expert."""
-  path, names = f'layer_{i}/experts', family.names
+  path, names = 'layers/experts', family.names
   D, E, F = c.d_model, c.num_experts, c.expert_d_ff
   router = f'{base}{names["router"]}.weight'
   yield _matrix(f'{path}/router', router, D, E, family.transposed)
@@ -230,10 +237,20 @@ def _block(c: TransformerConfig, family, i: int):
   for norm, there in (('norm', c.pre_norm), ('post_norm', c.post_norm)):
     for part in ('attention', 'mlp') if there else ():
       name = f'{part}_{norm}'
-      yield from _norms(c, f'layer_{i}/{name}', base + names[name])
-  yield from _attention(c, family, i, base)
+      yield from _norms(c, f'layers/{name}', base + names[name])
+  yield from _attention(c, family, base)
   inner = _experts if c.layers[i].routed else _feed_forward
-  yield from inner(c, family, i, base)
+  yield from inner(c, family, base)
+
+
+def in_rows(layers: Iterable) -> list[ParamMapping]:
+  """Numbers the mappings of each parameter by the layers that have it: rows of
+  its stack."""
+  found, rows = [], collections.Counter()
+  for mapping in itertools.chain.from_iterable(layers):
+    found.append(mapping._replace(row=rows[mapping.path]))
+    rows[mapping.path] += 1
+  return found
 
 
 def param_mappings(c: TransformerConfig, family) -> list[ParamMapping]:
@@ -252,8 +269,7 @@ def param_mappings(c: TransformerConfig, family) -> list[ParamMapping]:
   if c.learned_positions:
     name = names['base'] + names['positions']
     found.append(table('positions', name, c.max_length))
-  for i in range(c.num_layers):
-    found += _block(c, family, i)
+  found += in_rows(_block(c, family, i) for i in range(c.num_layers))
   found += _norms(c, 'norm', names['base'] + names['norm'])
   if c.lm_head and not c.tie_embeddings:
     found.append(table('head', names['head'], V))

@@ -109,7 +109,7 @@ def adapted(
   """
   mappings = model.param_mappings
   modules = lora.targeted(mappings, config.targets)
-  full_params = lora.make_full_params(mappings, config.scale)
+  full_params = lora.make_full_params(mappings, modules, config.scale)
 
   def init(key):
     return lora.init(modules, config.rank, key)
@@ -121,7 +121,7 @@ def adapted(
     if directory is None:
       trained = jax.jit(init)(jax.random.key(seed))
     else:
-      trained = peft.load(directory, config, mappings)
+      trained = lora.stacked(peft.load(directory, config, mappings))
     return sharding.put_replicated(mesh, trained), load_frozen(mesh)
 
   def structs():
@@ -139,7 +139,8 @@ def adapted(
     check_export(trained)
     run_dir, transposed = Path(run_dir), model.family.transposed
     with atomic_directory(run_dir / 'adapter', replace=True) as part:
-      peft.save(part, config, trained, model.origin, transposed)
+      alone = lora.by_module(trained, modules)
+      peft.save(part, config, alone, model.origin, transposed)
       write_card(part, card, library='peft')
     out = run_dir / 'export'
     return save_as(out, trained, frozen, card, dtype, replace=True)
@@ -149,7 +150,7 @@ def adapted(
     init=init,
     load=load,
     load_frozen=load_frozen,
-    merge=lora.make_merge_params(mappings, config.scale),
+    merge=lora.make_merge_params(mappings, modules, config.scale),
     save=save_as,
     export=export,
   )

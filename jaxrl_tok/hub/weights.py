@@ -1,12 +1,13 @@
 """Weights of a model: from its files straight to the devices, and back.
 
-Each tensor is read once, in pieces, into one of our parameters, and that is
-placed on its devices by its sharding: beyond what is placed, host memory holds
-one parameter and one piece. Tensors are written under the names that they came
-with.
+Each tensor is read once, in pieces, into one of our parameters, or one layer's
+row of it, and that is placed on its devices by its sharding: beyond what is
+placed, host memory holds one such part and one piece. Tensors are written under
+the names that they came with.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import sharding
 from jaxrl_tok.hub import fetch, gguf
@@ -152,13 +155,14 @@ def param_structs(model: Model, dtype: str | None = None):
   """
   policy = model.make_policy(attention='xla')
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
-  flat = flax.traverse_util.flatten_dict(shapes, sep='/')
+  flat, kinds = flax.traverse_util.flatten_dict(shapes, sep='/'), {}
   for mapping in model.param_mappings:
     stored = [model.tensors.get(name) for name, _ in mapping.tensors]
-    kinds = {DTYPES[s.dtype] if s else 'float32' for s in stored}
-    theirs = kinds.pop() if len(kinds) == 1 else 'float32'  # loses nothing
-    struct = jax.ShapeDtypeStruct(flat[mapping.path].shape, dtype or theirs)
-    flat[mapping.path] = struct
+    found = kinds.setdefault(mapping.path, set())
+    found |= {DTYPES[s.dtype] if s else 'float32' for s in stored}
+  for path, found in kinds.items():
+    theirs = found.pop() if len(found) == 1 else 'float32'  # loses nothing
+    flat[path] = jax.ShapeDtypeStruct(flat[path].shape, dtype or theirs)
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -176,8 +180,10 @@ def _fill(part, views: tuple) -> None:
 
 
 def _read_param(model: Model, mapping, struct, files: dict) -> np.ndarray:
-  """Reads one parameter; zeros for a value head that the files lack."""
-  array = np.zeros(struct.shape, struct.dtype)
+  """Reads one parameter, or a row of a stack; zeros for a value head that the
+  files lack."""
+  stacked = mapping.row is not None
+  array = np.zeros(struct.shape[stacked:], struct.dtype)
   for (name, _), views in zip(mapping.tensors, mapping.views(array)):
     stored = model.tensors.get(name)
     if stored:
@@ -185,9 +191,31 @@ def _read_param(model: Model, mapping, struct, files: dict) -> np.ndarray:
   return array
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_row(stack, row, x):
+  return jax.lax.dynamic_update_index_in_dim(stack, x, row, 0)
+
+
+def _place(array: np.ndarray, place: NamedSharding) -> jax.Array:
+  """Copies an array of the host to its devices."""
+  return jax.block_until_ready(
+    jax.make_array_from_callback(array.shape, place, array.__getitem__)
+  )
+
+
+def _place_row(stack, struct, row: int, array, place: NamedSharding):
+  """Copies an array to a row of a stack on its devices, in place; stack None:
+  a new one."""
+  if stack is None:
+    zeros = functools.partial(jnp.zeros, struct.shape, struct.dtype)
+    stack = jax.jit(zeros, out_shardings=place)()
+  alone = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+  return jax.block_until_ready(_put_row(stack, row, _place(array, alone)))
+
+
 def read_params(model: Model, mesh=None, dtype: str | None = None):
-  """Reads the parameters, each placed on `mesh` by the partition rules of its
-  network before the next is read.
+  """Reads the parameters, each layer's placed on `mesh` by the partition rules
+  of its network before the next is read.
 
   Args:
     mesh: None: the first device.
@@ -207,12 +235,13 @@ def read_params(model: Model, mesh=None, dtype: str | None = None):
       for file in {stored.file for stored in model.tensors.values()}
     }
     for mapping in model.param_mappings:
-      array = _read_param(model, mapping, structs[mapping.path], files)
-      flat[mapping.path] = jax.block_until_ready(
-        jax.make_array_from_callback(
-          array.shape, places[mapping.path], array.__getitem__
-        )
-      )
+      path, row = mapping.path, mapping.row
+      struct, place = structs[path], places[path]
+      array = _read_param(model, mapping, struct, files)
+      if row is None:
+        flat[path] = _place(array, place)
+      else:
+        flat[path] = _place_row(flat.get(path), struct, row, array, place)
       del array
       gc.collect(0)  # jax lets go of what it has copied when Python collects
   return flax.traverse_util.unflatten_dict(flat, sep='/')
@@ -250,6 +279,11 @@ def _tensors_of(mapping, array: np.ndarray, model: Model) -> dict:
   return found
 
 
+def _num_bytes(mapping, flat: dict) -> int:
+  leaf = flat[mapping.path]
+  return leaf.nbytes // (1 if mapping.row is None else len(leaf))
+
+
 def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
   """model.safetensors, or shards of about shard_bytes and their index; the
   tensors of one shard at a time are on the host."""
@@ -258,23 +292,25 @@ def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   shards, size = [[]], 0
   for mapping in model.param_mappings:
-    leaf = flat.pop(mapping.path)
-    if shards[-1] and size + leaf.nbytes > shard_bytes:
+    nbytes = _num_bytes(mapping, flat)
+    if shards[-1] and size + nbytes > shard_bytes:
       shards.append([])
       size = 0
-    shards[-1].append((mapping, leaf))
-    size += leaf.nbytes
-  if flat:
-    raise ValueError(f'no place in the file for {", ".join(sorted(flat))}')
+    shards[-1].append(mapping)
+    size += nbytes
+  rest = flat.keys() - {mapping.path for mapping in model.param_mappings}
+  if rest:
+    raise ValueError(f'no place in the file for {", ".join(sorted(rest))}')
   index, total = {}, 0
   for number, shard in enumerate(shards, 1):
     file = fetch.SINGLE
     if len(shards) > 1:
       file = f'model-{number:05}-of-{len(shards):05}.safetensors'
     content = {}
-    for mapping, leaf in shard:
-      total += leaf.nbytes
-      content |= _tensors_of(mapping, _on_host(leaf), model)
+    for mapping in shard:
+      total += _num_bytes(mapping, flat)
+      part = mapping.part(flat[mapping.path])
+      content |= _tensors_of(mapping, _on_host(part), model)
       gc.collect(0)  # of what jax read
     save_file(content, out / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(content, file)

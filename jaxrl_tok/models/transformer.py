@@ -1,4 +1,4 @@
-"""Transformer decoder, in Linen: attention and feed-forward on a residual.
+"""Transformer decoder: embeddings, blocks (blocks.py) and heads.
 
 Steps of one batch through it:
 
@@ -7,25 +7,28 @@ Steps of one batch through it:
 2. `extend` runs completion tokens [B, t], B = C*G, against that shared prefix:
    with no cache all T at once (evaluating), with a cache the next t tokens,
    written at the one column `at` (sampling).
-3. `logits` and `value` read hidden states.
+3. `logits` and `value` read hidden states, in float32.
 
-Families differ by the values of TransformerConfig, never by code of their
-own. Parameters are float32 (or as they were loaded); `dtype` is the compute
-dtype; norms, softmax, logits and adapters are float32. q/k/v and gate/up are
-single parameters, so that a token costs few, large products.
+Parameters of the L blocks are stacked, [L, ...] (stack.py).
 """
 
-import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.models import attention, experts, kernels, rope
+from jaxrl_tok.models import attention, experts, kernels, rope, stack
+from jaxrl_tok.models.blocks import (
+  Block,
+  Layer,
+  Norm,
+  Table,
+  TransformerConfig,
+)
 from jaxrl_tok.sharding import constrain, constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
@@ -34,79 +37,17 @@ REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
 }
-ACTIVATIONS = {
-  'silu': nn.silu,
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-  """Choices of one block, which may differ from those of the next."""
-
-  rope: rope.Rope | None  # None: it does not see positions
-  window: int | None = None  # keys seen, the query's own included; None: all
-  routed: bool = False  # experts in place of the one feed-forward
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """Sizes and choices of a transformer."""
-
-  vocab_size: int  # V
-  d_model: int  # D
-  num_heads: int  # N
-  num_kv_heads: int  # K
-  head_dim: int  # H
-  d_ff: int  # F
-  layers: tuple  # of Layer, L of them
-  max_length: int = 32_768  # prompt and completion together
-  learned_positions: bool = False  # max_length of them, added to embeddings
-  embedding_scale: float = 1.0
-  norm: str = 'rms'  # rms, rms_plus_one (x * (1 + scale)) or layer
-  norm_eps: float = 1e-6
-  pre_norm: bool = True  # before attention and before the feed-forward
-  post_norm: bool = False  # after each of them
-  parallel: bool = False  # both read x, not one after the other
-  qk_norm: str | None = None  # 'head': of each head; 'all': of all together
-  qkv_bias: bool = False
-  out_bias: bool = False
-  mlp_bias: bool = False
-  activation: str = 'silu'  # a name in ACTIVATIONS
-  gated: bool = True  # activation(x gate) * x up; False: activation(x up)
-  attention_scale: float | None = None  # None: 1 / sqrt(H)
-  attention_cap: float | None = None
-  logit_cap: float | None = None
-  num_experts: int = 0  # of each routed layer
-  experts_per_token: int = 0
-  expert_d_ff: int = 0
-  normalize_experts: bool = True  # the chosen ones' weights sum to 1
-  tie_embeddings: bool = False
-  lm_head: bool = True  # False: a classifier, which has no logits
-  value_head: bool = False
-
-  def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'num_heads {self.num_heads} must be a multiple of '
-        f'num_kv_heads {self.num_kv_heads}'
-      )
-    turned = any(layer.rope for layer in self.layers)
-    if turned and self.head_dim % 2:
-      raise ValueError(f'head_dim {self.head_dim} must be even, for RoPE')
-
-  @property
-  def num_layers(self) -> int:
-    return len(self.layers)
-
-
+# without remat, a scan keeps products: it would copy all else into stacks
+SCANNED = jax.checkpoint_policies.dots_saveable
+# layers that a CPU scans; it runs fewer 10 to 30 % faster in a loop, which
+# compiles as fast
+SCAN_FROM = 8
 # leaves that the modules use in float32; all others in the compute dtype
 FLOAT32 = r'norm/(scale|bias)$|(^|/)value_head/|_lora/[ab]$'
 
 # Attention splits by key/value head and the feed-forward by F over `tensor`;
 # the other large dimension lies over `fsdp`.
-PARTITION_RULES = (
+BLOCK_RULES = (
   *experts.PARTITION_RULES,
   (r'attention/qkv$', PartitionSpec('fsdp', 'tensor', None, None)),
   (r'attention/qkv_bias$', PartitionSpec('tensor', None, None)),
@@ -115,307 +56,170 @@ PARTITION_RULES = (
   (r'mlp/up$', PartitionSpec('fsdp', 'tensor')),
   (r'mlp/up_bias$', PartitionSpec('tensor')),
   (r'mlp/down$', PartitionSpec('tensor', 'fsdp')),
+)
+PARTITION_RULES = (
+  *stack.partition_rules(BLOCK_RULES),
   (r'(embed|head)/embedding$', PartitionSpec('tensor', 'fsdp')),
 )
 
 
-def fan_in(*axes):
-  """Normal with variance 1 / (product of the given axes)."""
-  return lambda key, shape, dtype=jnp.float32: (
-    jax.random.normal(key, shape, dtype)
-    / jnp.sqrt(jnp.prod(jnp.array([shape[a] for a in axes], jnp.float32)))
-  )
-
-
-class Norm(nn.Module):
-  """Normalizes over `axes`, in float32.
-
-  rms           x / sqrt(mean(x^2) + eps) * scale         arXiv:1910.07467
-  rms_plus_one  x / sqrt(mean(x^2) + eps) * (1 + scale)   Gemma
-  layer         (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
-  """
+class Outer(nn.Module):
+  """Parameters outside of the blocks, for init."""
 
   config: TransformerConfig
-  axes: tuple = (-1,)
-
-  @nn.compact
-  def __call__(self, x):
-    kind, eps = self.config.norm, self.config.norm_eps
-    axes = tuple(a % x.ndim for a in self.axes)
-    shape = tuple(x.shape[a] for a in axes)
-    others = tuple(a for a in range(x.ndim) if a not in axes)
-    zero, one = nn.initializers.zeros, nn.initializers.ones
-
-    def parameter(name, init):
-      return jnp.expand_dims(self.param(name, init, shape), others)
-
-    y = x.astype(jnp.float32)
-    if kind == 'layer':
-      y = y - jnp.mean(y, axes, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y**2, axes, keepdims=True) + eps)
-    if kind == 'rms_plus_one':
-      y = y * (1 + parameter('scale', zero))
-    else:
-      y = y * parameter('scale', one)
-    if kind == 'layer':
-      y = y + parameter('bias', zero)
-    return y.astype(x.dtype)
-
-
-def project(module: nn.Module, name: str, product: Callable, x, w):
-  """x times a matrix, plus (x A) B where the matrix has an adapter.
-
-  The adapter's products and the sum are in float32: a change below the last
-  bit of the compute dtype is rounded together with what it is added to.
-  """
-  if not module.has_variable('params', f'{name}_lora'):
-    return product(x, w)
-  lora = module.get_variable('params', f'{name}_lora')
-  low_BxtxR = x.astype(jnp.float32) @ lora['a']
-  y = product(x, w, preferred_element_type=jnp.float32)
-  return (y + jnp.tensordot(low_BxtxR, lora['b'], 1)).astype(x.dtype)
-
-
-class Attention(nn.Module):
-  """Attention of one block, to the prompt and to the completion so far."""
-
-  config: TransformerConfig
-  layer: Layer
-  kernel: str  # from kernels.choose
-
-  @nn.compact
-  def __call__(self, x, angles, prefix, prefix_length, cache, at):
-    """x [B, t, D] -> (out [B, t, D], this layer's (k, v)); without `prefix` the
-    rows are prompts and attend to themselves."""
-    c = self.config
-    K, M, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-    qkv = self.param('qkv', fan_in(0), (c.d_model, K, M + 2, H))
-    # the product's own order, then transposed: asked for bkmth, XLA transposes
-    # the matrix instead, at every token
-    product = functools.partial(jnp.einsum, 'btd,dkmh->btkmh')
-    y = project(self, 'qkv', product, x, qkv.astype(x.dtype))
-    if c.qkv_bias:
-      bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
-      y = y + bias.astype(x.dtype)[None, None]
-    y = jnp.moveaxis(y, 1, 3)  # [B, K, M + 2, t, H]
-    q, k, v = y[:, :, :M], y[:, :, M], y[:, :, M + 1]
-    if c.qk_norm:  # axes of heads and H, or of H alone
-      over = ((1, 2, 4), (1, 3)) if c.qk_norm == 'all' else ((-1,), (-1,))
-      q = Norm(c, over[0], name='q_norm')(q)
-      k = Norm(c, over[1], name='k_norm')(k)
-    if angles is not None:
-      cos, sin = angles  # [B, 1, t, R/2]
-      q = rope.rotate(q, cos[:, :, None], sin[:, :, None])
-      k = rope.rotate(k, cos, sin)
-    scale = H**-0.5 if c.attention_scale is None else c.attention_scale
-    how = {'cap': c.attention_cap, 'window': self.layer.window}
-    kv, attend = (k.swapaxes(2, 3), v), None
-    if cache is None:  # with one it is few tokens, and the prompt's keys count
-      P = 0 if prefix is None else prefix[1].shape[2]
-      attend = kernels.fitting(self.kernel, q, c.attention_cap, P)
-    if prefix is None:
-      attend = attend or attention.causal_attention
-      mixed = attend(q, *kv, scale, **how)
-    elif attend:
-      mixed = kernels.by_row(attend, q, prefix, prefix_length, kv, scale, **how)
-    else:
-      if cache is not None:  # write first, then attend to the updated buffer
-        kv = tuple(
-          jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
-          for old, new, axis in zip(cache, kv, (3, 2))
-        )
-      mixed = attention.shared_prefix_attention(
-        q, prefix, prefix_length, kv, at, scale, **how
-      )
-    out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
-    # one axis to sum over: with three, XLA transposes the matrix each step
-    mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
-    out = out.astype(x.dtype).reshape(-1, c.d_model)
-    x = project(self, 'out', jnp.matmul, mixed, out)
-    return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
-
-
-def with_bias(module: nn.Module, name: str, x):
-  """Adds a bias over the last axis of x."""
-  bias = module.param(name, nn.initializers.zeros, x.shape[-1:])
-  return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
-
-
-class FeedForward(nn.Module):
-  """Computes (activation(x W_gate) * x W_up) W_down, arXiv:2002.05202, or
-  without the gate activation(x W_up) W_down."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x):
-    c = self.config
-    D, F, activation = c.d_model, c.d_ff, ACTIVATIONS[c.activation]
-    if c.gated:
-      gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
-      product = functools.partial(jnp.einsum, 'btd,dgf->btgf')
-      y = project(self, 'gate_up', product, x, gate_up.astype(x.dtype))
-      if c.mlp_bias:
-        bias = self.param('gate_up_bias', nn.initializers.zeros, (2, F))
-        y = y + bias.astype(x.dtype)[None, None]
-      y = activation(y[:, :, 0]) * y[:, :, 1]
-    else:
-      up = self.param('up', fan_in(0), (D, F)).astype(x.dtype)
-      y = project(self, 'up', jnp.matmul, x, up)
-      y = activation(with_bias(self, 'up_bias', y) if c.mlp_bias else y)
-    down = self.param('down', fan_in(0), (F, D)).astype(x.dtype)
-    x = project(self, 'down', jnp.matmul, y, down)
-    return with_bias(self, 'down_bias', x) if c.mlp_bias else x
-
-
-class Block(nn.Module):
-  """Attention and feed-forward, each added to the residual x."""
-
-  config: TransformerConfig
-  layer: Layer
-  kernel: str
-
-  @nn.compact
-  def __call__(self, x, angles, prefix, prefix_length, cache, at):
-    c = self.config
-
-    def before(name, y):
-      return Norm(c, name=f'{name}_norm')(y) if c.pre_norm else y
-
-    def after(name, y):
-      return Norm(c, name=f'{name}_post_norm')(y) if c.post_norm else y
-
-    mixed, kv = Attention(c, self.layer, self.kernel, name='attention')(
-      before('attention', x), angles, prefix, prefix_length, cache, at
-    )
-    mixed = after('attention', mixed)
-    y = before('mlp', x if c.parallel else x + mixed)
-    if self.layer.routed:
-      y = experts.Experts(
-        c.num_experts,
-        c.experts_per_token,
-        c.expert_d_ff,
-        c.normalize_experts,
-        ACTIVATIONS[c.activation],
-        fan_in,
-        name='experts',
-      )(y)
-    else:
-      y = FeedForward(c, name='mlp')(y)
-    return constrain_rows(x + mixed + after('mlp', y)), kv
-
-
-class Table(nn.Module):
-  """Matrix with a row for each id."""
-
-  rows: int
-  config: TransformerConfig
-  begin: Callable = fan_in(1)
 
   @nn.compact
   def __call__(self):
-    return self.param('embedding', self.begin, (self.rows, self.config.d_model))
+    c = self.config
+    Table(c.vocab_size, c, name='embed')()
+    if c.learned_positions:
+      Table(c.max_length, c, name='positions')()
+    Norm(c, name='norm')(jnp.zeros((1, c.d_model)))
+    if c.lm_head and not c.tie_embeddings:
+      Table(c.vocab_size, c, name='head')()
+    if c.value_head:  # V begins at 0
+      Table(1, c, nn.initializers.zeros, name='value_head')()
 
 
-class Transformer(nn.Module):
-  """Embeddings, blocks and heads; methods as types.Policy has them."""
+class Inner(nn.Module):
+  """Block number i, for init: its name is part of its random key."""
 
   config: TransformerConfig
-  dtype: jnp.dtype
+  i: int
+
+  @nn.compact
+  def __call__(self):
+    c, kind = self.config, self.config.layers[self.i]
+    x, at = jnp.zeros((1, 1, c.d_model)), jnp.zeros((1, 1, 1), jnp.int32)
+    angles = kind.rope and rope.rope_angles(at, kind.rope, 1)
+    block = Block(c, kind, 'xla', name=f'layer_{self.i}')
+    block(x, angles, None, None, None, 0)
+
+
+class Network(NamedTuple):
+  """Choices that the functions below are compiled with."""
+
+  config: TransformerConfig
+  dtype: jnp.dtype  # compute dtype
   remat: str
-  kernel: str
+  kernel: str  # from kernels.choose
+  scan: bool  # of stacked layers, for many tokens at once
 
-  def setup(self):
-    c, block = self.config, Block
-    if self.remat != 'none':
-      block = nn.remat(Block, policy=REMAT[self.remat])
-    self.embed = Table(c.vocab_size, c)
-    if c.learned_positions:
-      self.positions = Table(c.max_length, c)
-    self.layers = [
-      block(c, layer, self.kernel, name=f'layer_{i}')
-      for i, layer in enumerate(c.layers)
-    ]
-    self.norm = Norm(c)
-    if c.lm_head and not c.tie_embeddings:
-      self.head = Table(c.vocab_size, c)
-    if c.value_head:
-      self.value_head = Table(1, c, nn.initializers.zeros)  # V begins at 0
 
-  def _run(self, tokens, positions, limit, prefix, caches, at):
-    """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
-    # rows are looked up in a table that is whole along D: split over fsdp, the
-    # partitioner could bring the result to the rows' devices only by copying
-    # all of it to every device
-    table = constrain(self.embed().astype(self.dtype), 'tensor', None)
-    x = constrain_rows(table[tokens])
-    if self.config.embedding_scale != 1:
-      x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-    if self.config.learned_positions:
-      x = x + self.positions().astype(self.dtype)[positions]
-    # angles are shared by all layers of a kind and broadcast over heads
-    kinds = {layer.rope for layer in self.config.layers} - {None}
-    angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
-    new = []
-    for i, layer in enumerate(self.layers):
-      x, kv = layer(
-        x,
-        angles.get(self.config.layers[i].rope),
-        None if prefix is None else prefix.kv[i],
-        None if prefix is None else prefix.length,
-        None if caches is None else caches[i],
-        at,
-      )
-      new.append(kv)
-    return self.norm(x), tuple(new)
+def init(net: Network, key):
+  """Initializes all parameters, those of the blocks stacked."""
+  c = net.config
+  layers = [
+    Inner(c, i).init(key)['params'][f'layer_{i}'] for i in range(c.num_layers)
+  ]
+  return Outer(c).init(key)['params'] | {'layers': stack.stack_layers(layers)}
 
-  def encode(self, prompts: Prompts) -> Prefix:
-    C, P = prompts.tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
-    x, kv = self._run(prompts.tokens, positions, P, None, None, 0)
-    last = (prompts.length - 1)[:, None, None]
-    hidden = jnp.take_along_axis(x, last, axis=1)[:, 0]
-    return Prefix(kv, hidden, prompts.length)
 
-  def extend(self, prefix: Prefix, tokens, cache, at):
-    B, t = tokens.shape
-    start = jnp.repeat(prefix.length, B // prefix.length.shape[0])
-    positions = start[:, None] + (at + jnp.arange(t))[None]
-    longest = t if cache is None else cache[0][1].shape[2]
-    limit = prefix.kv[0][1].shape[2] + longest  # values are [.., P or T, H]
-    x, kv = self._run(tokens, positions, limit, prefix, cache, at)
-    return x, None if cache is None else kv
+def has(kind: Layer, path: tuple) -> bool:
+  """Tells whether a layer has the parameter: experts or a feed-forward."""
+  return path[0] != ('mlp' if kind.routed else 'experts')
 
-  def logits(self, hidden):
-    table = self.embed() if self.config.tie_embeddings else self.head()
-    logits = jnp.einsum(
-      '...d,vd->...v',
-      hidden,
-      table.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
+
+def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
+  """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
+  c = net.config
+  # rows are looked up in a table that is whole along D: split over fsdp, the
+  # partitioner could bring the result to the rows' devices only by copying
+  # all of it to every device
+  table = params['embed']['embedding'].astype(net.dtype)
+  x = constrain_rows(constrain(table, 'tensor', None)[tokens])
+  if c.embedding_scale != 1:
+    x = x * jnp.asarray(c.embedding_scale, x.dtype)
+  if c.learned_positions:
+    x = x + params['positions']['embedding'].astype(net.dtype)[positions]
+  # angles are shared by all layers of a kind and broadcast over heads
+  kinds = {layer.rope for layer in c.layers} - {None}
+  angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
+  length = None if prefix is None else prefix.length
+
+  def step(kind, weights, x, given):
+    prefix_kv, cache = given if caches is not None else (given, None)
+    return Block(c, kind, net.kernel).apply(
+      {'params': weights},
+      x,
+      angles.get(kind.rope),
+      prefix_kv,
+      length,
+      cache,
+      at,
     )
-    return attention.capped(logits, self.config.logit_cap)
 
-  def value(self, hidden):
-    row = self.value_head().astype(jnp.float32)
-    return (hidden.astype(jnp.float32) @ row.T)[..., 0]
+  scan = net.scan and caches is None
+  if net.remat != 'none' or scan:
+    keep = REMAT.get(net.remat, SCANNED)
+    step = jax.checkpoint(
+      step, policy=keep, prevent_cse=not scan, static_argnums=0
+    )
+  given = None if prefix is None else prefix.kv
+  if caches is not None:
+    kv = given.split() if isinstance(given, stack.Stacks) else given
+    given = tuple(zip(kv, caches))
+  x, new = stack.run_layers(
+    step, c.layers, params['layers'], x, given, scan, has
+  )
+  return Norm(c).apply({'params': params['norm']}, x), new
 
-  def everything(self, prompts):
-    """Touches every parameter, for init."""
-    hidden = self.encode(prompts).hidden
-    logits = self.logits(hidden) if self.config.lm_head else None
-    value = self.value(hidden) if self.config.value_head else None
-    return logits, value
+
+def encode(net: Network, params, prompts: Prompts) -> Prefix:
+  C, P = prompts.tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
+  x, kv = _run(net, params, prompts.tokens, positions, P, None, None, 0)
+  last = (prompts.length - 1)[:, None, None]
+  hidden = jnp.take_along_axis(x, last, axis=1)[:, 0]
+  return Prefix(kv, hidden, prompts.length)
 
 
-def cast_params(params, dtype):
-  """Casts the leaves that the modules would cast at every use, and no others:
-  gradient and sampler compute with equal numbers."""
+def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
+  B, t = tokens.shape
+  start = jnp.repeat(prefix.length, B // prefix.length.shape[0])
+  positions = start[:, None] + (at + jnp.arange(t))[None]
+  longest = t if cache is None else cache[0][1].shape[2]
+  # keys and values of the prompt are [.., H, P] and [.., P, H]
+  limit = jax.tree.leaves(prefix.kv)[1].shape[-2] + longest
+  x, kv = _run(net, params, tokens, positions, limit, prefix, cache, at)
+  return x, None if cache is None else kv
+
+
+def logits(net: Network, params, hidden):
+  name = 'embed' if net.config.tie_embeddings else 'head'
+  table = params[name]['embedding'].astype(hidden.dtype)
+  found = jnp.einsum(
+    '...d,vd->...v', hidden, table, preferred_element_type=jnp.float32
+  )
+  return attention.capped(found, net.config.logit_cap)
+
+
+def value(net: Network, params, hidden):
+  row = params['value_head']['embedding'].astype(jnp.float32)
+  return (hidden.astype(jnp.float32) @ row.T)[..., 0]
+
+
+def cast_params(net: Network, params):
+  """Casts the leaves that the blocks would cast at every use, and no others:
+  gradient and sampler compute with equal numbers. Stacks are split."""
 
   def one(path, x):
-    return x if re.search(FLOAT32, path_name(path)) else x.astype(dtype)
+    return x if re.search(FLOAT32, path_name(path)) else x.astype(net.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  cast = jax.tree_util.tree_map_with_path(one, params)
+  layers = stack.split(cast['layers'], net.config.layers, has)
+  return cast | {'layers': layers}
+
+
+def init_cache(net: Network, rows: int, length: int):
+  K, H = net.config.num_kv_heads, net.config.head_dim
+
+  def zeros(*shape):
+    return jnp.zeros((rows, K, *shape), net.dtype)
+
+  return tuple(
+    (zeros(H, length), zeros(length, H)) for _ in range(net.config.num_layers)
+  )
 
 
 def make_policy(
@@ -423,6 +227,7 @@ def make_policy(
   dtype=jnp.float32,
   remat: str = 'none',
   attention: str = 'auto',
+  scan_layers: bool | None = None,
 ) -> Policy:
   """Makes a Policy of a transformer: pure functions of (params, arrays).
 
@@ -433,41 +238,30 @@ def make_policy(
       time for memory.
     attention: kernel for many tokens at once: xla, cudnn, splash, or auto, the
       backend's own where it fits (kernels.py).
+    scan_layers: compile one layer and scan it, or (False) a loop of all. None:
+      scan on accelerators, and on a CPU from SCAN_FROM layers on. Sampling
+      always loops.
 
   Raises ValueError for a kernel that the backend does not have.
   """
+  if scan_layers is None:
+    many = config.num_layers >= SCAN_FROM
+    scan_layers = many or jax.default_backend() != 'cpu'
   kernel = kernels.choose(attention)
-  module = Transformer(config, jnp.dtype(dtype), remat, kernel)
+  net = Network(config, jnp.dtype(dtype), remat, kernel, scan_layers)
 
-  def method(name):
-    function = getattr(Transformer, name)
-    return lambda params, *args: module.apply(
-      {'params': params}, *args, method=function
-    )
-
-  def init(key):
-    prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32))
-    return module.init(key, prompts, method=Transformer.everything)['params']
-
-  def init_cache(rows: int, length: int):
-    K, H = config.num_kv_heads, config.head_dim
-
-    def zeros(*shape):
-      return jnp.zeros((rows, K, *shape), dtype)
-
-    return tuple(
-      (zeros(H, length), zeros(length, H)) for _ in range(config.num_layers)
-    )
+  def of(function):
+    return functools.partial(function, net)
 
   return Policy(
-    init=init,
-    encode=method('encode'),
-    extend=method('extend'),
-    logits=method('logits'),
-    value=method('value') if config.value_head else None,
-    init_cache=init_cache,
+    init=of(init),
+    encode=of(encode),
+    extend=of(extend),
+    logits=of(logits),
+    value=of(value) if config.value_head else None,
+    init_cache=of(init_cache),
     partition_rules=PARTITION_RULES,
     vocab_size=config.vocab_size,
-    cast_params=functools.partial(cast_params, dtype=dtype),
+    cast_params=of(cast_params),
     max_length=config.max_length,
   )

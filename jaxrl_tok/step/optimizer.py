@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrl_tok.models.stack import is_stacked
 from jaxrl_tok.sharding import path_name
 
 # --- learning rate -----------------------------------------------------------
@@ -114,7 +115,7 @@ def after_steps(optimizer, steps: int) -> optax.GradientTransformation:
 # Hugging Face's rule (transformers.Trainer.get_decay_parameter_names)
 NOT_DECAYED = r'bias|layernorm|rmsnorm|(^|[/._])norm([/._]|$)'
 # reduction axes and output axes of matrices that hold several, or that have
-# more than two axes; the other axes count matrices
+# more than two axes; the other axes count matrices, as those of layers do
 MATRICES = (
   (r'attention/qkv$', (0,), (3,)),  # [D, K, M + 2, H]: of each head
   (r'attention/out$', (0, 1, 2), (3,)),  # [K, M, H, D]
@@ -141,15 +142,20 @@ def matrix_axes(path: str, ndim: int):
   """Axes of the hidden matrices in a leaf, or None where Adam changes it.
 
   A matrix of two axes is taken as it is, [in, out] or [out, in]; leaves with
-  more axes that MATRICES does not name are Adam's.
+  more axes that MATRICES does not name are Adam's. Stacks of layers
+  (models/stack.py) have one axis more, in front.
   """
-  name = path.lower()
+  name, layers = path.lower(), int(is_stacked(path))
   if re.search(NOT_DECAYED, name) or re.search(NOT_HIDDEN, name):
     return None
-  for pattern, reduction, output in MATRICES:
-    if re.search(pattern, name) and ndim == max(output) + 1:
-      return optax.contrib.MuonDimensionNumbers(reduction, output)
-  return optax.contrib.MuonDimensionNumbers(0, 1) if ndim == 2 else None
+  ndim -= layers
+  for pattern, *axes in MATRICES:
+    if re.search(pattern, name) and ndim == max(axes[1]) + 1:
+      shifted = (tuple(a + layers for a in side) for side in axes)
+      return optax.contrib.MuonDimensionNumbers(*shifted)
+  if ndim != 2:
+    return None
+  return optax.contrib.MuonDimensionNumbers(layers, 1 + layers)
 
 
 # --- directions --------------------------------------------------------------
@@ -204,10 +210,19 @@ def muon(b2: float) -> optax.GradientTransformation:
 
 
 def adafactor(b2: None = None) -> optax.GradientTransformation:
-  """g / sqrt(factored mean of g^2), each leaf's root mean square at most 1; no
-  scale by the parameters. arXiv:1804.04235"""
+  """g / sqrt(factored mean of g^2), each parameter's root mean square at most
+  1, in each layer; no scale by the parameters. arXiv:1804.04235"""
+  clip = optax.clip_by_block_rms(1.0)
+
+  def one(path, x):
+    clipped = lambda x: clip.update(x, clip.init(x))[0]  # noqa: E731
+    return (jax.vmap(clipped) if is_stacked(path_name(path)) else clipped)(x)
+
   return optax.chain(
-    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    optax.scale_by_factored_rms(),
+    optax.stateless(
+      lambda updates, params: jax.tree_util.tree_map_with_path(one, updates)
+    ),
   )
 
 
