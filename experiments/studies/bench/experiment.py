@@ -122,7 +122,7 @@ def jobs_of(flags) -> list[tuple[str, str]]:
   named = BENCHES if 'all' in flags.what else dict.fromkeys(flags.what)
   sizes = list(dict.fromkeys(flags.size or USUAL_SIZES))
   if flags.model:
-    sizes = [flags.model]
+    sizes = [Path(flags.model).name]
   return [
     (bench, size)
     for bench in named
