@@ -39,12 +39,13 @@ hypothesis.settings.register_profile('same', derandomize=True, deadline=None)
 hypothesis.settings.load_profile('same')
 
 from jaxrl_tok import Task, distribution, main
+from jaxrl_tok.hub.architecture import TRANSFORMER
+from jaxrl_tok.hub.families import FAMILIES
 from jaxrl_tok.models.rope import make_rope
-from jaxrl_tok.models.stack import is_stacked
 from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
-from jaxrl_tok.sharding import path_name
+from jaxrl_tok.sharding import is_stacked, path_name
 from jaxrl_tok.types import AdvantageInputs, Prompts, Rollout, Scored
 
 CONFIG = TransformerConfig(
@@ -60,6 +61,11 @@ CONFIG = TransformerConfig(
 )
 PAD, END, OTHER_END = 0, 10, 9
 GOLDEN = Path(__file__).parent / 'golden/families'  # directories torch made
+DECODER_FAMILIES = [
+  name
+  for name, family in FAMILIES.items()
+  if family.architecture is TRANSFORMER
+]
 SEQ2SEQ = GOLDEN.with_name('seq2seq')  # and encoder-decoders
 ONE, FOUR = 'data=1', 'data=1,fsdp=2,tensor=2'  # meshes for train_fixture
 

@@ -4,9 +4,8 @@ classifier is a reward."""
 import jax
 import numpy as np
 import pytest
-from conftest import FOUR, GOLDEN, ONE
+from conftest import DECODER_FAMILIES, FOUR, GOLDEN, ONE
 
-from jaxrl_tok.hub import families
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run import models
@@ -23,7 +22,7 @@ REWARD = [
 ]
 
 
-@pytest.mark.parametrize('name', families.FAMILIES)
+@pytest.mark.parametrize('name', DECODER_FAMILIES)
 def test_it_learns_over_four_devices(name, train_fixture):
   run, rows = train_fixture(name, FOUR)
   assert [row['step'] for row in rows] == [1, 2]

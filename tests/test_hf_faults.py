@@ -73,7 +73,7 @@ def test_an_unknown_family_is_named_with_those_there_are(broken, kind):
     ('llama_classifier', {'id2label': LABELS}, 'classifier of 3 labels is no'),
     ('llama', {'auto_map': {'AutoConfig': 'evil.Evil'}}, '(auto_map), which i'),
     ('llama', {'quantization_config': {'bits': 4}}, 'use the model they were'),
-    ('llama', {'hidden_act': 'relu'}, "activation 'relu' is not supported; su"),
+    ('llama', {'hidden_act': 'tanh'}, "activation 'tanh' is not supported; su"),
     ('gpt2', {'activation_function': 'relu'}, "activation 'relu' is not suppo"),
     ('llama', {'num_key_value_heads': 3}, 'must be a multiple of num_kv_head'),
     ('llama', {'head_dim': 7}, 'head_dim'),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import (
   CONFIG,
+  DECODER_FAMILIES,
   changed,
   make_rollout,
   make_tiny,
@@ -21,7 +22,6 @@ from test_families import opened
 from test_lora import opened as opened_lora
 
 from jaxrl_tok import distribution, sharding
-from jaxrl_tok.hub import families
 from jaxrl_tok.models.mask_policy import masked_policy
 from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, make_policy
@@ -180,7 +180,7 @@ def off_grid(name: str):
   )
 
 
-@pytest.mark.parametrize('name', families.FAMILIES)
+@pytest.mark.parametrize('name', DECODER_FAMILIES)
 def test_one_cast_for_sampler_and_gradient(name):
   """Gap of log-probs in bfloat16, parameters on and off its grid: moving them
   off it changes nothing, as both sides round the same ones."""

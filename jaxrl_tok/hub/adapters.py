@@ -29,12 +29,14 @@ def save(
   adapters: dict,
   base_model: str,
   transposed: bool = True,
+  task: str = 'CAUSAL_LM',
 ) -> Path:
   """Writes both files.
 
   Args:
     base_model: directory or hub id of the model that they adapt.
     transposed: the model's file stores matrices [out, in].
+    task: PEFT's name of what the model does.
   """
   from safetensors.numpy import save_file
 
@@ -43,7 +45,7 @@ def save(
   targets = list(lora.targets)
   settings = {
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
+    'task_type': task,
     'base_model_name_or_path': base_model,
     'r': lora.rank,
     'lora_alpha': lora.alpha,

@@ -7,8 +7,8 @@ its functions, and a network of another kind is another value.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxrl_tok.hub import layout
-from jaxrl_tok.models import transformer
+from jaxrl_tok.hub import layout, seq2seq_layout
+from jaxrl_tok.models import encoder_decoder, transformer
 
 
 class Architecture(NamedTuple):
@@ -20,6 +20,10 @@ class Architecture(NamedTuple):
 
   make_policy: Callable  # (config, dtype, remat, attention) -> Policy
   param_mappings: Callable  # (config, family) -> [ParamMapping]
+  peft_task: str = 'CAUSAL_LM'  # adapter_config.json's task_type
 
 
 TRANSFORMER = Architecture(transformer.make_policy, layout.param_mappings)
+ENCODER_DECODER = Architecture(
+  encoder_decoder.make_policy, seq2seq_layout.param_mappings, 'SEQ_2_SEQ_LM'
+)

@@ -10,9 +10,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxrl_tok.hub.architecture import TRANSFORMER, Architecture
+from jaxrl_tok.hub import seq2seq_families as seq2seq
+from jaxrl_tok.hub.architecture import (
+  ENCODER_DECODER,
+  TRANSFORMER,
+  Architecture,
+)
 from jaxrl_tok.hub.config_fields import activation, refuse_unless
 from jaxrl_tok.hub.layout import DECODER, GPT2, GPT_NEOX, POST_NORMED
+from jaxrl_tok.hub.seq2seq_layout import BART, T5
 from jaxrl_tok.models.blocks import Layer, TransformerConfig
 from jaxrl_tok.models.rope import make_rope
 
@@ -30,6 +36,8 @@ class Family(NamedTuple):
   transposed: bool = True  # matrices are stored [out, in]
   buffers: str = r'rotary_emb\.inv_freq$'  # of older files: no parameters
   architecture: Architecture = TRANSFORMER
+  optional: str = r'$^'  # parameters that a file may lack: zeros
+  also: tuple = ()  # other classes of config.json with these parameters
 
 
 def _head_dim(j) -> int:
@@ -166,6 +174,9 @@ def _read_qwen3_moe(j) -> TransformerConfig:
   )
 
 
+T5_BUFFERS = r'EncDecAttention\.relative_attention_bias\.weight$'
+BART_BUFFERS = r'(en|de)coder\.version$'
+BART_OPTIONAL = r'^final_logits_bias$'
 FAMILIES = {
   'llama': Family('LlamaForCausalLM', 'meta-llama/Llama-3.2-1B', _read),
   'mistral': Family(
@@ -223,6 +234,51 @@ FAMILIES = {
     GPT_NEOX,
     fused='heads',
     buffers=r'attention\.(masked_)?bias$|rotary_emb\.inv_freq$',
+  ),
+  't5': Family(
+    'T5ForConditionalGeneration',
+    'google/flan-t5-small',
+    seq2seq.read_t5,
+    T5,
+    buffers=T5_BUFFERS,
+    architecture=ENCODER_DECODER,
+    also=('T5WithLMHeadModel',),
+  ),
+  'mt5': Family(
+    'MT5ForConditionalGeneration',
+    'google/mt5-small',
+    seq2seq.read_mt5,
+    T5,
+    buffers=T5_BUFFERS,
+    architecture=ENCODER_DECODER,
+  ),
+  'bart': Family(
+    'BartForConditionalGeneration',
+    'facebook/bart-large-cnn',
+    seq2seq.read_bart,
+    BART,
+    buffers=BART_BUFFERS,
+    architecture=ENCODER_DECODER,
+    optional=BART_OPTIONAL,
+    also=('BartModel',),
+  ),
+  'mbart': Family(
+    'MBartForConditionalGeneration',
+    'facebook/mbart-large-en-ro',
+    seq2seq.read_mbart,
+    BART,
+    buffers=BART_BUFFERS,
+    architecture=ENCODER_DECODER,
+    optional=BART_OPTIONAL,
+  ),
+  'marian': Family(
+    'MarianMTModel',
+    'Helsinki-NLP/opus-mt-en-de',
+    seq2seq.read_marian,
+    BART,
+    buffers=BART_BUFFERS + r'|embed_positions\.weight$',
+    architecture=ENCODER_DECODER,
+    optional=BART_OPTIONAL,
   ),
 }
 
@@ -282,7 +338,7 @@ def _is_classifier(hf_config: dict, family: Family) -> bool:
   if isinstance(name, list):
     name = name[0]
   classifier = str(name).endswith('ForSequenceClassification')
-  if not classifier and name != family.hf_class:
+  if not classifier and name not in (family.hf_class, *family.also):
     raise ValueError(
       f'architecture {name} is not supported; supported: '
       f'{family.hf_class} and ForSequenceClassification of one label'
@@ -320,6 +376,8 @@ def read_config(hf_config: dict):
     if isinstance(scaling, dict) and 'type' in scaling:  # its older name, which
       scaling.setdefault('rope_type', scaling['type'])  # gemma3 passes over
     j = kind.from_dict(given)
+    for name in seq2seq.START:  # settings of generation, which it drops
+      setattr(j, name, given.get(name, getattr(j, name, None)))
     config = family.read(j)
   except Exception as e:  # its validators raise errors of many kinds
     raise ValueError(f'config.json: {" ".join(str(e).split())}') from None

@@ -94,13 +94,13 @@ GPT_NEOX = {
 # --- parameters --------------------------------------------------------------
 
 
-def _vector(path: str, name: str, *shape: int) -> ParamMapping:
+def vector(path: str, name: str, *shape: int) -> ParamMapping:
   """Parameter of any shape that the file stores as a vector."""
   tensor = name, (math.prod(shape),)
   return ParamMapping(path, (tensor,), lambda x: ((x,),))
 
 
-def _matrix(
+def matrix(
   path: str, name: str, n_in: int, n_out: int, transposed: bool, in_axes=1
 ):
   """Parameter that is one matrix [in, out] when its axes are joined."""
@@ -114,9 +114,9 @@ def _matrix(
 
 
 def _norms(c: TransformerConfig, path: str, name: str):
-  yield _vector(f'{path}/scale', f'{name}.weight', c.d_model)
+  yield vector(f'{path}/scale', f'{name}.weight', c.d_model)
   if c.norm == 'layer':
-    yield _vector(f'{path}/bias', f'{name}.bias', c.d_model)
+    yield vector(f'{path}/bias', f'{name}.bias', c.d_model)
 
 
 def _qkv(c: TransformerConfig, family, path: str, base: str):
@@ -160,14 +160,14 @@ def _attention(c: TransformerConfig, family, base: str):
     heads = (K * M, K) if c.qk_norm == 'all' else (1, 1)
     for name, n in zip(('q_norm', 'k_norm'), heads):
       theirs = f'{base}{names[name]}.weight'
-      yield _vector(f'{path}/{name}/scale', theirs, n, H)
+      yield vector(f'{path}/{name}/scale', theirs, n, H)
   out = base + names['out']
   n_in, transposed = K * M * H, family.transposed
-  yield _matrix(
+  yield matrix(
     f'{path}/out', f'{out}.weight', n_in, c.d_model, transposed, in_axes=3
   )
   if c.out_bias:
-    yield _vector(f'{path}/out_bias', f'{out}.bias', c.d_model)
+    yield vector(f'{path}/out_bias', f'{out}.bias', c.d_model)
 
 
 def _gate_up(c: TransformerConfig, family, path: str, base: str):
@@ -201,11 +201,11 @@ def _feed_forward(c: TransformerConfig, family, base: str):
   sides = [('down', F, D)] if c.gated else [('up', D, F), ('down', F, D)]
   for side, n_in, n_out in sides:
     name = base + family.names[side]
-    yield _matrix(
+    yield matrix(
       f'{path}/{side}', f'{name}.weight', n_in, n_out, family.transposed
     )
     if c.mlp_bias:
-      yield _vector(f'{path}/{side}_bias', f'{name}.bias', n_out)
+      yield vector(f'{path}/{side}_bias', f'{name}.bias', n_out)
 
 
 def _experts(c: TransformerConfig, family, base: str):
@@ -214,7 +214,7 @@ def _experts(c: TransformerConfig, family, base: str):
   path, names = 'layers/experts', family.names
   D, E, F = c.d_model, c.num_experts, c.expert_d_ff
   router = f'{base}{names["router"]}.weight'
-  yield _matrix(f'{path}/router', router, D, E, family.transposed)
+  yield matrix(f'{path}/router', router, D, E, family.transposed)
 
   def tensor(e, side, *shape):
     return f'{base}{names["expert"].format(e, side)}.weight', shape
@@ -261,9 +261,7 @@ def param_mappings(c: TransformerConfig, family) -> list[ParamMapping]:
   names, V = family.names, c.vocab_size
 
   def table(path, name, rows):
-    return _matrix(
-      f'{path}/embedding', f'{name}.weight', rows, c.d_model, False
-    )
+    return matrix(f'{path}/embedding', f'{name}.weight', rows, c.d_model, False)
 
   found = [table('embed', names['base'] + names['embed'], V)]
   if c.learned_positions:

@@ -137,10 +137,11 @@ def adapted(
 
   def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
     check_export(trained)
-    run_dir, transposed = Path(run_dir), model.family.transposed
+    run_dir, family = Path(run_dir), model.family
+    task = family.architecture.peft_task
     with atomic_directory(run_dir / 'adapter', replace=True) as part:
       alone = lora.by_module(trained, modules)
-      peft.save(part, config, alone, model.origin, transposed)
+      peft.save(part, config, alone, model.origin, family.transposed, task)
       write_card(part, card, library='peft')
     out = run_dir / 'export'
     return save_as(out, trained, frozen, card, dtype, replace=True)

@@ -90,13 +90,25 @@ def fingerprint(model: Model) -> str | None:
   return digest.hexdigest()
 
 
+def copies(model: Model) -> dict[str, str]:
+  """{name under which some files repeat a tensor: the tensor's name}: those of
+  the embeddings, and a head that is tied to them."""
+  names = model.family.names
+  found = list(names.get('copies', ()))
+  if model.config.tie_embeddings:
+    found.append(names['head'])
+  embeddings = f'{names["base"]}{names["embed"]}.weight'
+  return {f'{name}.weight': embeddings for name in found}
+
+
 def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
   """{the family's name: TensorInfo} of the tensors that the model needs.
 
   Raises ValueError for tensors that are missing, misshapen or too many. A
-  missing value head is no fault: it begins at zero.
+  value head or an optional tensor may be missing: it begins at zero.
   """
   family, base = model.family, model.family.names['base']
+  stored = dict(stored)
   if not any(name.startswith(base) for name in stored):
     # some files hold the decoder without its head, one level up
     heads = (family.names['head'], 'score', 'v_head')
@@ -104,6 +116,10 @@ def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
       name if name.startswith(heads) else base + name: s
       for name, s in stored.items()
     }
+  repeated = copies(model)
+  for copy, name in repeated.items():  # some files have no other
+    if copy in stored:
+      stored.setdefault(name, stored[copy])
   found, missing, wrong = {}, [], []
   for mapping in model.param_mappings:
     for name, shape in mapping.tensors:
@@ -117,7 +133,11 @@ def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
         )
       else:
         found[name] = stored[name]
-  missing = [name for name in missing if name != VALUE_HEAD]
+  missing = [
+    name
+    for name in missing
+    if name != VALUE_HEAD and not re.search(family.optional, name)
+  ]
   if missing:
     raise ValueError(
       f'weights are missing: {_some(missing)}; use the files of one model'
@@ -127,9 +147,7 @@ def check_tensors(model: Model, stored: dict) -> dict[str, TensorInfo]:
       f'weights do not fit config.json: {_some(wrong)}; use the files of one '
       'model'
     )
-  repeated = f'{family.names["head"]}.weight'
-  if model.config.tie_embeddings and repeated in stored:  # of some files
-    found[repeated] = stored[repeated]
+  found |= {copy: stored[copy] for copy in repeated if copy in stored}
   extra = [
     name
     for name in stored.keys() - found.keys() - {VALUE_HEAD}
@@ -180,8 +198,8 @@ def _fill(part, views: tuple) -> None:
 
 
 def _read_param(model: Model, mapping, struct, files: dict) -> np.ndarray:
-  """Reads one parameter, or a row of a stack; zeros for a value head that the
-  files lack."""
+  """Reads one parameter, or a row of a stack; zeros for what the files may
+  lack."""
   stacked = mapping.row is not None
   array = np.zeros(struct.shape[stacked:], struct.dtype)
   for (name, _), views in zip(mapping.tensors, mapping.views(array)):
@@ -273,15 +291,25 @@ def _tensors_of(mapping, array: np.ndarray, model: Model) -> dict:
     stored = model.tensors.get(name)  # under the name it came with
     name = stored.name if stored else name
     found[name] = _flattened(views, shape, array.dtype)
-  head = model.tensors.get(f'{model.family.names["head"]}.weight')
-  if mapping.path == 'embed/embedding' and model.config.tie_embeddings and head:
-    found[head.name] = array  # it came with the tied head repeated
+  for copy in copies(model) if mapping.path == 'embed/embedding' else ():
+    if copy in model.tensors:  # it came repeated
+      found[model.tensors[copy].name] = array
   return found
 
 
 def _num_bytes(mapping, flat: dict) -> int:
   leaf = flat[mapping.path]
   return leaf.nbytes // (1 if mapping.row is None else len(leaf))
+
+
+def _is_written(model: Model, mapping) -> bool:
+  """Tells whether a parameter has a place in the files: an optional one that
+  they came without has none."""
+  optional = model.family.optional
+  return not model.tensors or any(
+    name in model.tensors or not re.search(optional, name)
+    for name, _ in mapping.tensors
+  )
 
 
 def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
@@ -292,6 +320,8 @@ def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   shards, size = [[]], 0
   for mapping in model.param_mappings:
+    if not _is_written(model, mapping):
+      continue
     nbytes = _num_bytes(mapping, flat)
     if shards[-1] and size + nbytes > shard_bytes:
       shards.append([])

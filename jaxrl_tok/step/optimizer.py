@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_tok.models.stack import is_stacked
-from jaxrl_tok.sharding import path_name
+from jaxrl_tok.sharding import is_stacked, path_name
 
 # --- learning rate -----------------------------------------------------------
 
@@ -119,6 +118,8 @@ NOT_DECAYED = r'bias|layernorm|rmsnorm|(^|[/._])norm([/._]|$)'
 MATRICES = (
   (r'attention/qkv$', (0,), (3,)),  # [D, K, M + 2, H]: of each head
   (r'attention/out$', (0, 1, 2), (3,)),  # [K, M, H, D]
+  (r'attention/q$', (0,), (2,)),  # [D, N, H], across: of each head
+  (r'attention/kv$', (0,), (3,)),  # [D, N, 2, H]
   (r'mlp/gate_up$', (0,), (2,)),  # [D, 2, F]: gate and up
   (r'experts/gate_up$', (1,), (3,)),  # [E, D, 2, F]: of each expert
   (r'experts/down$', (1,), (2,)),  # [E, F, D]
