@@ -6,16 +6,22 @@ JSON of the run's progress, its settings and the shape of every leaf. Saving is
 asynchronous: the next step goes on while the files are written.
 """
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok.sharding import path_name
+from jaxrl_tok.sharding import is_stacked, path_name
 from jaxrl_tok.types import TrainState
 
-FORMAT = 4
+FORMAT = 5
+LAYERED = 4  # the format before stacks, which is read as well
 
 
 def open_checkpoints(
@@ -114,14 +120,16 @@ def restore(
   meta = manager.restore(
     step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
   ).meta
-  if meta['format'] != FORMAT:
+  if meta['format'] not in (LAYERED, FORMAT):
     raise ValueError(
       f'checkpoint {step} has format {meta["format"]} and this version reads '
-      f'{FORMAT}; resume with the version that wrote it, or pass another '
-      'output_dir'
+      f'{LAYERED} and {FORMAT}; resume with the version that wrote it, or pass '
+      'another output_dir'
     )
-  like = like.replace(frozen=None)
-  want, have = _leaves(like), meta['leaves']
+  like, have = like.replace(frozen=None), meta['leaves']
+  was_layered = meta['format'] == LAYERED
+  stored = layered(like, have) if was_layered else like
+  want = _leaves(stored)
   for name in sorted(want.keys() | have.keys()):
     if want.get(name) != have.get(name):
       raise ValueError(
@@ -129,7 +137,7 @@ def restore(
         f'run {want.get(name, "no such leaf")}; resume with the flags that '
         'the run was started with (config.yaml)'
       )
-  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
   found = manager.restore(
     step,
     args=ocp.args.Composite(
@@ -137,4 +145,89 @@ def restore(
       cursor=ocp.args.StandardRestore(),
     ),
   )
-  return found.state, found.cursor, meta
+  state = found.state
+  if was_layered:
+    state = stacked(state, like)
+  return state, found.cursor, meta
+
+
+# --- the format before stacks -------------------------------------------------
+#
+#   format 4   layer_0/mlp/down, layer_1/mlp/down; model.layers.0.mlp.up_proj/a
+#   format 5   layers/mlp/down [L, ...];           model.layers.*.mlp.up_proj/a
+#
+# Moments and carries follow their parameters.
+
+
+def _names(path: str, saved: Iterable[str]) -> list[str]:
+  """Lists the leaves of format 4, by layer, that a stack's path stands for."""
+  pattern = re.escape(path)
+  pattern = re.sub(r'(^|/)layers/', r'\1layer_(\\d+)/', pattern, count=1)
+  pattern = pattern.replace(r'\.\*\.', r'\.(\d+)\.')
+  found = (re.fullmatch(pattern, name) for name in saved)
+  found = [(int(match[1]), match[0]) for match in found if match]
+  return [name for _, name in sorted(found)]
+
+
+def _has_stacks(node) -> bool:
+  return isinstance(node, dict) and (
+    'layers' in node or any(is_stacked(f'{key}/') for key in node)
+  )
+
+
+def _of_a_layer(stack) -> jax.ShapeDtypeStruct:
+  """Shape and placing of one layer's part of a stack."""
+  place = stack.sharding
+  if isinstance(place, NamedSharding):
+    place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+  return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
+
+
+def layered(state, saved: Iterable[str]):
+  """Replaces stacks by the leaves of format 4.
+
+  Args:
+    state: TrainState of arrays or ShapeDtypeStructs.
+    saved: paths of the leaves in the checkpoint.
+  """
+
+  def split(path, node):
+    if not _has_stacks(node):
+      return node
+    found, prefix = {}, path_name(path)
+    for name, x in flax.traverse_util.flatten_dict(node, sep='/').items():
+      if not is_stacked(name):
+        found[name] = x
+        continue
+      for old in _names(f'{prefix}/{name}', saved):
+        found[old.removeprefix(f'{prefix}/')] = _of_a_layer(x)
+    return flax.traverse_util.unflatten_dict(found, sep='/')
+
+  return jax.tree_util.tree_map_with_path(split, state, is_leaf=_has_stacks)
+
+
+def stacked(state, like):
+  """Stacks the leaves of format 4, as `layered` named them.
+
+  like: TrainState of the shapes and placings to give it.
+  """
+
+  def joined(path, node, old):
+    if not _has_stacks(node):
+      return old
+    prefix = path_name(path)
+    old = flax.traverse_util.flatten_dict(old, sep='/')
+    found = {}
+    for name, x in flax.traverse_util.flatten_dict(node, sep='/').items():
+      if not is_stacked(name):
+        found[name] = old[name]
+        continue
+      names = _names(f'{prefix}/{name}', [f'{prefix}/{k}' for k in old])
+      rows = [old[k.removeprefix(f'{prefix}/')] for k in names]
+      join = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=x.sharding)
+      found[name] = join(*rows)
+    return flax.traverse_util.unflatten_dict(found, sep='/')
+
+  return jax.tree_util.tree_map_with_path(
+    joined, like, state, is_leaf=_has_stacks
+  )

@@ -79,6 +79,16 @@ def path_name(path) -> str:
   )
 
 
+# paths of our stacks: those of networks, 'layers/attention/qkv', and those of
+# adapters, 'model.layers.*.self_attn.q_proj/a'
+STACKED = r'(^|/)layers/(\w*attention|mlp|experts|\w+_norm)/|\.\*\.'
+
+
+def is_stacked(path: str) -> bool:
+  """Tells whether the leaf of this path has a leading axis of layers."""
+  return re.search(STACKED, path) is not None
+
+
 def _fit(spec: PartitionSpec, shape, mesh) -> PartitionSpec:
   """Drops axes of a spec that do not divide their dimension, which is then
   replicated."""

@@ -1,5 +1,6 @@
 """Checkpoints come back bitwise; those that cannot be resumed are refused."""
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
     found, cursor, meta = checkpoint.restore(manager, 4, like)
   assert meta['progress'] == progress
   assert meta['settings'] == {'seed': 3}
-  assert meta['format'] == checkpoint.FORMAT == 4
+  assert meta['format'] == checkpoint.FORMAT == 5
   assert jax.tree.structure(cursor) == jax.tree.structure(CURSOR)
   for a, b in zip(jax.tree.leaves(cursor), jax.tree.leaves(CURSOR)):
     np.testing.assert_array_equal(a, b)
@@ -108,7 +109,7 @@ def test_another_format_is_refused(tmp_path, state, monkeypatch):
     checkpoint.save(manager, state, CURSOR, {}, {})
     monkeypatch.undo()
     manager.wait_until_finished()
-    with pytest.raises(ValueError, match=r'has format 3 and .* reads 4'):
+    with pytest.raises(ValueError, match=r'has format 3 and .* reads 4 and 5'):
       checkpoint.restore(manager, 4, state)
 
 
@@ -136,3 +137,66 @@ def test_checkpoints_from_before_a_run_stay(tmp_path, state):
   assert drop_spoilt(tmp_path, 3, error, [2]) == [3]
   assert checkpoint.saved_steps(tmp_path) == [1, 2]
   assert drop_spoilt(tmp_path, 3, error) == [1, 2]
+
+
+def layered(node):
+  """A dict of stacks in the names of format 4, by hand."""
+  found = {}
+  for name, x in flax.traverse_util.flatten_dict(node, sep='/').items():
+    if name.startswith('layers/'):
+      for i, row in enumerate(x):
+        found[name.replace('layers/', f'layer_{i}/')] = row
+    elif '.*.' in name:
+      for i, row in enumerate(x):
+        found[name.replace('.*.', f'.{i}.')] = row
+    else:
+      found[name] = x
+  return flax.traverse_util.unflatten_dict(found, sep='/')
+
+
+@pytest.mark.parametrize('kind', ['full', 'adapters'])
+def test_a_checkpoint_without_stacks_is_read(tmp_path, kind, monkeypatch):
+  """Parameters, moments, reference and critic of 12 layers come back: the
+  tenth comes after the second."""
+  params = {
+    'full': {
+      'embed': {'embedding': jnp.ones((11, 16))},
+      'layers': {
+        'mlp': {'down': jnp.ones((12, 20, 16))},
+        'mlp_norm': {'scale': jnp.ones((12, 16))},
+      },
+    },
+    'adapters': {
+      'model.layers.*.self_attn.q_proj': {
+        'a': jnp.ones((12, 2, 3)),
+        'b': jnp.ones((12, 4, 2)),
+      }
+    },
+  }[kind]
+  policy = POLICY._replace(init=lambda key: jax.tree.map(jnp.copy, params))
+  state = jax.tree.map(
+    lambda x: (
+      x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+      else x
+    ),
+    born('data=8', policy=policy),
+  )
+  old = jax.tree.map(
+    lambda x: layered(x) if isinstance(x, dict) else x,
+    state,
+    is_leaf=lambda x: (
+      isinstance(x, dict) and any(k == 'layers' or '.*.' in k for k in x)
+    ),
+  )
+  with checkpoint.open_checkpoints(tmp_path, 1) as manager:
+    monkeypatch.setattr(checkpoint, 'FORMAT', 4)
+    checkpoint.save(manager, old, CURSOR, {}, {})
+    monkeypatch.undo()
+    manager.wait_until_finished()
+    assert len(jax.tree.leaves(old)) > 3 * len(jax.tree.leaves(state))
+    found, _, _ = checkpoint.restore(manager, 4, state)
+  for a, b in zip(plain(found), plain(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state)):
+    assert a.sharding == b.sharding

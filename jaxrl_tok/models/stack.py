@@ -13,7 +13,6 @@ needs those, which would otherwise copy a layer out of its stack at every token.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,15 +20,6 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-
-# paths of our stacks: those of networks, 'layers/attention/qkv', and those of
-# adapters, 'model.layers.*.self_attn.q_proj/a'
-STACKED = r'(^|/)layers/(\w*attention|mlp|experts|\w+_norm)/|\.\*\.'
-
-
-def is_stacked(path: str) -> bool:
-  """Tells whether the leaf of this path has a leading axis of layers."""
-  return re.search(STACKED, path) is not None
 
 
 def partition_rules(rules: Sequence) -> tuple:

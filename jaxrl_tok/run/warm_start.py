@@ -46,7 +46,7 @@ def cache_dir(setup: Setup) -> Path:
   never = () if rule.forbidden is None else np.flatnonzero(rule.forbidden)
   recipe = {
     'version': __version__,
-    'format': 2,
+    'format': 3,
     'jax': jax.__version__,
     'settings': dataclasses.asdict(setup.settings.warm_start),
     'seed': setup.settings.run.seed,
