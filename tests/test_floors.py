@@ -38,11 +38,15 @@ MODEL_FLOORS = {
   'rope': 0,
   'experts': 0,
   'kernels': 0,
-  'lora': 0,
+  'lora': 1,
   'stack': 0,
   'quantize': 0,
+  'encoder_decoder_config': 0,
+  'relative_positions': 1,
   'blocks': 1,
+  'encoder_decoder_blocks': 2,
   'transformer': 2,
+  'encoder_decoder': 3,
   'mask_policy': 1,
 }
 # names of jaxrl_tok/__init__.py, which imports the rooms when they are used

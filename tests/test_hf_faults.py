@@ -74,7 +74,7 @@ def test_an_unknown_family_is_named_with_those_there_are(broken, kind):
     ('llama', {'auto_map': {'AutoConfig': 'evil.Evil'}}, '(auto_map), which i'),
     ('llama', {'quantization_config': {'bits': 4}}, 'use the model they were'),
     ('llama', {'hidden_act': 'tanh'}, "activation 'tanh' is not supported; su"),
-    ('gpt2', {'activation_function': 'relu'}, "activation 'relu' is not suppo"),
+    ('gpt2', {'activation_function': 'tanh'}, "activation 'tanh' is not suppo"),
     ('llama', {'num_key_value_heads': 3}, 'must be a multiple of num_kv_head'),
     ('llama', {'head_dim': 7}, 'head_dim'),
     ('llama', {'hidden_size': 'wide'}, "hidden_size is 'wide', not a number"),
