@@ -198,7 +198,7 @@ def test_a_sampler_is_a_contender():
 
 
 def test_weights_are_counted(model):
-  """Matrices count: all parameters but norms, biases, and the embedding where it
+  """Matrices count: all parameters but norms, biases and the embedding where it
   is not the head."""
   for size, config in (
     (TINY, sizes.make_config(TINY)),
