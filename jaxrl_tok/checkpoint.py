@@ -159,13 +159,15 @@ def restore(
 # Moments and carries follow their parameters.
 
 
-def _names(path: str, saved: Iterable[str]) -> list[str]:
-  """Lists the leaves of format 4, by layer, that a stack's path stands for."""
-  pattern = re.escape(path)
-  pattern = re.sub(r'(^|/)layers/', r'\1layer_(\\d+)/', pattern, count=1)
+def _names(name: str, saved: Iterable[str]) -> list[str]:
+  """Lists the names in format 4, by layer, that a stack's name in a tree of
+  parameters stands for: saved paths end with them."""
+  pattern = re.sub(
+    r'(^|/)layers/', r'\1layer_(\\d+)/', re.escape(name), count=1
+  )
   pattern = pattern.replace(r'\.\*\.', r'\.(\d+)\.')
-  found = (re.fullmatch(pattern, name) for name in saved)
-  found = [(int(match[1]), match[0]) for match in found if match]
+  found = (re.fullmatch(f'(.*/)?({pattern})', path) for path in saved)
+  found = {(int(match[3]), match[2]) for match in found if match}
   return [name for _, name in sorted(found)]
 
 
@@ -175,8 +177,11 @@ def _has_stacks(node) -> bool:
   )
 
 
-def _of_a_layer(stack) -> jax.ShapeDtypeStruct:
-  """Shape and placing of one layer's part of a stack."""
+def _of_a_layer(stack):
+  """Shape and placing of one layer's part of a stack; a node without arrays
+  (optax.MaskedNode) stays."""
+  if not hasattr(stack, 'shape'):
+    return stack
   place = stack.sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
@@ -191,19 +196,18 @@ def layered(state, saved: Iterable[str]):
     saved: paths of the leaves in the checkpoint.
   """
 
-  def split(path, node):
+  def split(node):
     if not _has_stacks(node):
       return node
-    found, prefix = {}, path_name(path)
+    found = {}
     for name, x in flax.traverse_util.flatten_dict(node, sep='/').items():
-      if not is_stacked(name):
-        found[name] = x
-        continue
-      for old in _names(f'{prefix}/{name}', saved):
-        found[old.removeprefix(f'{prefix}/')] = _of_a_layer(x)
+      names = _names(name, saved) if is_stacked(name) else None
+      found |= (
+        {name: x} if names is None else dict.fromkeys(names, _of_a_layer(x))
+      )
     return flax.traverse_util.unflatten_dict(found, sep='/')
 
-  return jax.tree_util.tree_map_with_path(split, state, is_leaf=_has_stacks)
+  return jax.tree.map(split, state, is_leaf=_has_stacks)
 
 
 def stacked(state, like):
@@ -212,22 +216,15 @@ def stacked(state, like):
   like: TrainState of the shapes and placings to give it.
   """
 
-  def joined(path, node, old):
+  def joined(node, old):
     if not _has_stacks(node):
       return old
-    prefix = path_name(path)
-    old = flax.traverse_util.flatten_dict(old, sep='/')
-    found = {}
+    old, found = flax.traverse_util.flatten_dict(old, sep='/'), {}
     for name, x in flax.traverse_util.flatten_dict(node, sep='/').items():
-      if not is_stacked(name):
-        found[name] = old[name]
-        continue
-      names = _names(f'{prefix}/{name}', [f'{prefix}/{k}' for k in old])
-      rows = [old[k.removeprefix(f'{prefix}/')] for k in names]
-      join = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=x.sharding)
-      found[name] = join(*rows)
+      found[name] = old.get(name, x)
+      if is_stacked(name) and hasattr(x, 'shape'):
+        join = jax.jit(lambda *rows: jnp.stack(rows), out_shardings=x.sharding)
+        found[name] = join(*(old[k] for k in _names(name, old)))
     return flax.traverse_util.unflatten_dict(found, sep='/')
 
-  return jax.tree_util.tree_map_with_path(
-    joined, like, state, is_leaf=_has_stacks
-  )
+  return jax.tree.map(joined, like, state, is_leaf=_has_stacks)
