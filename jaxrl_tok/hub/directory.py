@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -190,13 +191,16 @@ def save(
   card: dict | None = None,
   shard_bytes: int = SHARD_BYTES,
   replace: bool = False,
+  part_of: Callable | None = None,
 ) -> Path:
   """Writes the directory; it appears whole or not at all.
 
-  card: title, base_model, data, algorithm (text) and metrics (a dict).
+  Args:
+    card: title, base_model, data, algorithm (text) and metrics (a dict).
+    part_of: as write_weights takes it.
   """
   with atomic_directory(out, replace) as part:
-    write_weights(part, model, params, shard_bytes)
+    write_weights(part, model, params, shard_bytes, part_of)
     widest = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
     write_description(part, model, str(widest))
     write_card(part, {**(card or {}), 'auto_tokenizer': name_class(part)})

@@ -67,7 +67,9 @@ def trainable_of_run(model: Model, settings: dict) -> Trainable:
   asked = settings['param_dtype']
   dtype = None if asked == 'auto' else asked
   if settings['adapter'] is not None:
-    return adapted(model, LoraConfig(**settings['adapter']), dtype)
+    config = LoraConfig(**settings['adapter'])
+    quantized = settings.get('quantize') == 'int8'  # older runs have none
+    return adapted(model, config, dtype, quantized=quantized)
   if settings['value_head'] and not model.config.value_head:
     model = model.with_value_head()
   return full(model, dtype or 'float32')

@@ -17,9 +17,11 @@ from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import adapters as peft
 from jaxrl_tok.hub.directory import atomic_directory, save, write_card
 from jaxrl_tok.hub.model import Model
-from jaxrl_tok.hub.weights import param_structs, read_params
+from jaxrl_tok.hub.weights import SHARD_BYTES, param_structs, read_params
 from jaxrl_tok.models import lora
 from jaxrl_tok.types import Policy, first_argument
+
+QUANTIZED_SHARD_BYTES = 10**9  # of a file, where memory is short
 
 
 class Trainable(NamedTuple):
@@ -95,6 +97,7 @@ def adapted(
   param_dtype: str | None = None,
   seed: int = 0,
   directory: str | Path | None = None,
+  quantized: bool = False,
 ) -> Trainable:
   """Trains adapters; the model stays as it is.
 
@@ -104,18 +107,23 @@ def adapted(
     param_dtype: of the frozen base; None: that of its files.
     seed: makes new adapters.
     directory: with adapters to begin from, as PEFT stores them.
+    quantized: hold the base's matrices in int8 (models/quantize.py).
 
   Raises ValueError, in one line, for a target that is no matrix of the model.
   """
   mappings = model.param_mappings
   modules = lora.targeted(mappings, config.targets)
   full_params = lora.make_full_params(mappings, modules, config.scale)
+  full_part = jax.jit(
+    lora.make_full_part(mappings, modules, config.scale),
+    static_argnames=('path', 'dtype'),
+  )
 
   def init(key):
     return lora.init(modules, config.rank, key)
 
   def load_frozen(mesh):
-    return read_params(model, mesh, param_dtype)
+    return read_params(model, mesh, param_dtype, quantized)
 
   def load(mesh):
     if directory is None:
@@ -126,14 +134,22 @@ def adapted(
 
   def structs():
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return shapes, param_structs(model, param_dtype)
+    return shapes, param_structs(model, param_dtype, quantized)
 
   def save_as(
     out, trained, frozen, card=None, dtype='float32', replace=False
   ) -> Path:
     check_export(trained)
-    merged = jax.jit(full_params, static_argnums=2)(trained, frozen, dtype)
-    return save(out, model, merged, card, replace=replace)
+    shapes = jax.eval_shape(
+      lambda *trees: full_params(*trees, dtype), trained, frozen
+    )
+
+    def part_of(mapping):  # one at a time: all may be more than memory
+      path, row = mapping.path, mapping.row
+      return full_part(path, row, trained, frozen, dtype=dtype)
+
+    size = QUANTIZED_SHARD_BYTES if quantized else SHARD_BYTES
+    return save(out, model, shapes, card, size, replace, part_of)
 
   def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
     check_export(trained)

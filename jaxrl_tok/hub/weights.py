@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.traverse_util
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_tok import sharding
 from jaxrl_tok.hub import fetch, gguf
 from jaxrl_tok.hub.model import Model, TensorInfo
+from jaxrl_tok.models import quantize
 
 READ_BYTES = 16 * 2**20  # of a tensor, at a time
 SHARD_BYTES = 5 * 10**9  # of a file
@@ -166,10 +168,14 @@ def _some(names: list) -> str:
   return ', '.join(names[:5]) + rest
 
 
-def param_structs(model: Model, dtype: str | None = None):
+def param_structs(
+  model: Model, dtype: str | None = None, quantized: bool = False
+):
   """ShapeDtypeStructs of the model's parameters.
 
-  dtype: None: the file's, or float32 where it does not have them.
+  Args:
+    dtype: None: the file's, or float32 where it does not have them.
+    quantized: those of matrices are int8, with scales beside them.
   """
   policy = model.make_policy(attention='xla')
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
@@ -181,7 +187,8 @@ def param_structs(model: Model, dtype: str | None = None):
   for path, found in kinds.items():
     theirs = found.pop() if len(found) == 1 else 'float32'  # loses nothing
     flat[path] = jax.ShapeDtypeStruct(flat[path].shape, dtype or theirs)
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
+  tree = flax.traverse_util.unflatten_dict(flat, sep='/')
+  return quantize.structs(tree) if quantized else tree
 
 
 def _fill(part, views: tuple) -> None:
@@ -231,15 +238,32 @@ def _place_row(stack, struct, row: int, array, place: NamedSharding):
   return jax.block_until_ready(_put_row(stack, row, _place(array, alone)))
 
 
-def read_params(model: Model, mesh=None, dtype: str | None = None):
+def _quantized(mapping, array: np.ndarray) -> dict:
+  """{path: array} of a parameter in int8 and its scale, or as it is."""
+  axes = quantize.input_axes(mapping.path)
+  if axes is None:
+    return {mapping.path: array}
+  try:
+    q, scale = quantize.quantize(array, axes)
+  except ValueError as e:
+    raise ValueError(f'{mapping.tensors[0][0]}: {e}') from None
+  return {mapping.path: q, mapping.path + quantize.SUFFIX: scale}
+
+
+def read_params(
+  model: Model, mesh=None, dtype: str | None = None, quantized: bool = False
+):
   """Reads the parameters, each layer's placed on `mesh` by the partition rules
   of its network before the next is read.
 
   Args:
     mesh: None: the first device.
     dtype: of the parameters; None: the file's.
+    quantized: hold matrices as int8 (quantize.py), each layer's made when it is
+      read.
   """
-  structs = param_structs(model, dtype)
+  read = flax.traverse_util.flatten_dict(param_structs(model, dtype), sep='/')
+  structs = param_structs(model, dtype, quantized)
   rules = model.make_policy(attention='xla').partition_rules
   mesh = mesh or sharding.make_mesh('data=1', jax.devices()[:1])
   places = sharding.tree_shardings(mesh, structs, rules)
@@ -253,14 +277,16 @@ def read_params(model: Model, mesh=None, dtype: str | None = None):
       for file in {stored.file for stored in model.tensors.values()}
     }
     for mapping in model.param_mappings:
-      path, row = mapping.path, mapping.row
-      struct, place = structs[path], places[path]
-      array = _read_param(model, mapping, struct, files)
-      if row is None:
-        flat[path] = _place(array, place)
-      else:
-        flat[path] = _place_row(flat.get(path), struct, row, array, place)
-      del array
+      row = mapping.row
+      array = _read_param(model, mapping, read[mapping.path], files)
+      parts = _quantized(mapping, array) if quantized else {mapping.path: array}
+      for path, part in parts.items():
+        struct, place = structs[path], places[path]
+        if row is None:
+          flat[path] = _place(part, place)
+        else:
+          flat[path] = _place_row(flat.get(path), struct, row, part, place)
+      del array, parts, part
       gc.collect(0)  # jax lets go of what it has copied when Python collects
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
@@ -299,7 +325,8 @@ def _tensors_of(mapping, array: np.ndarray, model: Model) -> dict:
 
 def _num_bytes(mapping, flat: dict) -> int:
   leaf = flat[mapping.path]
-  return leaf.nbytes // (1 if mapping.row is None else len(leaf))
+  rows = 1 if mapping.row is None else leaf.shape[0]
+  return leaf.size * leaf.dtype.itemsize // rows
 
 
 def _is_written(model: Model, mapping) -> bool:
@@ -312,9 +339,19 @@ def _is_written(model: Model, mapping) -> bool:
   )
 
 
-def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
+def write_weights(
+  out: Path,
+  model: Model,
+  params,
+  shard_bytes: int,
+  part_of: Callable | None = None,
+) -> None:
   """model.safetensors, or shards of about shard_bytes and their index; the
-  tensors of one shard at a time are on the host."""
+  tensors of one shard at a time are on the host.
+
+  part_of: ParamMapping -> array, its parameter or row of one; params may then
+    be structs. None: those of params.
+  """
   from safetensors.numpy import save_file
 
   flat = flax.traverse_util.flatten_dict(params, sep='/')
@@ -328,6 +365,7 @@ def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
       size = 0
     shards[-1].append(mapping)
     size += nbytes
+  part_of = part_of or (lambda mapping: mapping.part(flat[mapping.path]))
   rest = flat.keys() - {mapping.path for mapping in model.param_mappings}
   if rest:
     raise ValueError(f'no place in the file for {", ".join(sorted(rest))}')
@@ -339,7 +377,7 @@ def write_weights(out: Path, model: Model, params, shard_bytes: int) -> None:
     content = {}
     for mapping in shard:
       total += _num_bytes(mapping, flat)
-      part = mapping.part(flat[mapping.path])
+      part = part_of(mapping)
       content |= _tensors_of(mapping, _on_host(part), model)
       gc.collect(0)  # of what jax read
     save_file(content, out / file, metadata={'format': 'pt'})

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl_tok.models import attention, experts, kernels, rope
-from jaxrl_tok.sharding import constrain_rows
+from jaxrl_tok.models import attention, experts, kernels, quantize, rope
+from jaxrl_tok.sharding import constrain, constrain_rows
 
 ACTIVATIONS = {
   'relu': nn.relu,
@@ -130,17 +130,23 @@ class Norm(nn.Module):
 
 
 def project(module: nn.Module, name: str, product: Callable, x, w):
-  """x times a matrix, plus (x A) B where the matrix has an adapter.
+  """x times a matrix, int8 or not, plus (x A) B where it has an adapter.
 
   The adapter's products and the sum are in float32: a change below the last
   bit of the compute dtype is rounded together with what it is added to.
   """
-  if not module.has_variable('params', f'{name}_lora'):
-    return product(x, w)
   lora = module.get_variable('params', f'{name}_lora')
-  low_BxtxR = x.astype(jnp.float32) @ lora['a']
-  y = product(x, w, preferred_element_type=jnp.float32)
-  return (y + jnp.tensordot(low_BxtxR, lora['b'], 1)).astype(x.dtype)
+  scale = module.get_variable('params', name + quantize.SUFFIX)
+  if scale is not None:
+    y = quantize.product(x, w, scale)
+  elif lora is None:
+    return product(x, w.astype(x.dtype))
+  else:
+    y = product(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+  if lora is not None:
+    low_BxtxR = x.astype(jnp.float32) @ lora['a']
+    y = y + jnp.tensordot(low_BxtxR, lora['b'], 1)
+  return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -160,7 +166,7 @@ class Attention(nn.Module):
     # the product's own order, then transposed: asked for bkmth, XLA transposes
     # the matrix instead, at every token
     product = functools.partial(jnp.einsum, 'btd,dkmh->btkmh')
-    y = project(self, 'qkv', product, x, qkv.astype(x.dtype))
+    y = project(self, 'qkv', product, x, qkv)
     if c.qkv_bias:
       bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
       y = y + bias.astype(x.dtype)[None, None]
@@ -197,7 +203,7 @@ class Attention(nn.Module):
     out = self.param('out', fan_in(0, 1, 2), (K, M, H, c.d_model))
     # one axis to sum over: with three, XLA transposes the matrix each step
     mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
-    out = out.astype(x.dtype).reshape(-1, c.d_model)
+    out = out.reshape(-1, c.d_model)
     x = project(self, 'out', jnp.matmul, mixed, out)
     return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
 
@@ -221,16 +227,16 @@ class FeedForward(nn.Module):
     if c.gated:
       gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
       product = functools.partial(jnp.einsum, 'btd,dgf->btgf')
-      y = project(self, 'gate_up', product, x, gate_up.astype(x.dtype))
+      y = project(self, 'gate_up', product, x, gate_up)
       if c.mlp_bias:
         bias = self.param('gate_up_bias', nn.initializers.zeros, (2, F))
         y = y + bias.astype(x.dtype)[None, None]
       y = activation(y[:, :, 0]) * y[:, :, 1]
     else:
-      up = self.param('up', fan_in(0), (D, F)).astype(x.dtype)
+      up = self.param('up', fan_in(0), (D, F))
       y = project(self, 'up', jnp.matmul, x, up)
       y = activation(with_bias(self, 'up_bias', y) if c.mlp_bias else y)
-    down = self.param('down', fan_in(0), (F, D)).astype(x.dtype)
+    down = self.param('down', fan_in(0), (F, D))
     x = project(self, 'down', jnp.matmul, y, down)
     return with_bias(self, 'down_bias', x) if c.mlp_bias else x
 
@@ -282,3 +288,31 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self):
     return self.param('embedding', self.begin, (self.rows, self.config.d_model))
+
+
+def lookup(table: dict, ids, dtype):
+  """Rows [..., D] of a Table, int8 or not, for ids.
+
+  They are looked up in a table that is whole along D: split over fsdp, the
+  partitioner could bring the result to the rows' devices only by copying all
+  of it to every device.
+  """
+  x, scale = table['embedding'], table.get('embedding' + quantize.SUFFIX)
+  if scale is None:
+    return constrain(x.astype(dtype), 'tensor', None)[ids]
+  x = constrain(x, 'tensor', None)
+  return quantize.lookup(x, scale, ids).astype(dtype)
+
+
+def head(table: dict, hidden):
+  """Products of hidden states [..., D] with each row of a Table, int8 or not:
+  float32 [..., V]."""
+  x, scale = table['embedding'], table.get('embedding' + quantize.SUFFIX)
+  if scale is not None:
+    return quantize.product(hidden, x, scale, table=True)
+  return jnp.einsum(
+    '...d,vd->...v',
+    hidden,
+    x.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )

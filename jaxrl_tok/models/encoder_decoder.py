@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.models import stack, transformer
-from jaxrl_tok.models.blocks import Norm, Table
+from jaxrl_tok.models import quantize, stack, transformer
+from jaxrl_tok.models.blocks import Norm, Table, head, lookup
 from jaxrl_tok.models.encoder_decoder_blocks import DecoderBlock, EncoderBlock
 from jaxrl_tok.models.encoder_decoder_config import (
   Buckets,
@@ -35,17 +35,19 @@ from jaxrl_tok.models.encoder_decoder_config import (
   StackConfig,
 )
 from jaxrl_tok.models.relative_positions import score_bias
-from jaxrl_tok.sharding import constrain, constrain_rows, path_name
+from jaxrl_tok.sharding import constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 FLOAT32 = transformer.FLOAT32 + r'|(position|logit)_bias/'
 
-BLOCK_RULES = (
-  (r'cross_attention/q$', PartitionSpec('fsdp', 'tensor', None)),
-  (r'cross_attention/q_bias$', PartitionSpec('tensor', None)),
-  (r'cross_attention/kv$', PartitionSpec('fsdp', 'tensor', None, None)),
-  (r'cross_attention/kv_bias$', PartitionSpec('tensor', None, None)),
-  (r'cross_attention/out$', PartitionSpec('tensor', None, None, 'fsdp')),
+BLOCK_RULES = quantize.partition_rules(
+  (
+    (r'cross_attention/q$', PartitionSpec('fsdp', 'tensor', None)),
+    (r'cross_attention/q_bias$', PartitionSpec('tensor', None)),
+    (r'cross_attention/kv$', PartitionSpec('fsdp', 'tensor', None, None)),
+    (r'cross_attention/kv_bias$', PartitionSpec('tensor', None, None)),
+    (r'cross_attention/out$', PartitionSpec('tensor', None, None, 'fsdp')),
+  )
 )
 PARTITION_RULES = (
   *stack.partition_rules(BLOCK_RULES),
@@ -137,9 +139,7 @@ def sinusoids(length: int, d_model: int) -> np.ndarray:
 def _embedded(net: Network, params, side: str, tokens, positions, limit: int):
   """Embeds tokens [R, t] at positions [t] < limit of a side."""
   c, own = net.config, params[side]
-  # rows are looked up in a table that is whole along D, as in transformer.py
-  table = params['embed']['embedding'].astype(net.dtype)
-  x = constrain_rows(constrain(table, 'tensor', None)[tokens])
+  x = constrain_rows(lookup(params['embed'], tokens, net.dtype))
   if c.embedding_scale != 1:
     x = x * jnp.asarray(c.embedding_scale, x.dtype)
   if c.positions == 'learned':
@@ -244,13 +244,7 @@ def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
 
 def logits(net: Network, params, hidden):
   c = net.config
-  table = params['embed' if c.tie_embeddings else 'head']['embedding']
-  found = jnp.einsum(
-    '...d,vd->...v',
-    hidden,
-    table.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  found = head(params['embed' if c.tie_embeddings else 'head'], hidden)
   if c.logit_scale != 1:
     found = found * c.logit_scale
   if c.logit_bias:
@@ -270,7 +264,8 @@ def cast_params(net: Network, params):
   Stacks are split."""
 
   def one(path, x):
-    return x if re.search(FLOAT32, path_name(path)) else x.astype(net.dtype)
+    kept = x.dtype == jnp.int8 or re.search(FLOAT32, path_name(path))
+    return x if kept else x.astype(net.dtype)
 
   cast = jax.tree_util.tree_map_with_path(one, params)
   for side in ('encoder', 'decoder'):

@@ -30,7 +30,7 @@ def queries_begin(c: StackConfig):
 def heads(module: nn.Module, name: str, x, matrix, parts: str):
   """x [R, t, D] times a matrix [D, N, *parts, H], and its bias."""
   product = functools.partial(jnp.einsum, f'rtd,dn{parts}h->rtn{parts}h')
-  y = project(module, name, product, x, matrix.astype(x.dtype))
+  y = project(module, name, product, x, matrix)
   if module.config.bias:
     zeros = nn.initializers.zeros
     bias = module.param(f'{name}_bias', zeros, matrix.shape[1:])
@@ -42,7 +42,7 @@ def output(module: nn.Module, mixed, x):
   """Joins heads [R, N, 1, t, H] to the residual's width."""
   c = module.config
   shape = (c.num_heads, 1, c.head_dim, c.d_model)
-  out = module.param('out', fan_in(0, 1, 2), shape).astype(x.dtype)
+  out = module.param('out', fan_in(0, 1, 2), shape)
   # one axis to sum over: with three, XLA transposes the matrix each step
   mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
   y = project(module, 'out', jnp.matmul, mixed, out.reshape(-1, c.d_model))

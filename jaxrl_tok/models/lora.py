@@ -28,6 +28,8 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from jaxrl_tok.models import quantize
+
 ALL_LINEAR = 'all-linear'
 
 
@@ -218,27 +220,64 @@ def make_merge_params(
   return merge_params
 
 
+def _with_product(leaf, factors: dict):
+  """Adds a b to matrices [L, ...], in float32."""
+  change = jnp.einsum(
+    'lir,lr...->li...',
+    factors['a'],
+    factors['b'],
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return leaf.astype(jnp.float32) + change.reshape(leaf.shape)
+
+
+def make_full_part(mappings: Sequence, modules: dict, scale: float) -> Callable:
+  """Returns full_part(path, row, adapters, base, dtype) -> W + scale B A of one
+  parameter, pure: added in float32, then in the wider of the base's dtype and
+  `dtype`; an int8 base is dequantized first.
+
+  row: of a stack, one layer's; None: all of the parameter.
+  """
+  adapted = {p.mapping.path: p for p in _adapted(mappings, modules)}
+
+  def full_part(path: str, row, adapters: dict, base, dtype='float32'):
+    flat = flax.traverse_util.flatten_dict(base, sep='/')
+    leaf, steps = flat[path], flat.get(path + quantize.SUFFIX)
+    param = adapted.get(path)
+    if param is None and steps is None:
+      return leaf if row is None else leaf[row]
+    wide = jnp.promote_types(leaf.dtype, dtype)
+    factors = {}
+    if param is not None:
+      factors = _factors(param, adapters, scale, leaf.shape[1:])
+    if row is not None:
+      leaf, steps, factors = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, row), (leaf, steps, factors)
+      )
+    if steps is not None:
+      leaf = quantize.dequantize(leaf, steps, quantize.input_axes(path))
+    full = _with_product(leaf, factors) if factors else leaf
+    return (full if row is None else full[0]).astype(wide)
+
+  return full_part
+
+
 def make_full_params(
   mappings: Sequence, modules: dict, scale: float
 ) -> Callable:
-  """Returns full_params(adapters, base, dtype) -> W + scale B A, pure: added
-  in float32, then in the wider of the base's dtype and `dtype`."""
-  adapted = _adapted(mappings, modules)
+  """Returns full_params(adapters, base, dtype): `make_full_part` of all
+  parameters, pure."""
+  full_part = make_full_part(mappings, modules, scale)
 
   def full_params(adapters: dict, base, dtype='float32'):
     flat = flax.traverse_util.flatten_dict(base, sep='/')
-    for param in adapted:
-      leaf = flat[param.mapping.path]
-      factors = _factors(param, adapters, scale, leaf.shape[1:])
-      change = jnp.einsum(
-        'lir,lr...->li...',
-        factors['a'],
-        factors['b'],
-        precision=jax.lax.Precision.HIGHEST,
-      )
-      total = leaf.astype(jnp.float32) + change.reshape(leaf.shape)
-      wide = jnp.promote_types(leaf.dtype, dtype)
-      flat[param.mapping.path] = total.astype(wide)
-    return flax.traverse_util.unflatten_dict(flat, sep='/')
+    return flax.traverse_util.unflatten_dict(
+      {
+        path: full_part(path, None, adapters, base, dtype)
+        for path in flat
+        if path.removesuffix(quantize.SUFFIX) not in flat.keys() - {path}
+      },
+      sep='/',
+    )
 
   return full_params

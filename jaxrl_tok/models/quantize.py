@@ -31,7 +31,8 @@ from jax.sharding import PartitionSpec
 
 # (end of a parameter's path, its input axes), with or without a stack's
 INPUT_AXES = (
-  (r'attention/qkv$', (-4,)),
+  (r'attention/(qkv|kv)$', (-4,)),
+  (r'attention/q$', (-3,)),
   (r'attention/out$', (-4, -3, -2)),
   (r'mlp/gate_up$', (-3,)),
   (r'mlp/(up|down)$', (-2,)),

@@ -21,15 +21,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.models import attention, experts, kernels, rope, stack
+from jaxrl_tok.models import attention, experts, kernels, quantize, rope, stack
 from jaxrl_tok.models.blocks import (
   Block,
   Layer,
   Norm,
   Table,
   TransformerConfig,
+  head,
+  lookup,
 )
-from jaxrl_tok.sharding import constrain, constrain_rows, path_name
+from jaxrl_tok.sharding import constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 # arrays that a block keeps for the backward pass; it computes the rest again
@@ -43,23 +45,26 @@ SCANNED = jax.checkpoint_policies.dots_saveable
 # compiles as fast
 SCAN_FROM = 8
 # leaves that the modules use in float32; all others in the compute dtype
-FLOAT32 = r'norm/(scale|bias)$|(^|/)value_head/|_lora/[ab]$'
+FLOAT32 = r'norm/(scale|bias)$|(^|/)value_head/|_lora/[ab]$|_scale$'
 
 # Attention splits by key/value head and the feed-forward by F over `tensor`;
 # the other large dimension lies over `fsdp`.
-BLOCK_RULES = (
-  *experts.PARTITION_RULES,
-  (r'attention/qkv$', PartitionSpec('fsdp', 'tensor', None, None)),
-  (r'attention/qkv_bias$', PartitionSpec('tensor', None, None)),
-  (r'attention/out$', PartitionSpec('tensor', None, None, 'fsdp')),
-  (r'mlp/gate_up$', PartitionSpec('fsdp', None, 'tensor')),
-  (r'mlp/up$', PartitionSpec('fsdp', 'tensor')),
-  (r'mlp/up_bias$', PartitionSpec('tensor')),
-  (r'mlp/down$', PartitionSpec('tensor', 'fsdp')),
+BLOCK_RULES = quantize.partition_rules(
+  (
+    *experts.PARTITION_RULES,
+    (r'attention/qkv$', PartitionSpec('fsdp', 'tensor', None, None)),
+    (r'attention/qkv_bias$', PartitionSpec('tensor', None, None)),
+    (r'attention/out$', PartitionSpec('tensor', None, None, 'fsdp')),
+    (r'mlp/gate_up$', PartitionSpec('fsdp', None, 'tensor')),
+    (r'mlp/up$', PartitionSpec('fsdp', 'tensor')),
+    (r'mlp/up_bias$', PartitionSpec('tensor')),
+    (r'mlp/down$', PartitionSpec('tensor', 'fsdp')),
+  )
 )
 PARTITION_RULES = (
   *stack.partition_rules(BLOCK_RULES),
   (r'(embed|head)/embedding$', PartitionSpec('tensor', 'fsdp')),
+  (r'(embed|head)/embedding_scale$', PartitionSpec('tensor')),
 )
 
 
@@ -123,11 +128,7 @@ def has(kind: Layer, path: tuple) -> bool:
 def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
   """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
   c = net.config
-  # rows are looked up in a table that is whole along D: split over fsdp, the
-  # partitioner could bring the result to the rows' devices only by copying
-  # all of it to every device
-  table = params['embed']['embedding'].astype(net.dtype)
-  x = constrain_rows(constrain(table, 'tensor', None)[tokens])
+  x = constrain_rows(lookup(params['embed'], tokens, net.dtype))
   if c.embedding_scale != 1:
     x = x * jnp.asarray(c.embedding_scale, x.dtype)
   if c.learned_positions:
@@ -187,11 +188,7 @@ def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
 
 def logits(net: Network, params, hidden):
   name = 'embed' if net.config.tie_embeddings else 'head'
-  table = params[name]['embedding'].astype(hidden.dtype)
-  found = jnp.einsum(
-    '...d,vd->...v', hidden, table, preferred_element_type=jnp.float32
-  )
-  return attention.capped(found, net.config.logit_cap)
+  return attention.capped(head(params[name], hidden), net.config.logit_cap)
 
 
 def value(net: Network, params, hidden):
@@ -204,7 +201,8 @@ def cast_params(net: Network, params):
   gradient and sampler compute with equal numbers. Stacks are split."""
 
   def one(path, x):
-    return x if re.search(FLOAT32, path_name(path)) else x.astype(net.dtype)
+    kept = x.dtype == jnp.int8 or re.search(FLOAT32, path_name(path))
+    return x if kept else x.astype(net.dtype)
 
   cast = jax.tree_util.tree_map_with_path(one, params)
   layers = stack.split(cast['layers'], net.config.layers, has)

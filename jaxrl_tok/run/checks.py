@@ -182,6 +182,16 @@ def check_model(settings: Settings) -> None:
       '--param_dtype float16 holds no gradient below 6e-8; pass bfloat16, or '
       'float32 with --dtype bfloat16'
     )
+  if model.quantize != 'none' and not adapted:
+    raise ValueError(
+      f'--quantize {model.quantize} holds weights that nothing trains, and '
+      'without LoRA all are trained; pass --lora_rank 16'
+    )
+  if model.quantize != 'none' and model.param_dtype != 'auto':
+    raise ValueError(
+      f'--param_dtype {model.param_dtype} and --quantize {model.quantize} both '
+      'say how the base is stored; leave one out'
+    )
   if model.lora_adapter and not Path(model.lora_adapter).is_dir():
     raise ValueError(f'--lora_adapter {model.lora_adapter} is no directory')
   if model.model:  # before the slow import of jax

@@ -75,7 +75,8 @@ def device_score(setup: Setup) -> tuple | None:
     return None
   if model is not None:
     with setup.logger.doing(f'reading {model.origin}'):
-      params = read_params(model, setup.mesh)
+      quantized = setup.settings.model.quantize == 'int8'
+      params = read_params(model, setup.mesh, quantized=quantized)
     kernel = setup.settings.model.attention
     scorer = device_rewards.reward_model(
       model.make_policy(setup.dtype, attention=kernel)

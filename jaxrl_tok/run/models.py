@@ -175,7 +175,8 @@ def make_trainable(settings: Settings, model) -> Trainable:
   dtype = None if f.param_dtype == 'auto' else f.param_dtype
   if config is None:
     return full(model, dtype or 'float32', seed)
-  return adapted(model, config, dtype, seed, f.lora_adapter)
+  quantized = f.quantize == 'int8'
+  return adapted(model, config, dtype, seed, f.lora_adapter, quantized)
 
 
 def make_reward_model(settings: Settings, policy: Model) -> Model | None:

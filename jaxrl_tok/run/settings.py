@@ -74,6 +74,10 @@ class ModelSettings:
   LoRA freezes that of its file. bfloat16: gradients are too, and each
   optimizer step, made in float32, is rounded stochastically; float32 with
   --dtype bfloat16 holds float32 masters. float16: for a frozen base only."""
+  quantize: Literal['none', 'int8'] = 'none'
+  """Storage of weights that nothing trains, LoRA's base and the --reward_model.
+  int8: matrices as 8-bit integers (load_in_8bit), a scale for each output,
+  multiplied by it in the product: a byte for each weight."""
   lora_rank: int = 0
   """Rank of LoRA adapters, trained in place of the model; 0: train the
   model."""
@@ -97,6 +101,10 @@ class ModelSettings:
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   """Kernel of attention over many tokens; auto: cudnn on GPU, splash on TPU,
   else xla."""
+  scan_layers: Literal['auto', 'true', 'false'] = 'auto'
+  """Compile one layer and scan it (true), or all of them in a loop (false),
+  for many tokens at once; auto: scan on accelerators, and 8 layers or more on a
+  CPU."""
   cpu_devices: int = 1
   """Devices that a CPU is split into, each with rows of its own and a copy of
   the weights. Two on two cores sample faster, and learn no faster."""

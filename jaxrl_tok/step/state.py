@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_tok import sharding
+from jaxrl_tok.models import quantize
 from jaxrl_tok.types import Algorithm, Policy, TrainState
 
 
@@ -89,7 +90,9 @@ def make_state(
     params = policy.init(key) if params is None else params
     critic_params = None
     if critic is not None:
-      begin = params if frozen is None else frozen
+      begin = params
+      if frozen is not None:  # it may be int8, which nothing trains
+        begin = quantize.dequantize_params(frozen)
       begin = jax.tree.map(lambda x: jnp.array(x, jnp.float32), begin)
       critic_params = with_value_head(critic, begin)
     if frozen is None:
