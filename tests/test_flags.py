@@ -69,8 +69,8 @@ def test_a_misspelt_flag_gets_a_suggestion(capsys, word, meant):
 
 
 def test_a_flag_like_no_other_gets_help(capsys):
-  line = refusal(capsys, '--quantum', '3')
-  assert line == 'error: unknown flag --quantum; --help lists the flags'
+  line = refusal(capsys, '--zebra', '3')
+  assert line == 'error: unknown flag --zebra; --help lists the flags'
 
 
 def test_a_word_that_is_no_flag_is_refused(capsys):
