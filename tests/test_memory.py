@@ -112,14 +112,16 @@ def test_the_first_program_that_fits_is_taken():
   gpu = device('gpu', bytes_limit=10)
 
   def function(need, fault=None):
-    def compile():
+    def compile(options=None):
       if fault:
         raise jax.errors.JaxRuntimeError(fault)
       names = 'argument', 'output', 'alias', 'temp'
       sizes = {f'{name}_size_in_bytes': 0 for name in names}
       sizes['temp_size_in_bytes'] = need
       found = types.SimpleNamespace(**sizes)
-      return types.SimpleNamespace(need=need, memory_analysis=lambda: found)
+      return types.SimpleNamespace(
+        need=need, options=options, memory_analysis=lambda: found
+      )
 
     return types.SimpleNamespace(
       lower=lambda: types.SimpleNamespace(compile=compile)
@@ -130,6 +132,9 @@ def test_the_first_program_that_fits_is_taken():
   some = [full, function(20), function(8), wrong]  # which is not compiled
   assert memory.first_that_fits(some, (), gpu).need == 8
   assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
+  for functions in (some, [full, function(20)]):
+    options = memory.first_that_fits(functions, (), gpu, {'level': 1}).options
+    assert options['level'] == 1
   with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
     memory.first_that_fits([wrong, *some], (), gpu)
 

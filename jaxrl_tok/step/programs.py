@@ -268,12 +268,10 @@ def mismatch_inputs(rollout: Rollout) -> Rollout:
 def mismatch_job(run: _Run, rollout: Rollout) -> dict:
   """Job {name: Job} that measures sampler against gradient."""
   job = jax.jit(
-    make_mismatch(run.networks.policy),
-    out_shardings=run.shapes.whole,
-    compiler_options=QUICKLY,
+    make_mismatch(run.networks.policy), out_shardings=run.shapes.whole
   )
   args = run.state.policy_params, mismatch_inputs(rollout), run.networks.rule
-  return {('mismatch', *rollout_size(rollout)): Job([job], args)}
+  return {('mismatch', *rollout_size(rollout)): Job([job], args, QUICKLY)}
 
 
 def reference_kl_job(run: _Run, rollout: Rollout) -> dict:
