@@ -255,6 +255,38 @@ def test_casting_once_changes_no_number(name):
   assert kept == norms | own
 
 
+def test_programs_do_not_grow_with_the_layers():
+  """StableHLO of a gradient and of a rollout, at 12 layers and at 2."""
+
+  def lines(num_layers):
+    config = CONFIGS['t5']
+    sides = {
+      side: dataclasses.replace(getattr(config, side), num_layers=num_layers)
+      for side in ('encoder', 'decoder')
+    }
+    policy = make_policy(dataclasses.replace(config, **sides), scan_layers=True)
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    rollout = made('t5').rollout
+
+    def loss(params):
+      return evaluate(policy, params, rollout, RULE).logp.sum()
+
+    sample = make_sampler(policy, SamplerConfig(G, T, PAD, chunk=2))
+    return (
+      len(jax.jit(jax.grad(loss)).lower(shapes).as_text().splitlines()),
+      len(
+        jax.jit(sample)
+        .lower(shapes, jax.random.key(0), PROMPTS, RULE)
+        .as_text()
+        .splitlines()
+      ),
+    )
+
+  few, many = lines(2), lines(12)
+  assert many[0] <= 1.1 * few[0]
+  assert many[1] <= 1.5 * few[1]  # decoding loops over one function
+
+
 def test_matrices_are_split_over_the_mesh():
   policy = make_policy(CONFIGS['flan'])
   mesh = sharding.make_mesh('data=1,fsdp=2,tensor=2', jax.devices()[:4])

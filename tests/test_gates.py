@@ -9,6 +9,14 @@ import pytest
 from conftest import CONFIG, END, PAD, changed, random_prompts
 
 from jaxrl_tok import distribution
+from jaxrl_tok.models.encoder_decoder import (
+  make_policy as encoder_decoder_policy,
+)
+from jaxrl_tok.models.encoder_decoder_config import (
+  Buckets,
+  EncoderDecoderConfig,
+  StackConfig,
+)
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.types import Prompts
@@ -66,13 +74,23 @@ def moves(text: str, least: int) -> list[str]:
   ]
 
 
-@pytest.fixture(scope='module')
-def sampler_text():
+def encoder_decoder():
+  """An encoder-decoder of POLICY's width, with T5's positions."""
+  side = StackConfig(2, 64, num_heads=2, head_dim=16, d_ff=96)
+  positions = Buckets(8, 9)
+  return encoder_decoder_policy(
+    EncoderDecoderConfig(11, side, side, (0,), positions=positions)
+  )
+
+
+@pytest.fixture(scope='module', params=['decoder', 'encoder-decoder'])
+def sampler_text(request):
   config = SamplerConfig(G, T, PAD)
-  params = jax.eval_shape(POLICY.init, jax.random.key(0))
+  policy = POLICY if request.param == 'decoder' else encoder_decoder()
+  params = jax.eval_shape(policy.init, jax.random.key(0))
   rule = distribution.make_rule(11, [END])
   prompts = random_prompts(C, P)
-  sample = jax.jit(make_sampler(POLICY, config))
+  sample = jax.jit(make_sampler(policy, config))
   return (
     sample.lower(params, jax.random.key(0), prompts, rule).compile().as_text()
   )
@@ -109,7 +127,9 @@ def test_a_step_reads_what_it_must():
     CONFIG, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=512
   )
   policy = make_policy(changed(config, vocab_size=1024))
-  params = jax.eval_shape(policy.init, jax.random.key(0))
+  params = jax.eval_shape(
+    lambda key: policy.cast_params(policy.init(key)), jax.random.key(0)
+  )
   cache = jax.eval_shape(lambda: policy.init_cache(rows, length))
   prompts = Prompts(jnp.zeros((1, P), jnp.int32), jnp.full((1,), P))
   prefix = jax.eval_shape(policy.encode, params, prompts)
