@@ -18,7 +18,7 @@ class Architecture(NamedTuple):
   completion), tie_embeddings, lm_head (False: a classifier) and value_head.
   """
 
-  make_policy: Callable  # (config, dtype, remat, attention) -> Policy
+  make_policy: Callable  # (config, dtype, remat, attention, scan_layers)
   param_mappings: Callable  # (config, family) -> [ParamMapping]
   peft_task: str = 'CAUSAL_LM'  # adapter_config.json's task_type
 

@@ -64,11 +64,15 @@ class Model(NamedTuple):
     return self.family.architecture.param_mappings(self.config, self.family)
 
   def make_policy(
-    self, dtype=jnp.float32, remat: str = 'none', attention: str = 'auto'
+    self,
+    dtype=jnp.float32,
+    remat: str = 'none',
+    attention: str = 'auto',
+    scan_layers: bool | None = None,
   ) -> Policy:
     """Network of this configuration; arguments as transformer.make_policy."""
     make_policy = self.family.architecture.make_policy
-    return make_policy(self.config, dtype, remat, attention)
+    return make_policy(self.config, dtype, remat, attention, scan_layers)
 
   def with_value_head(self) -> 'Model':
     """Gives the model a value head: of a policy, a critic."""

@@ -44,7 +44,7 @@ VALUES = {
 REPLACED = {
   'policy': [
     *(f.name for f in dataclasses.fields(SizeSettings)),
-    *('dtype', 'remat', 'attention'),
+    *('dtype', 'remat', 'attention', 'scan_layers'),
   ],
   'optimizer': [
     *(f.name for f in dataclasses.fields(OptimizerSettings)),

@@ -195,7 +195,8 @@ def make_networks(settings: Settings, model, trainable, algorithm):
   if isinstance(model, models.OwnModel):
     policy, critic = model.policy, None
   else:
-    how = jnp.dtype(dtype), f.remat, kernels.choose(f.attention)
+    scan = {'auto': None, 'true': True, 'false': False}[f.scan_layers]
+    how = jnp.dtype(dtype), f.remat, kernels.choose(f.attention), scan
     with_value = model.with_value_head()
     shared = learned and settings.algorithm.critic == 'shared'
     policy = (with_value if shared else model).make_policy(*how)
