@@ -10,7 +10,7 @@ has a weight:
 
   --sentiment 1        VADER's compound score, -1 (sad) to 1 (happy)
   --no_repetition 1    share of word pairs that are said for the first time
-  --ends 0.5           1 for a story that ends by itself within the limit
+  --ends 0.5           1 for a story of 32 to 64 tokens that ends by itself
 
 A reward is not what is meant by it: "wonderful, wonderful" is happy to VADER.
 The KL to the pretrained model (--kl reverse --beta) keeps the English, and each
@@ -21,6 +21,7 @@ The report shows stories before and after. Try --kl none, or --no_repetition 0.
 
 import functools
 import itertools
+import random
 
 from jaxrl_tok import Task, main
 
@@ -57,18 +58,20 @@ TRAINED = 16  # of each list; the rest is held out
 
 def prompts(part: slice) -> list[dict]:
   """Records {'prompt': messages} of every who, what and where of a part of the
-  lists."""
-  return [
+  lists, in a random order that is always the same."""
+  found = [
     {'prompt': [{'role': 'user', 'content': REQUEST.format(*words)}]}
     for words in itertools.product(WHO[part], WHAT[part], WHERE[part])
   ]
+  random.Random(0).shuffle(found)
+  return found
 
 
 def stories(
   sentiment: float = 1.0,
   no_repetition: float = 1.0,
   ends: float = 0.5,
-  min_tokens: int = 20,
+  min_tokens: int = 32,
 ) -> Task:
   """Short stories, by a mixture of rewards.
 
@@ -109,7 +112,7 @@ def run(argv=None):
     kl='reverse',
     beta=0.04,
     learning_rate=3e-4,
-    max_steps=30,
+    max_steps=40,
     num_prompts=8,
     num_generations=4,
     max_completion_length=64,

@@ -476,8 +476,8 @@ def test_components_of_the_reward_are_named(tmp_path):
 
 
 def test_evaluations_have_panels_for_each_reward_and_metric():
-  found = {'eval/rewards/a/b/mean': 1.0, 'eval/hard/rewards/c/mean': 2.0}
-  found |= {'eval/reward': 3.0, 'eval/ref_kl': 4.0}
+  found = {'eval/reward': 3.0, 'eval/ref_kl': 4.0}
+  found |= {'eval/rewards/a/b/mean': 1.0, 'eval/hard/rewards/c/mean': 2.0}
   rows = [{'phase': 'eval', 'step': k, **found} for k in range(3)]
   rows += [train_row(k, 1.0, kl=0.1, grad_norm=1.0) for k in range(3)]
   shown = [(p['heading'], p['unit']) for p in figures.panels(rows)]

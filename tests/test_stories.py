@@ -43,10 +43,11 @@ def test_held_out_prompts_share_nothing_with_training():
       assert not any(f' {part}' in p.replace('.', ' ') for p in train)
     for part in words[: stories.TRAINED]:
       assert not any(f'{part} ' in p.replace('.', ' ') for p in held_out)
-  assert train[0] == (
+  assert (
     'Write a story about a baker who lost a key in a harbour town. Use simple '
     'words and only two sentences.'
-  )
+  ) in train
+  assert stories.stories().held_out == task.held_out
 
 
 # --- rewards

@@ -92,7 +92,7 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   rewards = [m for n in train if (m := re.fullmatch('rewards/(.+)/mean', n))]
   found = [('train', m[0], m[1], 'reward, mean') for m in rewards]
   found = found if len(found) > 1 else []  # one is drawn above
-  for name in held_out:
+  for name in sorted(held_out, key=lambda n: 'rewards' not in n.split('/')):
     parts = name.split('/')
     drawn = parts[-1] == 'reward' or 'mismatch' in parts[:-1]  # elsewhere
     if parts[0] != 'eval' or drawn:
