@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, ONE, random_prompts
+from conftest import GOLDEN, ONE, SEQ2SEQ, random_prompts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -304,6 +304,23 @@ def test_a_separate_critic_begins_as_the_dequantized_base(run):
   found = {k: state.critic[k] for k in want}
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('name', ['bart', 't5_gated'])
+def test_encoder_decoders_are_quantized_too(name):
+  model = open_model(SEQ2SEQ / name)
+  policy, base = model.make_policy(), read_params(model, quantized=True)
+  flat = flax.traverse_util.flatten_dict(base, sep='/')
+  assert flat['decoder/layers/cross_attention/kv'].dtype == jnp.int8
+  assert flat['encoder/layers/attention/qkv'].dtype == jnp.int8
+  prompts = random_prompts(2, 4, 20)
+
+  @jax.jit
+  def logits(params):
+    return policy.logits(params, policy.encode(params, prompts).hidden)
+
+  want = logits(quantize.dequantize_params(base))
+  np.testing.assert_allclose(logits(base), want, atol=1e-4)
 
 
 # --- a run

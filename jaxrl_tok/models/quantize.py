@@ -143,10 +143,12 @@ def _in_pieces() -> bool:
 
 def _pieces(q, axis: int):
   """(number of pieces, their width, width of the rest) along an axis of a
-  matrix."""
+  matrix; no rest where a number of pieces near the least divides it."""
   n = q.shape[axis]
-  width = max(1, min(PIECE // q.shape[1 - axis], n)) if _in_pieces() else n
-  return n // width, width, n % width
+  least = min(n, -(-q.size // PIECE)) if _in_pieces() else 1
+  fitting = (k for k in range(least, 2 * least) if n % k == 0)
+  count = next(fitting, least)
+  return count, n // count, n % count
 
 
 def _dot(x, y, axis: int):
