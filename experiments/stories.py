@@ -16,7 +16,7 @@ A reward is not what is meant by it: "wonderful, wonderful" is happy to VADER.
 The KL to the pretrained model (--kl reverse --beta) keeps the English, and each
 evaluation logs an audit that no reward sees: perplexity under the pretrained
 model, distinct n-grams over all stories, length, and the share that is cut.
-The report shows stories before and after. Try --kl none, or --no_repetition 0.
+The report shows stories before and after. Try --beta 0.001, --no_repetition 0.
 """
 
 import functools
