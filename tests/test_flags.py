@@ -109,6 +109,25 @@ def test_flags_change_only_what_they_name():
   }
 
 
+@pytest.mark.parametrize(
+  ('argv', 'kl', 'beta'),
+  [
+    ((), 'reverse', 0.04),
+    (('--kl', 'none'), 'none', 0.0),
+    (('--beta=0',), 'none', 0.0),
+    (('--kl=forward',), 'forward', 0.04),
+    (
+      ('--kl', 'none', '--beta', '0.1'),
+      'none',
+      0.1,
+    ),  # refused by its algorithm
+  ],
+)
+def test_either_of_its_flags_turns_off_a_kl_that_is_a_default(argv, kl, beta):
+  found = flatten(read(*argv, kl='reverse', beta=0.04).settings)
+  assert (found['kl'], found['beta']) == (kl, beta)
+
+
 def test_every_flag_has_a_name_of_its_own():
   groups = vars(Settings()).values()
   names = [f.name for group in groups for f in dataclasses.fields(group)]

@@ -283,6 +283,7 @@ def parse(
   found, own = read(settings)
   try:
     changed = algorithm_defaults(found)
+    changed |= without_kl(flatten(found), names_typed(argv))
     if changed:  # argv's values replace them
       found, own = read(with_values(settings, changed))
     check(found)
@@ -290,6 +291,16 @@ def parse(
     fail(e)
   own |= {name: flatten(found)[name] for name in shared}
   return Parsed(found, own, frozenset(names_typed(argv)))
+
+
+def without_kl(values: dict, typed: Sequence[str]) -> dict:
+  """Changes of defaults where argv turns the KL off by one of its two flags,
+  --kl none or --beta 0, beside a default of the other."""
+  if 'kl' in typed and values['kl'] == 'none' and 'beta' not in typed:
+    return {'beta': 0.0}
+  if 'beta' in typed and values['beta'] == 0 and 'kl' not in typed:
+    return {'kl': 'none'}
+  return {}
 
 
 def settings_of(values: dict[str, Any]) -> Settings:
