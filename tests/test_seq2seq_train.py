@@ -29,6 +29,7 @@ from jaxrl_tok.step.supervised import make_supervised_step
 
 NAMES = sorted(p.name for p in SEQ2SEQ.iterdir())
 LORA = '--lora_rank=2', '--learning_rate=0.02'
+RATES = {'t5': 0.01}  # its weights are large, and its logits scaled down
 
 
 @pytest.fixture
@@ -53,10 +54,11 @@ def weights(run):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_reward_rises_in_100_steps(name, train_seq2seq):
-  flags = '--max_steps=100', '--learning_rate=0.003', '--lr_schedule=constant'
-  run, rows = train_seq2seq(name, *flags)
+  rate = RATES.get(name, 0.003)
+  flags = '--max_steps=100', '--lr_schedule=constant'
+  run, rows = train_seq2seq(name, *flags, f'--learning_rate={rate}')
   first, last = rewards(rows)
-  assert last > first + 0.04  # means of 160 rewards, of about 0.012 each
+  assert last > first + 0.2
   # sampler and gradient are one distribution, in every step
   assert max(row['sampler_logp_gap'] for row in rows) < 1e-4
   before = load_file(SEQ2SEQ / name / 'model.safetensors')
