@@ -207,7 +207,8 @@ class Policy(NamedTuple):
   # (trained, frozen) -> the params of the functions above
   merge_params: Callable = first_argument
   # params -> the same numbers that its functions compute with, cast once a
-  # rollout; it must change no result
+  # rollout, in a form that a token loop reads without copies; it must change no
+  # result
   cast_params: Callable = first_argument
   # (params, hidden) -> logits [..., V] by whose order tokens are truncated;
   # None: its own
