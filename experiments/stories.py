@@ -10,7 +10,14 @@ has a weight:
 
   --sentiment 1        VADER's compound score, -1 (sad) to 1 (happy)
   --no_repetition 1    share of word pairs that are said for the first time
-  --ends 0.5           1 for a story of 32 to 64 tokens that ends by itself
+  --ends 0.5           1 for a story of 20 to 64 tokens that ends by itself
+
+Measured so far on 2 CPU cores: 33 s a step, 46 s to compile. After 10 steps of
+seed 0, held-out reward went from 1.20 to 1.74, sentiment from 0.08 to 0.29, the
+share that ends from 31 to 92 %, distinct-2 from 0.66 to 0.73, perplexity from
+3.9 to 4.5. With --min_tokens 32 it learned not to end: after 32 steps sentiment
+was 0.95, no story ended, and distinct-2 was 0.54: a reward that the start seldom
+earns is not learned.
 
 A reward is not what is meant by it: "wonderful, wonderful" is happy to VADER.
 The KL to the pretrained model (--kl reverse --beta) keeps the English, and each
@@ -71,7 +78,7 @@ def stories(
   sentiment: float = 1.0,
   no_repetition: float = 1.0,
   ends: float = 0.5,
-  min_tokens: int = 32,
+  min_tokens: int = 20,
 ) -> Task:
   """Short stories, by a mixture of rewards.
 
