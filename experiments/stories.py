@@ -16,8 +16,8 @@ Measured so far on 2 CPU cores: 33 s a step, 46 s to compile. After 10 steps of
 seed 0, held-out reward went from 1.20 to 1.74, sentiment from 0.08 to 0.29, the
 share that ends from 31 to 92 %, distinct-2 from 0.66 to 0.73, perplexity from
 3.9 to 4.5. With --min_tokens 32 it learned not to end: after 32 steps sentiment
-was 0.95, no story ended, and distinct-2 was 0.54: a reward that the start seldom
-earns is not learned.
+was 0.95, no story ended, and distinct-2 was 0.54: a reward that the start
+seldom earns is not learned.
 
 A reward is not what is meant by it: "wonderful, wonderful" is happy to VADER.
 The KL to the pretrained model (--kl reverse --beta) keeps the English, and each
