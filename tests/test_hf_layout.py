@@ -89,7 +89,7 @@ def test_projections_are_the_parts_of_our_fused_parameter(saved):
   tensors = tensors_of(out)
   x_D = np.random.default_rng(0).normal(size=D)
   for i in range(L):
-    ours = jax.tree.map(lambda x: x[i], params['layers']['attention'])
+    ours = {name: x[i] for name, x in params['layers']['attention'].items()}
     fused = np.einsum('d,dkmh->kmh', x_D, ours['qkv']) + ours['qkv_bias']
     parts = {'q': fused[:, :-2], 'k': fused[:, -2], 'v': fused[:, -1]}
     for c, part in parts.items():  # query head n reads key head n // (N / K)

@@ -1,8 +1,8 @@
 """Adapters: PEFT's files, PEFT's numbers, and a base that stays as it is."""
 
 import functools
-import math
 import json
+import math
 import shutil
 import types
 
