@@ -134,7 +134,7 @@ def test_the_first_program_that_fits_is_taken():
   assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
   for functions in (some, [full, function(20)]):
     options = memory.first_that_fits(functions, (), gpu, {'level': 1}).options
-    assert options['level'] == 1
+    assert options == {'level': 1}
   with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
     memory.first_that_fits([wrong, *some], (), gpu)
 

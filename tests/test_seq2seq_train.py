@@ -28,8 +28,8 @@ from jaxrl_tok.run.models import check_positions
 from jaxrl_tok.step.supervised import make_supervised_step
 
 NAMES = sorted(p.name for p in SEQ2SEQ.iterdir())
-LORA = '--lora_rank=2', '--learning_rate=0.02'
-RATES = {'t5': 0.01}  # its weights are large, and its logits scaled down
+LORA = '--lora_rank=2', '--learning_rate=0.01'
+LEARNS = '--baseline=group_mean', '--num_generations=4'
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jaxrl_tok.models import stack
 from jaxrl_tok.models.rope import make_rope
 from jaxrl_tok.models.transformer import Layer, make_policy
 from jaxrl_tok.policy import evaluate
-from jaxrl_tok.step.memory import AS_WRITTEN
+from jaxrl_tok.step.compile import AS_WRITTEN
 
 KINDS = st.lists(st.sampled_from('abc'), min_size=1, max_size=9)
 
@@ -56,7 +56,7 @@ def trees_of(layers):
   ]
 
 
-def step(kind, weights, x, given):
+def step(kind, weights, x, given, cache):
   x = jnp.sin(x * weights.get('slope', 1.0) + weights['base'])
   x = x + weights.get('shift', 0.0) + {'a': 0.1, 'b': 0.2, 'c': 0.3}[kind]
   return (x if given is None else x * given['seen']), {'seen': jnp.cos(x)}
@@ -73,10 +73,9 @@ def test_a_scan_is_a_loop(layers):
   jax.tree.map(np.testing.assert_array_equal, list(split), trees)
 
   def twice(params, scan):
-    x, seen = stack.run_layers(
-      step, layers, params, jnp.ones(2), None, scan, has
-    )
-    y, _ = stack.run_layers(step, layers, params, x, seen, scan, has)
+    how = {'scan': scan, 'has': has}
+    x, seen = stack.run_layers(step, layers, params, jnp.ones(2), **how)
+    y, _ = stack.run_layers(step, layers, params, x, seen, **how)
     return y.sum(), seen.split() if isinstance(seen, stack.Stacks) else seen
 
   @jax.jit

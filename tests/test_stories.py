@@ -70,7 +70,7 @@ def test_sentiment_needs_no_network(monkeypatch):
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'vaderSentiment.vaderSentiment', None)
   with pytest.raises(SystemExit) as stopped:
-    stories.run([])
+    stories.run([f'--model={GOLDEN / "llama"}'])
   assert stopped.value.code == 2
   assert capsys.readouterr().err == (
     "error: vaderSentiment is not installed; run pip install -e '.[rewards]'\n"

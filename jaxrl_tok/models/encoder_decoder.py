@@ -17,7 +17,6 @@ mBART arXiv:2001.08210, Marian arXiv:1804.00344.
 """
 
 import functools
-import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -35,7 +34,7 @@ from jaxrl_tok.models.encoder_decoder_config import (
   StackConfig,
 )
 from jaxrl_tok.models.relative_positions import score_bias
-from jaxrl_tok.sharding import constrain_rows, path_name
+from jaxrl_tok.sharding import constrain_rows
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 FLOAT32 = transformer.FLOAT32 + r'|(position|logit)_bias/'
@@ -163,17 +162,19 @@ def _bias(net: Network, params, side: str, query, key):
   return score_bias(table, c.positions, query, key, side == 'encoder')
 
 
-def _run(net: Network, params, side: str, step, x, given=None, scan=True):
+def _run(net: Network, params, side: str, step, x, given=None, caches=None):
   """Runs the layers of a side, and its last norm."""
-  own, scan = getattr(net.config, side), net.scan and scan
-  if net.remat != 'none' or scan:
-    keep = transformer.REMAT.get(net.remat, transformer.SCANNED)
-    step = jax.checkpoint(
-      step, policy=keep, prevent_cse=not scan, static_argnums=0
-    )
+  own = getattr(net.config, side)
   layers = (own,) * own.num_layers
   x, out = stack.run_layers(
-    step, layers, params[side]['layers'], x, given, scan
+    step,
+    layers,
+    params[side]['layers'],
+    x,
+    given,
+    caches,
+    net.scan,
+    net.remat,
   )
   if net.config.final_norm:
     x = Norm(own).apply({'params': params[side]['norm']}, x)
@@ -198,7 +199,7 @@ def encode(net: Network, params, prompts: Prompts) -> Prefix:
   places = jnp.arange(P)
   bias = _bias(net, params, 'encoder', places, places)
 
-  def read(kind, weights, x, given):
+  def read(kind, weights, x, given, cache):
     return _encoder_block(kind, weights, x, length, bias), None
 
   x = _embedded(net, params, 'encoder', prompts.tokens, places, P)
@@ -208,7 +209,7 @@ def encode(net: Network, params, prompts: Prompts) -> Prefix:
   places = jnp.arange(n)
   start_bias = _bias(net, params, 'decoder', places, places)
 
-  def begin(kind, weights, x, given):
+  def begin(kind, weights, x, given, cache):
     return _decoder_block(
       kind, weights, x, memory, None, length, None, 0, start_bias
     )
@@ -227,22 +228,18 @@ def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
   bias = _bias(net, params, 'decoder', query, places)
   bias = (None, None) if bias is None else (bias[..., :n], bias[..., n:])
 
-  def step(kind, weights, x, given):
-    own, old = given if cache is not None else (given, None)
+  def step(kind, weights, x, own, old):
     return _decoder_block(
       kind, weights, x, None, own, prefix.length, old, at, bias
     )
 
-  given = prefix.kv
-  if cache is not None:
-    kv = given.split() if isinstance(given, stack.Stacks) else given
-    given = tuple(zip(kv, cache))
   x = _embedded(net, params, 'decoder', tokens, query, n + S)
-  x, kv = _run(net, params, 'decoder', step, x, given, scan=cache is None)
+  x, kv = _run(net, params, 'decoder', step, x, prefix.kv, cache)
   return x, None if cache is None else kv
 
 
 def logits(net: Network, params, hidden):
+  """Logits float32 [..., V] of hidden states [..., D]."""
   c = net.config
   found = head(params['embed' if c.tie_embeddings else 'head'], hidden)
   if c.logit_scale != 1:
@@ -254,20 +251,9 @@ def logits(net: Network, params, hidden):
   return found
 
 
-def value(net: Network, params, hidden):
-  row = params['value_head']['embedding'].astype(jnp.float32)
-  return (hidden.astype(jnp.float32) @ row.T)[..., 0]
-
-
 def cast_params(net: Network, params):
-  """Casts the leaves that the layers would cast at every use, and no others.
-  Stacks are split."""
-
-  def one(path, x):
-    kept = x.dtype == jnp.int8 or re.search(FLOAT32, path_name(path))
-    return x if kept else x.astype(net.dtype)
-
-  cast = jax.tree_util.tree_map_with_path(one, params)
+  """Casts parameters, once a rollout, and splits their stacks."""
+  cast = transformer.cast_leaves(params, net.dtype, FLOAT32)
   for side in ('encoder', 'decoder'):
     own = getattr(net.config, side)
     layers = stack.split(cast[side]['layers'], (own,) * own.num_layers)
@@ -276,6 +262,7 @@ def cast_params(net: Network, params):
 
 
 def init_cache(net: Network, rows: int, length: int):
+  """Keys and values of each decoder layer, zeros."""
   c = net.config.decoder
 
   def zeros(*shape):
@@ -308,24 +295,15 @@ def make_policy(
     raise ValueError(
       f'--attention {attention} is not for encoder-decoders; pass xla'
     )
-  if scan_layers is None:
-    most = max(config.encoder.num_layers, config.decoder.num_layers)
-    many = most >= transformer.SCAN_FROM
-    scan_layers = many or jax.default_backend() != 'cpu'
-  net = Network(config, jnp.dtype(dtype), remat, scan_layers)
-
-  def of(function):
-    return functools.partial(function, net)
-
-  return Policy(
-    init=of(init),
-    encode=of(encode),
-    extend=of(extend),
-    logits=of(logits),
-    value=of(value) if config.value_head else None,
-    init_cache=of(init_cache),
-    partition_rules=PARTITION_RULES,
-    vocab_size=config.vocab_size,
-    cast_params=of(cast_params),
-    max_length=config.max_length,
+  most = max(config.encoder.num_layers, config.decoder.num_layers)
+  scan = stack.should_scan(scan_layers, most)
+  return transformer.as_policy(
+    Network(config, jnp.dtype(dtype), remat, scan),
+    PARTITION_RULES,
+    init=init,
+    encode=encode,
+    extend=extend,
+    logits=logits,
+    init_cache=init_cache,
+    cast_params=cast_params,
   )

@@ -14,6 +14,7 @@ Parameters of the L blocks are stacked, [L, ...] (stack.py).
 
 import functools
 import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -34,16 +35,6 @@ from jaxrl_tok.models.blocks import (
 from jaxrl_tok.sharding import constrain_rows, path_name
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
-# arrays that a block keeps for the backward pass; it computes the rest again
-REMAT = {
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'full': jax.checkpoint_policies.nothing_saveable,
-}
-# without remat, a scan keeps products: it would copy all else into stacks
-SCANNED = jax.checkpoint_policies.dots_saveable
-# layers that a CPU scans; it runs fewer 10 to 30 % faster in a loop, which
-# compiles as fast
-SCAN_FROM = 8
 # leaves that the modules use in float32; all others in the compute dtype
 FLOAT32 = r'norm/(scale|bias)$|(^|/)value_head/|_lora/[ab]$|_scale$'
 
@@ -138,8 +129,7 @@ def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
   angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
   length = None if prefix is None else prefix.length
 
-  def step(kind, weights, x, given):
-    prefix_kv, cache = given if caches is not None else (given, None)
+  def step(kind, weights, x, prefix_kv, cache):
     return Block(c, kind, net.kernel).apply(
       {'params': weights},
       x,
@@ -150,23 +140,22 @@ def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
       at,
     )
 
-  scan = net.scan and caches is None
-  if net.remat != 'none' or scan:
-    keep = REMAT.get(net.remat, SCANNED)
-    step = jax.checkpoint(
-      step, policy=keep, prevent_cse=not scan, static_argnums=0
-    )
-  given = None if prefix is None else prefix.kv
-  if caches is not None:
-    kv = given.split() if isinstance(given, stack.Stacks) else given
-    given = tuple(zip(kv, caches))
   x, new = stack.run_layers(
-    step, c.layers, params['layers'], x, given, scan, has
+    step,
+    c.layers,
+    params['layers'],
+    x,
+    None if prefix is None else prefix.kv,
+    caches,
+    net.scan,
+    net.remat,
+    has,
   )
   return Norm(c).apply({'params': params['norm']}, x), new
 
 
 def encode(net: Network, params, prompts: Prompts) -> Prefix:
+  """Reads the prompts, causally."""
   C, P = prompts.tokens.shape
   positions = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
   x, kv = _run(net, params, prompts.tokens, positions, P, None, None, 0)
@@ -176,6 +165,7 @@ def encode(net: Network, params, prompts: Prompts) -> Prefix:
 
 
 def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
+  """Reads completion tokens [B, t] after their prompts."""
   B, t = tokens.shape
   start = jnp.repeat(prefix.length, B // prefix.length.shape[0])
   positions = start[:, None] + (at + jnp.arange(t))[None]
@@ -187,29 +177,40 @@ def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
 
 
 def logits(net: Network, params, hidden):
+  """Logits float32 [..., V] of hidden states [..., D]."""
   name = 'embed' if net.config.tie_embeddings else 'head'
   return attention.capped(head(params[name], hidden), net.config.logit_cap)
 
 
-def value(net: Network, params, hidden):
+def value(net, params, hidden):
+  """Values float32 [...] of hidden states [..., D]."""
   row = params['value_head']['embedding'].astype(jnp.float32)
   return (hidden.astype(jnp.float32) @ row.T)[..., 0]
 
 
-def cast_params(net: Network, params):
+def cast_leaves(params, dtype, kept: str = FLOAT32):
   """Casts the leaves that the blocks would cast at every use, and no others:
-  gradient and sampler compute with equal numbers. Stacks are split."""
+  gradient and sampler compute with equal numbers.
+
+  kept: regex of the paths that are used in float32. int8 stays, too.
+  """
 
   def one(path, x):
-    kept = x.dtype == jnp.int8 or re.search(FLOAT32, path_name(path))
-    return x if kept else x.astype(net.dtype)
+    stays = x.dtype == jnp.int8 or re.search(kept, path_name(path))
+    return x if stays else x.astype(dtype)
 
-  cast = jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def cast_params(net: Network, params):
+  """Casts parameters, once a rollout, and splits their stacks."""
+  cast = cast_leaves(params, net.dtype)
   layers = stack.split(cast['layers'], net.config.layers, has)
   return cast | {'layers': layers}
 
 
 def init_cache(net: Network, rows: int, length: int):
+  """Keys [B, K, H, T] and values [B, K, T, H] of each layer, zeros."""
   K, H = net.config.num_kv_heads, net.config.head_dim
 
   def zeros(*shape):
@@ -217,6 +218,26 @@ def init_cache(net: Network, rows: int, length: int):
 
   return tuple(
     (zeros(H, length), zeros(length, H)) for _ in range(net.config.num_layers)
+  )
+
+
+def as_policy(net, rules: Sequence, **functions: Callable) -> Policy:
+  """Makes a Policy of functions of (net, ...).
+
+  Args:
+    net: has a config with vocab_size, max_length and value_head.
+    rules: ((path regex, PartitionSpec), ...).
+    functions: {field of Policy: function}.
+  """
+  c = net.config
+  if c.value_head:
+    functions['value'] = value
+  bound = {name: functools.partial(f, net) for name, f in functions.items()}
+  return Policy(
+    **bound,
+    partition_rules=rules,
+    vocab_size=c.vocab_size,
+    max_length=c.max_length,
   )
 
 
@@ -232,34 +253,24 @@ def make_policy(
   Args:
     config: sizes.
     dtype: compute dtype; parameters keep their own.
-    remat: 'none', or the name in REMAT of what each block keeps, which trades
-      time for memory.
+    remat: 'none', or the name in stack.REMAT of what each block keeps, which
+      trades time for memory.
     attention: kernel for many tokens at once: xla, cudnn, splash, or auto, the
       backend's own where it fits (kernels.py).
     scan_layers: compile one layer and scan it, or (False) a loop of all. None:
-      scan on accelerators, and on a CPU from SCAN_FROM layers on. Sampling
-      always loops.
+      as stack.should_scan says. Sampling always loops.
 
   Raises ValueError for a kernel that the backend does not have.
   """
-  if scan_layers is None:
-    many = config.num_layers >= SCAN_FROM
-    scan_layers = many or jax.default_backend() != 'cpu'
+  scan = stack.should_scan(scan_layers, config.num_layers)
   kernel = kernels.choose(attention)
-  net = Network(config, jnp.dtype(dtype), remat, kernel, scan_layers)
-
-  def of(function):
-    return functools.partial(function, net)
-
-  return Policy(
-    init=of(init),
-    encode=of(encode),
-    extend=of(extend),
-    logits=of(logits),
-    value=of(value) if config.value_head else None,
-    init_cache=of(init_cache),
-    partition_rules=PARTITION_RULES,
-    vocab_size=config.vocab_size,
-    cast_params=of(cast_params),
-    max_length=config.max_length,
+  return as_policy(
+    Network(config, jnp.dtype(dtype), remat, kernel, scan),
+    PARTITION_RULES,
+    init=init,
+    encode=encode,
+    extend=extend,
+    logits=logits,
+    init_cache=init_cache,
+    cast_params=cast_params,
   )

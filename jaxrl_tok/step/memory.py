@@ -128,17 +128,11 @@ def fits(compiled, device) -> bool:
   return total <= most
 
 
-# bfloat16 is rounded where the program says so: by default XLA leaves rounding
-# out inside of its fusions, which are others in a sampler than in a gradient
-AS_WRITTEN = {'xla_allow_excess_precision': False}
-
-
 def first_that_fits(functions: list, args: tuple, device, options=None):
   """Compiles the first jitted function whose program fits, else the last one.
   Some compilers refuse a program that does not fit. options: XLA's, {name:
   value}."""
   *larger, last = functions
-  options = AS_WRITTEN | (options or {})
   for function in larger:
     try:
       compiled = function.lower(*args).compile(options)

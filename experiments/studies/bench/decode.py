@@ -14,6 +14,7 @@ from experiments.studies.bench import ceilings, networks, sizes
 from experiments.studies.bench.timing import (
   Row,
   Work,
+  compiled,
   in_turn,
   once,
   with_peers,
@@ -53,7 +54,7 @@ def sampling(work: Work, C: int, G: int):
     )
     args = params, key, jax.device_put(prompts, by_row), rule
     sample = jax.jit(make_sampler(policy, config), out_shardings=by_row)
-    return sample.lower(*args).compile(), args
+    return compiled(sample, *args), args
 
 
 def contender(work: Work, C: int, G: int):
@@ -184,7 +185,7 @@ def ragged(work: Work) -> list[Row]:
     ),
     'every row to the end': plain,
   }.items():
-    sample = jax.jit(make_sampler(policy, config)).lower(*args, rule).compile()
+    sample = compiled(jax.jit(make_sampler(policy, config)), *args, rule)
     found = np.asarray(sample(*args, rule).mask.sum(1))
     if (found != length).any():
       raise ValueError(f'{who}: {found} tokens where {length} were asked for')

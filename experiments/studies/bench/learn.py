@@ -13,6 +13,7 @@ from experiments.studies.bench.decode import random_prompts
 from experiments.studies.bench.timing import (
   Row,
   Work,
+  compiled,
   in_turn,
   once,
   with_peers,
@@ -53,14 +54,14 @@ class Step:
     )
     self.parts = {'rollout': [], 'score': [], 'update': []}
     given = self.sampling_arguments()
-    self.sample = jax.jit(sample).lower(*given).compile()
+    self.sample = compiled(jax.jit(sample), *given)
     rollout = jax.eval_shape(sample, *given)
     each = memory.bytes_a_prompt(policy, params, rollout, self.rule)
     parts, *_ = memory.divisions(C, each, memory.budget(jax.devices()[0]))
     update = make_update(policy, algorithm, optimizer, parts)
     reward = jax.ShapeDtypeStruct((C * G, T), jnp.float32)
     given = self.state, as_scored(rollout, reward), self.rule
-    self.update = jax.jit(update, donate_argnums=0).lower(*given).compile()
+    self.update = compiled(jax.jit(update, donate_argnums=0), *given)
     score = make_device_scorer({EVEN: even_share})
     steps = make_device_steps(sample, score, update, {EVEN: 1.0})
     self.many = jax.jit(steps, donate_argnums=0)
@@ -96,7 +97,7 @@ class Step:
     C = len(self.prompts.length)
     table = Table(self.prompts.tokens, self.prompts.length, {})
     index = jnp.tile(jnp.arange(C), (n, 1))
-    many = self.many.lower(self.state, table, index, self.rule).compile()
+    many = compiled(self.many, self.state, table, index, self.rule)
     return lambda state: many(state, table, index, self.rule)[:2]
 
   def on_device(self, n: int) -> Callable:
@@ -183,7 +184,7 @@ def chunked_and_whole(work: Work):
     def mean_logp(params, rollout, chunk=chunk):
       return evaluate(policy, params, rollout, rule, chunk).logp.mean()
 
-    compiled = jax.jit(jax.grad(mean_logp)).lower(params, rollout).compile()
-    memory[who] = compiled.memory_analysis().temp_size_in_bytes
-    own[who] = lambda call=compiled: once(lambda: call(params, rollout))
+    program = compiled(jax.jit(jax.grad(mean_logp)), params, rollout)
+    memory[who] = program.memory_analysis().temp_size_in_bytes
+    own[who] = lambda call=program: once(lambda: call(params, rollout))
   return own, memory

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrl_tok.step.compile import usual_options
+
 SCRIPTS = Path(__file__).parent / 'peers'
 # dtypes that a peer is tried in
 PEER_DTYPES = {
@@ -57,6 +59,11 @@ class Work(NamedTuple):
   model: Any = None  # hub Model in place of random weights
   directory: str | None = None  # of the model, for the peers
   peer_dtypes: tuple = ('float32', 'bfloat16')
+
+
+def compiled(function: Callable, *args):
+  """Compiles a jitted function with the options of a run's programs."""
+  return function.lower(*args).compile(usual_options(jax.default_backend()))
 
 
 def once(function: Callable) -> float:
