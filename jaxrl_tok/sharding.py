@@ -173,6 +173,14 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fitted)
 
 
+def on_whole_cpu() -> bool:
+  """Tells, inside jit, whether a CPU computes and each of its devices holds all
+  of every matrix."""
+  mesh = jax.sharding.get_abstract_mesh()
+  split = not mesh.empty and mesh.shape['fsdp'] * mesh.shape['tensor'] > 1
+  return jax.default_backend() == 'cpu' and not split
+
+
 def on_each_device(function, spec, *args):
   """Calls function on every device with its own part of args, for operations
   that the partitioner cannot split.

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxrl_tok import sharding
 from jaxrl_tok.models import attention, experts, kernels, quantize, rope
 from jaxrl_tok.sharding import constrain, constrain_rows
 
@@ -129,7 +130,20 @@ class Norm(nn.Module):
     return y.astype(x.dtype)
 
 
-def project(module: nn.Module, name: str, product: Callable, x, w):
+def product(x, w, dtype=None):
+  """Products of x [..., D] with a matrix [D, *outputs]: [..., *outputs].
+
+  On a CPU the outputs are one axis: over several, XLA transposes the matrix for
+  the gradient each time. Over devices, merging axes could gather the matrix.
+  """
+  shape = w.shape[1:]
+  if sharding.on_whole_cpu():
+    w = w.reshape(len(w), -1)
+  y = jnp.tensordot(x, w, 1, preferred_element_type=dtype)
+  return y.reshape(*x.shape[:-1], *shape)
+
+
+def project(module: nn.Module, name: str, x, w):
   """x times a matrix, int8 or not, plus (x A) B where it has an adapter.
 
   The adapter's products and the sum are in float32: a change below the last
@@ -142,10 +156,10 @@ def project(module: nn.Module, name: str, product: Callable, x, w):
   elif lora is None:
     return product(x, w.astype(x.dtype))
   else:
-    y = product(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = product(x, w.astype(x.dtype), jnp.float32)
   if lora is not None:
     low_BxtxR = x.astype(jnp.float32) @ lora['a']
-    y = y + jnp.tensordot(low_BxtxR, lora['b'], 1)
+    y = y + product(low_BxtxR, lora['b'])
   return y.astype(x.dtype)
 
 
@@ -165,8 +179,7 @@ class Attention(nn.Module):
     qkv = self.param('qkv', fan_in(0), (c.d_model, K, M + 2, H))
     # the product's own order, then transposed: asked for bkmth, XLA transposes
     # the matrix instead, at every token
-    product = functools.partial(jnp.einsum, 'btd,dkmh->btkmh')
-    y = project(self, 'qkv', product, x, qkv)
+    y = project(self, 'qkv', x, qkv)
     if c.qkv_bias:
       bias = self.param('qkv_bias', nn.initializers.zeros, (K, M + 2, H))
       y = y + bias.astype(x.dtype)[None, None]
@@ -204,7 +217,7 @@ class Attention(nn.Module):
     # one axis to sum over: with three, XLA transposes the matrix each step
     mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
     out = out.reshape(-1, c.d_model)
-    x = project(self, 'out', jnp.matmul, mixed, out)
+    x = project(self, 'out', mixed, out)
     return with_bias(self, 'out_bias', x) if c.out_bias else x, kv
 
 
@@ -226,18 +239,17 @@ class FeedForward(nn.Module):
     D, F, activation = c.d_model, c.d_ff, ACTIVATIONS[c.activation]
     if c.gated:
       gate_up = self.param('gate_up', fan_in(0), (D, 2, F))
-      product = functools.partial(jnp.einsum, 'btd,dgf->btgf')
-      y = project(self, 'gate_up', product, x, gate_up)
+      y = project(self, 'gate_up', x, gate_up)
       if c.mlp_bias:
         bias = self.param('gate_up_bias', nn.initializers.zeros, (2, F))
         y = y + bias.astype(x.dtype)[None, None]
       y = activation(y[:, :, 0]) * y[:, :, 1]
     else:
       up = self.param('up', fan_in(0), (D, F))
-      y = project(self, 'up', jnp.matmul, x, up)
+      y = project(self, 'up', x, up)
       y = activation(with_bias(self, 'up_bias', y) if c.mlp_bias else y)
     down = self.param('down', fan_in(0), (F, D))
-    x = project(self, 'down', jnp.matmul, y, down)
+    x = project(self, 'down', y, down)
     return with_bias(self, 'down_bias', x) if c.mlp_bias else x
 
 

@@ -1,7 +1,6 @@
 """Layers of an encoder-decoder, in Linen: attention to itself, attention to the
 prompt, and feed-forward, each added to the residual x."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -27,10 +26,9 @@ def queries_begin(c: StackConfig):
   return lambda key, shape: factor * fan_in(0)(key, shape)
 
 
-def heads(module: nn.Module, name: str, x, matrix, parts: str):
+def heads(module: nn.Module, name: str, x, matrix):
   """x [R, t, D] times a matrix [D, N, *parts, H], and its bias."""
-  product = functools.partial(jnp.einsum, f'rtd,dn{parts}h->rtn{parts}h')
-  y = project(module, name, product, x, matrix)
+  y = project(module, name, x, matrix)
   if module.config.bias:
     zeros = nn.initializers.zeros
     bias = module.param(f'{name}_bias', zeros, matrix.shape[1:])
@@ -45,7 +43,7 @@ def output(module: nn.Module, mixed, x):
   out = module.param('out', fan_in(0, 1, 2), shape)
   # one axis to sum over: with three, XLA transposes the matrix each step
   mixed = jnp.moveaxis(mixed, 3, 1).reshape(*x.shape[:2], -1)
-  y = project(module, 'out', jnp.matmul, mixed, out.reshape(-1, c.d_model))
+  y = project(module, 'out', mixed, out.reshape(-1, c.d_model))
   if c.bias:
     bias = module.param('out_bias', nn.initializers.zeros, (c.d_model,))
     y = y + bias.astype(x.dtype)[None, None]
@@ -79,7 +77,7 @@ class SelfAttention(nn.Module):
       return matrix.at[:, :, 0].set(queries_begin(c)(key, (D, N, H)))
 
     qkv = self.param('qkv', begin, (D, N, 3, H))
-    y = heads(self, 'qkv', x, qkv, 'c')
+    y = heads(self, 'qkv', x, qkv)
     y = jnp.moveaxis(y, 1, 3)  # [R, N, 3, t, H]
     kv = y[:, :, 1].swapaxes(2, 3), y[:, :, 2]
     mixed, kept = attend(y[:, :, :1], kv)
@@ -106,9 +104,9 @@ class CrossAttention(nn.Module):
     D, N, H = c.d_model, c.num_heads, c.head_dim
     if kv is None:
       matrix = self.param('kv', fan_in(0), (D, N, 2, H))
-      y = jnp.moveaxis(heads(self, 'kv', memory, matrix, 'c'), 1, 3)
+      y = jnp.moveaxis(heads(self, 'kv', memory, matrix), 1, 3)
       kv = y[:, :, 0].swapaxes(2, 3), y[:, :, 1]
-    q = heads(self, 'q', x, self.param('q', queries_begin(c), (D, N, H)), '')
+    q = heads(self, 'q', x, self.param('q', queries_begin(c), (D, N, H)))
     q = jnp.moveaxis(q, 1, 2)[:, :, None]
     mixed = attention.prompt_attention(q, kv, length, scale_of(c))
     return output(self, mixed, x), kv

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxrl_tok import sharding
+
 # (end of a parameter's path, its input axes), with or without a stack's
 INPUT_AXES = (
   (r'attention/(qkv|kv)$', (-4,)),
@@ -133,19 +135,12 @@ def partition_rules(rules: Sequence) -> tuple:
 # --- products ----------------------------------------------------------------
 
 
-def _in_pieces() -> bool:
-  """Tells whether products go piece by piece: on a CPU, where a device has all
-  of each matrix. Accelerators fuse the cast with the product."""
-  mesh = jax.sharding.get_abstract_mesh()
-  split = not mesh.empty and mesh.shape['fsdp'] * mesh.shape['tensor'] > 1
-  return jax.default_backend() == 'cpu' and not split
-
-
 def _pieces(q, axis: int):
   """(number of pieces, their width, width of the rest) along an axis of a
   matrix; no rest where a number of pieces near the least divides it."""
   n = q.shape[axis]
-  least = min(n, -(-q.size // PIECE)) if _in_pieces() else 1
+  # on a CPU; accelerators fuse the cast with the product
+  least = min(n, -(-q.size // PIECE)) if sharding.on_whole_cpu() else 1
   fitting = (k for k in range(least, 2 * least) if n % k == 0)
   count = next(fitting, least)
   return count, n // count, n % count

@@ -143,25 +143,28 @@ def split(params, layers: Sequence, has: Callable = everywhere) -> tuple:
 def _scan(step, segment: Segment, layers, flat: dict, has, x, given):
   """Scans one segment -> (x, outputs [repeats, ...] for each kind)."""
   n, kinds = segment.repeats, segment.kinds
-  rows = {}
-  for path, leaf in flat.items():
-    first = sum(has(kind, path) for kind in layers[: segment.start])
-    count = sum(has(kind, path) for kind in kinds)  # in one period
-    used = leaf[first : first + n * count]
-    if count:
-      rows[path] = used.reshape(n, count, *leaf.shape[1:])
+  stacks = []  # of each kind [n, ...]: what a scan slices is kept as it is, and
+  # a slice of that would be kept once more, for the backward pass
+  for j in range(len(kinds)):
+    of_kind = {}
+    for path, leaf in flat.items():
+      row = _row(kinds, j, path, has)
+      if row is not None:
+        first = sum(has(kind, path) for kind in layers[: segment.start])
+        count = sum(has(kind, path) for kind in kinds)  # in one period
+        of_kind[path] = leaf[first + row : first + n * count : count]
+    stacks.append(flax.traverse_util.unflatten_dict(of_kind))
 
   def body(x, of_period):
-    rows, given = of_period
+    weights, given = of_period
     out = []
     for j, kind in enumerate(kinds):
-      weights = _pick(rows, lambda path, j=j: _row(kinds, j, path, has))
       own = None if given is None else given[j]
-      x, new = step(kind, weights, x, own, None)
+      x, new = step(kind, weights[j], x, own, None)
       out.append(new)
     return x, tuple(out)
 
-  return jax.lax.scan(body, x, (rows, given))
+  return jax.lax.scan(body, x, (tuple(stacks), given))
 
 
 def run_layers(
