@@ -119,13 +119,13 @@ def run(argv=None):
     kl='reverse',
     beta=0.04,
     learning_rate=3e-4,
-    max_steps=32,
+    max_steps=20,
     num_prompts=8,
     num_generations=4,
     max_completion_length=64,
     temperature=0.7,
     length_buckets=1,
-    eval_every=8,
+    eval_every=10,
     save_every=0,
   )
 

@@ -33,7 +33,9 @@ from jaxrl_tok.policy import check_array, check_prompts
 from jaxrl_tok.sharding import constrain_rows, gathered_for_rollout
 from jaxrl_tok.types import Policy, Prefix, Prompts, Rollout, SamplingRule
 
-STAGE = 32  # tokens; a cache that much shorter is not worth a program
+# Tokens; a cache that much shorter is not worth a program of a loop over 8
+# layers, whose caches are 16 arrays. Larger programs need longer stages.
+STAGE, ARRAYS = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class SamplerConfig:
     so its log-prob is 0 and num_kept is 1.
   chunk: tokens between two counts of the rows that still live.
   stages: lengths that the cache has on its way to T, equally far apart; each
-    is a program of its own. None: one for every STAGE tokens, four at most.
+    is a program of its own. None: one for every 32 tokens, four at most, and
+    fewer for networks of more than 8 layers, whose programs are large.
   compact_levels: times that the live rows may move into half as many; each is a
     program of its own, worth it for long completions of varied length.
   """
@@ -93,13 +96,17 @@ class SamplerCarry(NamedTuple):
   tables: Columns  # [columns, B]  tokens 1 .. T - 1, and a chunk's excess
 
 
-def stage_ends(config: SamplerConfig) -> list[int]:
-  """Number of chunks done at the end of each stage; the last is all."""
+def stage_ends(config: SamplerConfig, arrays: int = 1) -> list[int]:
+  """Number of chunks done at the end of each stage; the last is all.
+
+  arrays: number of arrays in the policy's cache.
+  """
   columns = config.max_completion_length - 1  # every token but the last
   chunks = -(-columns // config.chunk)
   stages = config.stages
   if stages is None:
-    stages = min(4, -(-columns // STAGE)) or 1
+    least = STAGE * -(-arrays // ARRAYS)
+    stages = min(4, -(-columns // least)) or 1
   ends = {-(-chunks * (i + 1) // stages) for i in range(stages)}
   return sorted(ends - {0})
 
@@ -276,6 +283,17 @@ def run_to(
   return jax.lax.cond(carry.index < end, move, lambda carry: carry, carry)
 
 
+def begin(policy: Policy, params, prompts: Prompts):
+  """Returns (Prefix, params) as a token loop reads them: prompts are encoded as
+  evaluate does it, params cast and gathered once."""
+  prefix = policy.encode(params, prompts)
+  C = prompts.tokens.shape[0]
+  check_array("policy.encode's hidden state", prefix.hidden, None, C=C, D=None)
+  cast = policy.cast_params(params)
+  cast = gathered_for_rollout(cast, policy.partition_rules)
+  return policy.split_prefix(prefix), cast
+
+
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """Returns sample(params, key, Prompts, SamplingRule, version=0) -> Rollout,
   pure; `version` counts the updates that params have had.
@@ -285,16 +303,14 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))
-  ends = stage_ends(dataclasses.replace(config, chunk=chunk))
+  cache = jax.eval_shape(lambda: policy.init_cache(1, 0))
+  arrays = max(1, len(jax.tree.leaves(cache)))
+  ends = stage_ends(dataclasses.replace(config, chunk=chunk), arrays)
   fills = Columns(config.pad_token, False, 0.0, 0)
 
-  def start(params, prompts, row_keys, rule):
-    """Encodes the prompts and draws column 0."""
-    prefix = policy.encode(params, prompts)
-    C = prompts.tokens.shape[0]
-    check_array(
-      "policy.encode's hidden state", prefix.hidden, None, C=C, D=None
-    )
+  def start(params, prefix, row_keys, rule):
+    """Draws column 0."""
+    C = prefix.hidden.shape[0]
     hidden = constrain_rows(jnp.repeat(prefix.hidden, G, axis=0))
     (uniform_B,) = uniforms(row_keys, jnp.zeros(1, jnp.int32))
     sampled = sample_token(policy, config, params, hidden, uniform_B, rule)
@@ -308,17 +324,16 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     )
     cache = policy.init_cache(C * G, 0)
     rows = RowState(cache, first.token, done, stop_state)
-    return prefix, first, SamplerCarry(jnp.int32(0), rows, tables)
+    return first, SamplerCarry(jnp.int32(0), rows, tables)
 
   def sample(
     params, key, prompts: Prompts, rule: SamplingRule, version=0
   ) -> Rollout:
     check_prompts(prompts)
-    params = policy.cast_params(params)
-    params = gathered_for_rollout(params, policy.partition_rules)
+    prefix, params = begin(policy, params, prompts)
     B = prompts.tokens.shape[0] * G
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    prefix, first, carry = start(params, prompts, row_keys, rule)
+    first, carry = start(params, prefix, row_keys, rule)
     step = make_step(policy, config, params, rule)
     advance = functools.partial(run_chunk, step, chunk)
     for end in ends:

@@ -210,6 +210,8 @@ class Policy(NamedTuple):
   # rollout, in a form that a token loop reads without copies; it must change no
   # result
   cast_params: Callable = first_argument
+  # Prefix -> the same values, in a form that a token loop reads without copies
+  split_prefix: Callable = first_argument
   # (params, hidden) -> logits [..., V] by whose order tokens are truncated;
   # None: its own
   rank_logits: Callable | None = None

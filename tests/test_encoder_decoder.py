@@ -23,6 +23,7 @@ from jaxrl_tok.models.encoder_decoder_config import (
 from jaxrl_tok.models.relative_positions import bucket_of, score_bias
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step.compile import AS_WRITTEN
 from jaxrl_tok.types import Prompts
 
 V, D, G, T = 11, 12, 2, 6
@@ -253,6 +254,21 @@ def test_casting_once_changes_no_number(name):
   own = {'position_bias'} if name == 't5' else {'embed_norm', 'logit_bias'}
   norms = {'attention_norm', 'cross_attention_norm', 'mlp_norm', 'norm'}
   assert kept == norms | own
+
+
+@pytest.mark.parametrize('name', ['t5', 'mbart'])
+def test_bfloat16_is_rounded_in_a_scan_as_in_a_loop(name):
+  """Equal bits, with the compiler's option that all programs of a run have."""
+  m = made(name)
+  policy = make_policy(CONFIGS[name], jnp.bfloat16, scan_layers=True)
+
+  def both(params):
+    split = policy.cast_params(params)
+    return [evaluate(policy, p, m.rollout, RULE).logp for p in (params, split)]
+
+  a, b = jax.jit(both).lower(m.params).compile(AS_WRITTEN)(m.params)
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - m.rollout.logp).max() > 1e-3  # it is rounded
 
 
 def test_programs_do_not_grow_with_the_layers():

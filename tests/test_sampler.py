@@ -261,12 +261,18 @@ def test_the_cache_grows_with_the_completion(tiny):
 
 
 @pytest.mark.parametrize(
-  ('T', 'columns'),
-  [(1, []), (9, [8]), (33, [32]), (65, [32, 64]), (129, [32, 64, 96, 128])],
+  ('T', 'layers', 'columns'),
+  [
+    *((1, 8, []), (9, 8, [8]), (33, 8, [32]), (65, 8, [32, 64])),
+    *((129, 8, [32, 64, 96, 128]), (65, 9, [64]), (129, 9, [64, 128])),
+    *((129, 32, [128]), (513, 32, [128, 256, 384, 512])),
+  ],
 )
-def test_stages_of_the_cache(T, columns):
-  """Stages of complete chunks; one for every 32 tokens, four at most."""
-  assert [8 * end for end in stage_ends(SamplerConfig(1, T))] == columns
+def test_stages_of_the_cache(T, layers, columns):
+  """Stages of complete chunks, four at most: one for every 32 tokens and each
+  8 layers, which have two arrays each."""
+  ends = stage_ends(SamplerConfig(1, T), 2 * layers)
+  assert [8 * end for end in ends] == columns
 
 
 def recurrent(vocab_size=11, width=8) -> Policy:

@@ -63,7 +63,8 @@ def _read_t5(j, tied: bool) -> EncoderDecoderConfig:
 
 def read_t5(j) -> EncoderDecoderConfig:
   """Reads v1.0, whose head is the embeddings and scaled, and v1.1 and flan,
-  whose head is a matrix of its own: tie_word_embeddings tells them apart."""
+  whose head is a matrix of its own. The file's tie_word_embeddings, which
+  transformers reads as scale_decoder_outputs, tells them apart."""
   return _read_t5(j, j.scale_decoder_outputs)
 
 

@@ -34,6 +34,11 @@ def masked_policy(policy: Policy) -> Policy:
     hidden = jnp.concatenate([own.hidden, slow.hidden], axis=-1)
     return Prefix((own.kv, slow.kv), hidden, prompts.length)
 
+  def split_prefix(prefix):
+    halves = (prefix._replace(kv=kv) for kv in prefix.kv)
+    kv = tuple(policy.split_prefix(half).kv for half in halves)
+    return prefix._replace(kv=kv)
+
   def extend(params, prefix, tokens, cache, at):
     halves = jnp.split(prefix.hidden, 2, axis=-1)
     caches = (None, None) if cache is None else cache
@@ -59,6 +64,7 @@ def masked_policy(policy: Policy) -> Policy:
     init_cache=lambda *sizes: (policy.init_cache(*sizes),) * 2,
     merge_params=merge_params,
     cast_params=cast_params,
+    split_prefix=split_prefix,
     rank_logits=lambda params, hidden: jax.lax.stop_gradient(
       rank_logits(params, hidden)
     ),

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxrl_tok.types import Prefix
+
 
 def partition_rules(rules: Sequence) -> tuple:
   """Makes rules (path regex, PartitionSpec) of one layer's leaves into rules of
@@ -74,6 +76,12 @@ class Stacks(NamedTuple):
       for i in range(jax.tree.leaves(part)[0].shape[0])
       for tree in part
     )
+
+
+def split_prefix(prefix: Prefix) -> Prefix:
+  """Splits the keys and values of a scan into those of each layer."""
+  kv = prefix.kv
+  return prefix._replace(kv=kv.split() if isinstance(kv, Stacks) else kv)
 
 
 def segments(layers: Sequence) -> tuple[Segment, ...]:

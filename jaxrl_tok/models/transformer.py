@@ -235,6 +235,7 @@ def as_policy(net, rules: Sequence, **functions: Callable) -> Policy:
   bound = {name: functools.partial(f, net) for name, f in functions.items()}
   return Policy(
     **bound,
+    split_prefix=stack.split_prefix,
     partition_rules=rules,
     vocab_size=c.vocab_size,
     max_length=c.max_length,

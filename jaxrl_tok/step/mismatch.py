@@ -19,10 +19,9 @@ import jax.numpy as jnp
 
 from jaxrl_tok import distribution
 from jaxrl_tok.policy import completion_hidden
-from jaxrl_tok.sampler import grow_cache
+from jaxrl_tok.sampler import begin, grow_cache
 from jaxrl_tok.sharding import (
   constrain_rows,
-  gathered_for_rollout,
   row_shards,
 )
 from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule
@@ -82,10 +81,7 @@ def make_mismatch(policy: Policy, rows: int = MISMATCH_ROWS) -> Callable:
     (B, T), mask = rollout.tokens.shape, rollout.mask
     whole_BxTxD = completion_hidden(policy, params, rollout)
     kind = whole_BxTxD.dtype
-    cast = gathered_for_rollout(
-      policy.cast_params(params), policy.partition_rules
-    )
-    prefix = policy.encode(cast, rollout.prompts)
+    prefix, cast = begin(policy, params, rollout.prompts)
     first = jnp.repeat(prefix.hidden, B // prefix.length.shape[0], axis=0)
     grown = jax.eval_shape(lambda: policy.init_cache(B, T))
     cache = grow_cache(policy.init_cache(B, 0), grown)  # as the sampler's is
