@@ -12,6 +12,7 @@ several kinds alternate (Gemma 3: five local, one global). Parameters that
 needs those, which would otherwise copy a layer out of its stack at every token.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -148,31 +149,43 @@ def split(params, layers: Sequence, has: Callable = everywhere) -> tuple:
   )
 
 
-def _scan(step, segment: Segment, layers, flat: dict, has, x, given):
-  """Scans one segment -> (x, outputs [repeats, ...] for each kind)."""
+def _scan(step, segment: Segment, layers, flat: dict, has, x, given, keep):
+  """Scans one segment -> (x, outputs [repeats, ...] for each kind).
+
+  keep: jax.checkpoint with its policy. A layer's weights are picked inside of
+  it, so that the backward pass slices the stacks again: slices picked outside
+  would be kept, all of them a copy of the stacks.
+  """
   n, kinds = segment.repeats, segment.kinds
-  stacks = []  # of each kind [n, ...]: what a scan slices is kept as it is, and
-  # a slice of that would be kept once more, for the backward pass
-  for j in range(len(kinds)):
-    of_kind = {}
-    for path, leaf in flat.items():
-      row = _row(kinds, j, path, has)
-      if row is not None:
-        first = sum(has(kind, path) for kind in layers[: segment.start])
-        count = sum(has(kind, path) for kind in kinds)  # in one period
-        of_kind[path] = leaf[first + row : first + n * count : count]
-    stacks.append(flax.traverse_util.unflatten_dict(of_kind))
+  rows = {}  # [n, ...], or [n, count, ...] where a period has several
+  counts = {path: sum(has(kind, path) for kind in kinds) for path in flat}
+  for path, leaf in flat.items():
+    first = sum(has(kind, path) for kind in layers[: segment.start])
+    used = leaf[first : first + n * counts[path]]
+    if counts[path] > 1:
+      used = used.reshape(n, counts[path], *leaf.shape[1:])
+    if counts[path]:
+      rows[path] = used
+
+  @functools.partial(keep, static_argnums=0)
+  def one(j, rows, x, given):
+    weights = {
+      path: leaf[_row(kinds, j, path, has)] if counts[path] > 1 else leaf
+      for path, leaf in rows.items()
+      if has(kinds[j], path)
+    }
+    weights = flax.traverse_util.unflatten_dict(weights)
+    return step(kinds[j], weights, x, given, None)
 
   def body(x, of_period):
-    weights, given = of_period
+    rows, given = of_period
     out = []
-    for j, kind in enumerate(kinds):
-      own = None if given is None else given[j]
-      x, new = step(kind, weights[j], x, own, None)
+    for j in range(len(kinds)):
+      x, new = one(j, rows, x, None if given is None else given[j])
       out.append(new)
     return x, tuple(out)
 
-  return jax.lax.scan(body, x, (tuple(stacks), given))
+  return jax.lax.scan(body, x, (rows, given))
 
 
 def run_layers(
@@ -203,24 +216,22 @@ def run_layers(
   """
   stacks = given is None or isinstance(given, Stacks)
   scan = scan and caches is None and stacks and not isinstance(params, tuple)
-  if remat != 'none' or scan:
-    step = jax.checkpoint(
-      step,
-      policy=REMAT.get(remat, SCANNED),
-      prevent_cse=not scan,
-      static_argnums=0,
-    )
+  keep = functools.partial(
+    jax.checkpoint, policy=REMAT.get(remat, SCANNED), prevent_cse=not scan
+  )
   if scan:
     flat, parts = flax.traverse_util.flatten_dict(params), []
     for i, segment in enumerate(segments(layers)):
       own = None if given is None else given.parts[i]
-      x, out = _scan(step, segment, layers, flat, has, x, own)
+      x, out = _scan(step, segment, layers, flat, has, x, own, keep)
       parts.append(out)
     return x, Stacks(tuple(parts))
   if not isinstance(params, tuple):
     params = split(params, layers, has)
   if isinstance(given, Stacks):
     given = given.split()
+  if remat != 'none':
+    step = keep(step, static_argnums=0)
   outputs = []
   for i, kind in enumerate(layers):
     own, cache = (v if v is None else v[i] for v in (given, caches))
