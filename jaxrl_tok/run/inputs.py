@@ -4,6 +4,7 @@ prompts made of them."""
 import datetime
 import functools
 import json
+from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,27 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
       f'{", ".join(found.host)} is none; pass --steps_per_call 0, or mark it '
       '@on_device'
     )
+  split = settings.algorithm.credit_split
+  if split != 'potential' and not found.host:
+    raise ValueError(
+      f'--credit_split {split} has no effect on rewards that are JAX '
+      'functions; leave it out'
+    )
   return found
+
+
+def make_pieces(settings: Settings, model, *judged: Rewards) -> Callable:
+  """Makes the function of completion_pieces; checks the tokenizer where a
+  reward names them."""
+  skip = not settings.run.keep_special_tokens
+  decode = functools.partial(
+    data.decode_all, model.tokenizer, skip_special_tokens=skip
+  )
+  pieces = data.make_pieces(model.tokenizer, decode, model.vocab_size, skip)
+  functions = [f for found in judged for f in found.host.values()]
+  if any(rewards.PIECES in rewards.accepted(f).names for f in functions):
+    pieces([], [], [])
+  return pieces
 
 
 def renames(settings: Settings) -> dict[str, str]:
