@@ -60,13 +60,23 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
       f'{", ".join(found.host)} is none; pass --steps_per_call 0, or mark it '
       '@on_device'
     )
-  split = settings.algorithm.credit_split
-  if split != 'potential' and not found.host:
-    raise ValueError(
-      f'--credit_split {split} has no effect on rewards that are JAX '
-      'functions; leave it out'
-    )
+  check_credit_split(settings.algorithm.credit_split, found)
   return found
+
+
+def check_credit_split(how: str, found: Rewards) -> None:
+  """Refuses a split of token rewards where none can be: a function has to see
+  a completion's tokens to give a number for each. make_split refuses what is
+  known at the first batch only."""
+  takes = [rewards.accepted(f) for f in found.host.values()]
+  tokens = {'completion_ids', rewards.PIECES}
+  if how == 'potential' or any(x.any_name or x.names & tokens for x in takes):
+    return
+  kind = 'of whole completions' if takes else 'that are JAX functions'
+  raise ValueError(
+    f'--credit_split {how} has no effect on rewards {kind}; leave it out, or '
+    'pass a reward of rewards.potentials'
+  )
 
 
 def make_pieces(settings: Settings, model, *judged: Rewards) -> Callable:
