@@ -15,6 +15,7 @@ import pytest
 from jaxrl_tok.evaluation import corpus_metrics
 from jaxrl_tok.rewards import (
   ARGUMENTS,
+  PIECES,
   RewardError,
   TrainerState,
   check_functions,
@@ -230,9 +231,10 @@ def test_every_argument_arrives_by_name():
     return [0] * 4
 
   score(look)
-  assert set(seen) == {*ARGUMENTS, 'answer'} - {'environments'}
+  given = {*ARGUMENTS, 'answer'} - {PIECES}
+  assert set(seen) == given - {'environments'}
   score(look, environments=['e'] * 4)
-  assert set(seen) == {*ARGUMENTS, 'answer'}
+  assert set(seen) == given
   assert seen['environments'] == ['e'] * 4
   assert seen['answer'] == ['ab', 'ab', 'g', 'g']
 

@@ -28,6 +28,7 @@ BASELINES = (
   'ema',
   'greedy',
 )
+CREDIT_SPLITS = ('potential', 'outcome', 'constant', 'shuffled')
 SCALES = ('none', 'group_std', 'batch_std')
 MULTI_OBJECTIVE = ('sum_then_normalize', 'normalize_then_sum')
 LOSSES = ('reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo')

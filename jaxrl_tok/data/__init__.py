@@ -10,6 +10,7 @@
   prompts     records -> batches of those lengths
   words       tokens -> the bytes that they add to decoded text
   stops       stop texts -> an automaton over tokens
+  pieces      completions -> the text that each token adds
 
 Nothing here imports jax, transformers or datasets before it is used.
 """
@@ -18,6 +19,7 @@ from jaxrl_tok.data.buckets import choose_buckets
 from jaxrl_tok.data.chat import ROLES, Chat
 from jaxrl_tok.data.held_out import Split, split
 from jaxrl_tok.data.order import record_index, record_indices
+from jaxrl_tok.data.pieces import make_pieces
 from jaxrl_tok.data.prompts import (
   LONG_PROMPTS,
   PromptSet,
@@ -56,6 +58,7 @@ __all__ = [
   'decode_all',
   'encode_prompts',
   'end_at_stop',
+  'make_pieces',
   'open_records',
   'prompt_ids',
   'prompt_set',

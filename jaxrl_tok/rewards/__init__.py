@@ -17,10 +17,14 @@ functions wait side by side.
   adapters.py    verl, Tunix, reasoning-gym, verifiers
   load.py        FILE:NAME=WEIGHT of a command line
   text.py        sentiment, repetition; metrics of prose
+  potentials.py  BLEU, chrF, ROUGE-L, ... paid token by token
+  incremental.py their metrics, symbol by symbol
+  splits.py      outcome, constant, shuffled: controls of dense credit
 
 Nothing here imports jax: reward functions may run in other processes.
 """
 
+from jaxrl_tok.rewards import potentials
 from jaxrl_tok.rewards.adapters import (
   from_reasoning_gym,
   from_tunix,
@@ -31,6 +35,7 @@ from jaxrl_tok.rewards.arithmetic import digits, exact_match
 from jaxrl_tok.rewards.combine import gated, product
 from jaxrl_tok.rewards.functions import (
   ARGUMENTS,
+  PIECES,
   RewardError,
   accepted,
   check_functions,
@@ -47,6 +52,7 @@ from jaxrl_tok.rewards.scoring import (
   lift,
   make_scorer,
 )
+from jaxrl_tok.rewards.splits import make_split
 from jaxrl_tok.rewards.text import (
   distinct,
   no_repetition,
@@ -57,6 +63,7 @@ from jaxrl_tok.rewards.text import (
 __all__ = [
   'ARGUMENTS',
   'ON_ERROR',
+  'PIECES',
   'HostScores',
   'RewardError',
   'TrainerState',
@@ -75,9 +82,11 @@ __all__ = [
   'load_reward',
   'load_rewards',
   'make_scorer',
+  'make_split',
   'name_rewards',
   'no_repetition',
   'perplexity',
+  'potentials',
   'product',
   'sentiment',
   'unwrap',

@@ -4,6 +4,9 @@ A call passes by name the arguments that a signature accepts, and no others:
 
   f(prompts=, completions=, completion_ids=, **columns,
     trainer_state=, log_extra=, log_metric=, environments=)
+
+`completion_pieces`, for each completion the list of texts that its tokens add,
+is made for functions that name it alone: **kwargs do not.
 """
 
 import asyncio
@@ -25,11 +28,13 @@ ARGUMENTS = (
   'prompts',
   'completions',
   'completion_ids',
+  'completion_pieces',
   'trainer_state',
   'log_extra',
   'log_metric',
   'environments',
 )
+PIECES = 'completion_pieces'  # passed where it is named
 SHOWN = 60  # characters of a text or a value in a message
 PACKAGE = f'{Path(__file__).parent.parent}{os.sep}'
 # files whose frames say nothing to the author of a reward function
@@ -197,9 +202,11 @@ class Accepted(NamedTuple):
   first: str | None  # the name of what may be passed first by position
 
   def choose(self, arguments: dict) -> dict:
-    if self.any_name:
-      return arguments
-    return {k: v for k, v in arguments.items() if k in self.names}
+    return {
+      k: v
+      for k, v in arguments.items()
+      if k in self.names or (self.any_name and k != PIECES)
+    }
 
 
 # types whose values cannot be changed
@@ -212,6 +219,7 @@ def own_lists(arguments: dict) -> dict:
   Environments are objects that are shared: their list alone is new."""
   copies = {
     'completion_ids': lambda rows: [copy.copy(row) for row in rows],
+    PIECES: lambda rows: [copy.copy(row) for row in rows],
     'environments': list,
   }
   return {

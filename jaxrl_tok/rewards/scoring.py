@@ -10,11 +10,14 @@ import numpy as np
 
 from jaxrl_tok.rewards.calls import as_reward_error, call_all
 from jaxrl_tok.rewards.functions import (
+  PIECES,
+  Accepted,
   accepted,
   own_lists,
   quote,
   shorten,
 )
+from jaxrl_tok.rewards.splits import make_split
 
 LARGEST = float(np.finfo(np.float32).max)
 # treatment of a function that raises an exception or gives a wrong value: raise
@@ -181,6 +184,10 @@ class _Log:
   def __init__(self, name: str, B: int, reserved: Collection[str]):
     self.name, self.B, self.reserved = name, B, reserved
     self.extra, self.values = {}, {}
+    self.arguments = {
+      'log_extra': self.log_extra,
+      'log_metric': self.log_metric,
+    }
 
   def log_extra(self, column: str, values) -> None:
     values = list(values)
@@ -250,6 +257,7 @@ class _Judged(NamedTuple):
 
   reward: np.ndarray  # float32 [B, T]
   applies: np.ndarray  # bool [B]
+  by_token: np.ndarray  # bool [B]  a list with a number for each token
   failed: np.ndarray  # bool [B]  rows whose value is none
   error: Exception | None  # the first one
 
@@ -262,23 +270,24 @@ def judge(
   B, cure = len(mask), 'mend it, return None where it does not apply'
   flag = 'or pass --reward_on_error mask'  # for who does not pass it yet
   reward, applies = np.zeros(mask.shape, np.float32), np.ones(B, bool)
-  failed = np.zeros(B, bool)
+  failed, by_token = np.zeros(B, bool), np.zeros(B, bool)
   if isinstance(values, BaseException):
     cure += f', {flag}' if on_error == 'raise' else ''
     error = as_reward_error(f'reward {name}', values, samples, cure)
-    return _Judged(reward, applies, ~failed, error)
+    return _Judged(reward, applies, by_token, ~failed, error)
   try:
     rows = _as_rows(values, B, name)
   except ValueError as e:
-    return _Judged(reward, applies, ~failed, _with_cure(e, flag, on_error))
+    error = _with_cure(e, flag, on_error)
+    return _Judged(reward, applies, by_token, ~failed, error)
   error = None
   for b, value in enumerate(rows):
-    applies[b] = value is not None
+    applies[b], by_token[b] = value is not None, _is_list(value)
     try:
       reward[b] = lift_row(value, mask[b], name, _where(b, samples))
     except ValueError as e:
       failed[b], error = True, error or _with_cure(e, flag, on_error)
-  return _Judged(reward, applies, failed, error)
+  return _Judged(reward, applies, by_token, failed, error)
 
 
 def _with_cure(error: ValueError, cure: str, on_error: str) -> ValueError:
@@ -315,6 +324,8 @@ def make_scorer(
   reserved: Collection[str] = (),
   on_error: str = 'raise',
   warn: Callable = lambda name, text: None,
+  pieces: Callable | None = None,
+  split: Callable = make_split(),  # noqa: B008  rewards as they are
 ) -> Callable:
   """Returns score(tokens [B, T], mask [B, T], examples, trainer_state=None,
   environments=None) -> HostScores. Each function gets copies of its own.
@@ -329,12 +340,16 @@ def make_scorer(
     on_error: one of ON_ERROR; with mask and zero the metric rewards/NAME/errors
       counts the completions concerned.
     warn: (name of the function, text) of what was masked or is zero.
+    pieces: (ids, ids without the end, texts) -> completion_pieces, for
+      functions that name them; see data/pieces.py.
+    split: see splits.make_split.
 
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
   """
   ends = set(end_tokens)
   takes = {name: accepted(f) for name, f in functions.items()}
+  wants = _wanting_pieces(takes, pieces)
   if keep_special_tokens:
     decode = functools.partial(decode, skip_special_tokens=False)
 
@@ -346,31 +361,48 @@ def make_scorer(
     environments: list | None = None,
   ) -> HostScores:
     ids = [row[m].tolist() for row, m in zip(tokens, mask)]
-    texts = decode([i[:-1] if i and i[-1] in ends else i for i in ids])
-    arguments = _arguments(examples, texts, ids)
-    arguments['trainer_state'] = trainer_state or TrainerState()
+    shown = [i[:-1] if i and i[-1] in ends else i for i in ids]
+    texts, state = decode(shown), trainer_state or TrainerState()
+    arguments = _arguments(examples, texts, ids) | {'trainer_state': state}
+    if wants:
+      arguments[PIECES] = pieces(ids, shown, texts)
     if environments is not None:
       arguments['environments'] = environments
     logs = {name: _Log(name, len(ids), reserved) for name in functions}
-
-    def bind(name):
-      log = {k: getattr(logs[name], k) for k in ('log_extra', 'log_metric')}
-      given = takes[name].choose(arguments | log)
-      return functools.partial(functions[name], **own_lists(given))
-
-    calls = {name: bind(name) for name in functions}
+    calls = {
+      name: _bind(f, takes[name], arguments | logs[name].arguments)
+      for name, f in functions.items()
+    }
     values = call_all(calls, first_only=on_error == 'raise')
     samples = quote_samples(examples, texts)
-    rewards, applies, metrics = {}, {}, {}
+    rewards, applies, by_token, metrics = {}, {}, {}, {}
     for name, found in values.items():
       judged = judge(found, mask, name, samples, on_error)
-      rewards[name] = judged.reward
+      rewards[name], by_token[name] = judged.reward, judged.by_token
       applies[name], errors = treat(judged, name, on_error, warn)
       metrics |= count_missing(name, applies[name]) | errors
+    rewards, own = split(rewards, by_token, applies, mask, state.global_step)
     extra, logged = _merge_logs(list(logs.values()))
-    return HostScores(rewards, applies, texts, metrics | logged, extra)
+    return HostScores(rewards, applies, texts, metrics | own | logged, extra)
 
   return score
+
+
+def _bind(function: Callable, takes: Accepted, arguments: dict) -> Callable:
+  """The function with copies of the arguments that it takes."""
+  return functools.partial(function, **own_lists(takes.choose(arguments)))
+
+
+def _wanting_pieces(takes: dict, pieces: Callable | None) -> bool:
+  """Whether a function names completion_pieces. Raises ValueError where there
+  are none."""
+  names = [name for name, has in takes.items() if PIECES in has.names]
+  if names and pieces is None:
+    raise ValueError(
+      f'reward {names[0]} asks for {PIECES}, which need the tokenizer; pass '
+      'make_scorer(pieces=data.make_pieces(...))'
+    )
+  return bool(names)
 
 
 def quote_samples(examples: list[dict], texts: list) -> list[str]:

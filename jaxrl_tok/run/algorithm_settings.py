@@ -7,6 +7,7 @@ from jaxrl_tok.credit.names import (
   AGGREGATIONS,
   ALGORITHMS,
   BASELINES,
+  CREDIT_SPLITS,
   CREDITS,
   IMPORTANCE_MODES,
   LOSSES,
@@ -31,6 +32,11 @@ class AlgorithmSettings:
   credit: Literal[CREDITS] | None = None
   """Advantage: returns minus a baseline, or by a learned value (GAE,
   V-trace)."""
+  credit_split: Literal[CREDIT_SPLITS] = 'potential'
+  """Split of rewards that are a list with a number for each token, while
+  training: as given (potential), their sum on the last token (outcome), or as
+  controls 1 on the last token whatever the text (constant) and the numbers in
+  random order (shuffled)."""
   baseline: Literal[BASELINES] | None = None
   """Baseline, subtracted from returns; reinforce: leave_one_out, with one
   sample a prompt ema."""

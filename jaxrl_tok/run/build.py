@@ -52,6 +52,7 @@ def check_own(own: Own) -> None:
 _OTHERS = (
   'algorithm',
   'compat',
+  'credit_split',
   'ema_decay',
   'log_kl',
   'critic',

@@ -4,6 +4,7 @@ prompts made of them."""
 import datetime
 import functools
 import json
+from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,37 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
       f'{", ".join(found.host)} is none; pass --steps_per_call 0, or mark it '
       '@on_device'
     )
+  check_credit_split(settings.algorithm.credit_split, found)
   return found
+
+
+def check_credit_split(how: str, found: Rewards) -> None:
+  """Refuses a split of token rewards where none can be: a function has to see
+  a completion's tokens to give a number for each. make_split refuses what is
+  known at the first batch only."""
+  takes = [rewards.accepted(f) for f in found.host.values()]
+  tokens = {'completion_ids', rewards.PIECES}
+  if how == 'potential' or any(x.any_name or x.names & tokens for x in takes):
+    return
+  kind = 'of whole completions' if takes else 'that are JAX functions'
+  raise ValueError(
+    f'--credit_split {how} has no effect on rewards {kind}; leave it out, or '
+    'pass a reward of rewards.potentials'
+  )
+
+
+def make_pieces(settings: Settings, model, *judged: Rewards) -> Callable:
+  """Makes the function of completion_pieces; checks the tokenizer where a
+  reward names them."""
+  skip = not settings.run.keep_special_tokens
+  decode = functools.partial(
+    data.decode_all, model.tokenizer, skip_special_tokens=skip
+  )
+  pieces = data.make_pieces(model.tokenizer, decode, model.vocab_size, skip)
+  functions = [f for found in judged for f in found.host.values()]
+  if any(rewards.PIECES in rewards.accepted(f).names for f in functions):
+    pieces([], [], [])
+  return pieces
 
 
 def renames(settings: Settings) -> dict[str, str]:

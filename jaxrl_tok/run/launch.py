@@ -117,7 +117,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
       run.steps_per_call,
       sampling.num_generations,
     )
-  scorer = setup.scorer(setup.rewards, programs.device_score)
+  scorer = setup.scorer(setup.rewards, programs.device_score, training=True)
   collector = single_turn(
     programs.sample,
     scorer,

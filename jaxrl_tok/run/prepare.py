@@ -20,6 +20,7 @@ from jaxrl_tok.run.inputs import (
   Rewards,
   check_chat_used,
   completion_length,
+  make_pieces,
   message_counts,
   open_task,
   prompt_set,
@@ -72,14 +73,19 @@ class Setup(NamedTuple):
   reward_model: Any
   config: ProgramConfig
   logger: Logger
+  pieces: Callable  # see data/pieces.py
 
   def decode(self, ids: list[list[int]], skip_special_tokens=True) -> list:
     return data.decode_all(
       self.model.tokenizer, ids, skip_special_tokens=skip_special_tokens
     )
 
-  def scorer(self, found: Rewards, device: Callable | None) -> Scorer:
-    """Scorer of reward functions; `device` is compiled."""
+  def scorer(
+    self, found: Rewards, device: Callable | None, training: bool = False
+  ) -> Scorer:
+    """Scorer of reward functions; `device` is compiled. --credit_split is of
+    training alone."""
+    how = self.settings.algorithm.credit_split if training else 'potential'
     run, n = self.settings.run, self.data.num_records
     C = self.settings.sampling.num_prompts
 
@@ -94,6 +100,8 @@ class Setup(NamedTuple):
       reserved=RESERVED,
       on_error=run.reward_on_error,
       warn=self.warn_of_reward,
+      pieces=self.pieces,
+      split=rewards.make_split(how, run.seed),
     )
     return Scorer(
       host,
@@ -392,4 +400,5 @@ def prepare(
     reward_model,
     config,
     logger,
+    make_pieces(settings, model, found, *(e.rewards for e in evaluations)),
   )
