@@ -54,11 +54,11 @@ def exact(column: str = 'answer', ignore: Collection[str] = ()) -> Callable:
 
 
 NUMBER = re.compile(
-  r"""(?<![\w.])[-−]?  # a minus that is no hyphen
+  r"""(?<![\w.])-?  # a minus that is no hyphen
   (?: \d{1,3} (?: ,\d{3} )+ (?!\d) (?: \.\d+ )?  # 1,234.5
     | (?: \d+ (?: \.\d+ )? | \.\d+ ) (?: e[-+]?\d{1,3} (?!\d) )?  # 1.5e3
   )
-  (?: / [1-9]\d* (?![\d.]*\d) )?  # 1/2""",
+  (?: / [1-9]\d*+ (?!\.\d) )?  # 1/2""",
   re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
@@ -159,40 +159,44 @@ def template(form: str, partial: bool = False) -> Callable:
     template('<think>{}</think>{}')
     template('<think>{}</think><answer>{}</answer>')
 
-  Spaces and line ends around parts do not matter. What stands for {} is not
-  read: pair it with a reward of the answer by `gated`.
+  Spaces and line ends may stand around every part; parts are divided by {}, by
+  spaces, and between tags. What stands for {} is not read: pair it with a
+  reward of the answer by `gated`.
 
   Args:
     form: fixed parts, with {} for text.
     partial: share of the fixed parts that stand there once and in order, where
-      the form is not met: at most 1 - 1 / (parts + 1).
+      the form is not met: at most n / (n + 1) of n parts.
   """
-  parts = [part.strip() for part in form.split('{}')]
-  fixed = [part for part in parts if part]
-  if not fixed or len(parts) < 2 or '' in parts[1:-1]:
+  gaps = [
+    re.split(r'\s+|(?<=>)(?=<)', part.strip()) for part in form.split('{}')
+  ]
+  fixed = [part for gap in gaps for part in gap if part]
+  if not fixed or len(gaps) < 2 or [''] in gaps[1:-1]:
     raise ValueError(
       f'{form!r} is no form; write fixed text around each {{}}, as '
       "template('<think>{}</think>{}')"
     )
-  gap = r'\s*\S.*?\s*'
-  whole = re.compile(
-    r'\s*' + gap.join(map(re.escape, parts)) + r'\s*', re.DOTALL
-  )
+  rows = (r'\s*'.join(map(re.escape, gap)) for gap in gaps)
+  whole = re.compile(r'\s*' + r'\s*\S.*?\s*'.join(rows) + r'\s*', re.DOTALL)
 
   def score(text: str) -> float:
     once = all(text.count(part) == 1 for part in fixed)
     if once and whole.fullmatch(text):
       return 1.0
-    if not partial:
-      return 0.0
-    there, at = 0, 0
-    for part in fixed:
-      found = text.find(part, at)
-      if found >= 0 and text.count(part) == 1:
-        there, at = there + 1, found + len(part)
-    return there / (len(fixed) + 1)
+    return _share_in_order(text, fixed) if partial else 0.0
 
   return of_text('template', score)
+
+
+def _share_in_order(text: str, fixed: list[str]) -> float:
+  """n / (all + 1) for n fixed parts that a text has once, in order."""
+  there, at = 0, 0
+  for part in fixed:
+    found = text.find(part, at)
+    if found >= 0 and text.count(part) == 1:
+      there, at = there + 1, found + len(part)
+  return there / (len(fixed) + 1)
 
 
 FENCE = re.compile(r'```(?:json)?\s*(.*?)\s*```', re.DOTALL | re.IGNORECASE)

@@ -191,11 +191,16 @@ def weight_at(weight: float | Callable, name: str, trainer_state) -> float:
   """Weight of a reward at a step. Raises ValueError."""
   if not callable(weight):
     return weight
-  found = weight(trainer_state)
+  try:
+    found = weight(trainer_state)
+  except Exception as e:
+    raise RewardError(
+      f'the weight of reward {name} raises {type(e).__name__} ({shorten(e)}); '
+      'write it as (trainer_state) -> number'
+    ) from e
   if callable(found):
     raise ValueError(
-      f'the weight of reward {name} is a function that gives a function; let '
-      'it give a finite number'
+      f'the weight of reward {name} gives a function; let it give a number'
     )
   return check_weight(found, name)
 

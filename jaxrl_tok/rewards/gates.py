@@ -43,10 +43,11 @@ LEET = str.maketrans('013457@$!', 'oieastasi')  # signs that stand for letters
 
 def spellings(token: str) -> set[str]:
   """Words that a token may stand for: itself, without accents, with letters
-  for signs (sh1t), without letters drawn out (fuuuck), and without a plural's
-  s."""
-  plain = unicodedata.normalize('NFKD', token.casefold()).rstrip("!'’")
+  for signs (sh1t), without letters drawn out (fuuuck), and without the s of a
+  plural or possessive."""
+  plain = unicodedata.normalize('NFKD', token.casefold()).replace('’', "'")
   plain = ''.join(c for c in plain if not unicodedata.combining(c))
+  plain = plain.rstrip("!'").removesuffix("'s")
   found = {plain}
   if any(map(str.isalpha, plain)):  # 455 is a number
     found.add(plain.translate(LEET))
@@ -154,12 +155,19 @@ KINDS = {
     lambda text: True,
   ),
   'phone': (
-    r'(?<![\w+.,])(?:\+|00)[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,5}\)?){2,6}(?!\d)'
+    r'(?<![\w+.,])(?:\+|00)[1-9]\d{0,2}'
+    r'(?:[ ./-]?(?:\(\d{1,5}\)|\d{1,5})){2,6}(?!\d)'
     r'|(?<![\w.,])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?!\d)'
-    r'|(?<![\w.,])\(?0[1-9]\d{0,3}\)?(?:[ /-]\d{2,7}){1,4}(?!\d)',
+    r'|(?<![\w.,])(?:\(0[1-9]\d{0,3}\)|0[1-9]\d{0,3})'
+    r'(?:[ /-]\d{2,7}){1,4}(?!\d)',
     is_phone,
   ),
-  'card': (r'(?<![\w.])[2-6](?:[ -]?\d){12,18}(?![\d.]*\d)', is_card),
+  'card': (
+    r'(?<![\w.-])(?:[2-6]\d{12,18}'
+    r'|[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}'
+    r'|3\d{3}[ -]\d{6}[ -]\d{4,5})(?![\w-]|\.\d)',
+    is_card,
+  ),
   'iban': (r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){3,8}\b', is_iban),
   'ssn': (
     r'(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])',

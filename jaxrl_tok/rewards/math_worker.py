@@ -33,20 +33,26 @@ def equal(question: dict) -> bool | None:
   return any(verify(gold, said, timeout_seconds=None) for gold in found)
 
 
+def set_alarm(seconds: float) -> None:
+  """Lets a signal end the process after seconds of its own time, or ten times
+  as many by the clock; 0: never. A busy machine changes no answer."""
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+
+
 def main(seconds: float) -> None:
-  """Answers questions until there are none; the alarm's signal ends the
-  process."""
+  """Answers questions until there are none."""
   with contextlib.suppress(OSError, ValueError):  # some systems have no limit
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
   equal({'answers': ['1'], 'text': '$1$'})  # imports, and makes its parsers
   print('ready', flush=True)
   for line in sys.stdin:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    set_alarm(seconds)
     try:
       answer = equal(json.loads(line))
     except (MemoryError, RecursionError):
       answer = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    set_alarm(0)
     print(json.dumps({'equal': answer}), flush=True)
 
 

@@ -28,7 +28,8 @@ def math_equal(
   Args:
     column: column of the data with the answer: LaTeX, bare or between $; or a
       list of answers.
-    deadline: seconds for a completion.
+    deadline: seconds of a processor for a completion; by the clock, at most
+      ten times as many.
     workers: processes, of about 100 MB each, that compare side by side.
 
   Raises ValueError where math-verify is missing.

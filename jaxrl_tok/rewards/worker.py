@@ -1,11 +1,12 @@
 """Worker: a process that answers one question at a time, within a deadline.
 
-Questions and answers are lines of JSON. The worker's clock ends the worker
-itself (SIGALRM), so that a library that hangs, also in C, is gone in time; the
-next question starts another one. POSIX only.
+Questions and answers are lines of JSON. The worker sets an alarm whose signal
+ends it, so that a library that hangs, also in C, is gone in time; the next
+question starts another one. POSIX only.
 """
 
 import atexit
+import contextlib
 import json
 import queue
 import subprocess
@@ -65,8 +66,9 @@ class Worker:
       return
     process.kill()
     process.wait()
-    process.stdin.close()
     process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):  # a question that was not read
+      process.stdin.close()
 
 
 def ask_all(workers: queue.SimpleQueue, questions: list) -> list:
