@@ -123,6 +123,18 @@ def test_numeric_by_hand():
     rewards.numeric(tolerance=-1)
 
 
+def test_long_texts_take_no_time():
+  """Time is linear in spaces and stops, which a policy may repeat."""
+  began = time.process_time()
+  form, spaces = rewards.template(FORM), ' \n' * 50_000
+  text = FORM.replace('{}', spaces + 'x' + spaces)
+  assert [one(form, text), one(form, text + 'x')] == [1, 0]
+  assert one(rewards.json_schema({}), f'```json{spaces}1{spaces}```') == 1
+  assert one(rewards.json_schema({}), f'```{spaces}x{spaces}``') == 0
+  one(rewards.readability(), 'a' + '.' * 100_000 + 'b')
+  assert time.process_time() - began < 5
+
+
 def test_long_numbers_take_no_time():
   began = time.process_time()
   for piece in ('9', '1/', '1,234', '-', '.5', '1e', '1/2'):
@@ -171,6 +183,11 @@ def test_a_template_may_end_in_any_text():
   assert one(reward, '<think>a</think> 5') == 1
   assert one(reward, '<think>a</think>') == 0
   assert one(reward, 'so <think>a</think> 5') == 0
+  words = rewards.template('The answer is {}.')
+  assert one(words, 'The  answer\nis this.') == 1
+  assert one(words, 'The answer this is.') == 0
+  assert one(rewards.template('{}####{}'), 'so #### 5') == 1
+  assert one(rewards.template('{}####{}'), '#### 5') == 0
   for form in ('', '{}', 'text', '{}{}', 'a{}{}b'):
     with pytest.raises(ValueError, match='is no form'):
       rewards.template(form)

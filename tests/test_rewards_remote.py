@@ -185,6 +185,9 @@ def test_equal_requests_are_sent_once(server, tmp_path):
       assert judged(reward, ['a', 'a', 'b'])[0] == [0.5] * 3
   assert len(server.seen) == 2
   assert len(list((tmp_path / 'answers').iterdir())) == 2
+  wider = rewards.judge(endpoint, high=20)  # the answer is kept, not its value
+  assert judged(wider, ['a'])[0] == [0.25]
+  assert len(server.seen) == 2
   other = rewards.judge(Endpoint(server.url, 'other', cache=tmp_path))
   judged(other, ['a'])
   assert len(server.seen) == 3
@@ -198,7 +201,7 @@ def test_a_file_of_the_cache_that_is_cut_off_is_asked_again(server, tmp_path):
   reward = rewards.judge(Endpoint(server.url, cache=tmp_path))
   assert judged(reward, ['a'])[0] == [0.5]
   assert len(server.seen) == 2
-  assert json.loads(file.read_text()) == 0.5
+  assert json.loads(file.read_text())['choices']
 
 
 def only_for(text: str, other):

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,6 +141,10 @@ def test_a_row_without_a_reference_has_no_reward(name):
   column = OF_A_COLUMN[name][1]
   assert call(made(name), 'the cat', **{column: None}) is None
   assert call(made(name), 'the cat', **{column: []}) is None
+  of_numpy = np.array(['the mat', 'a mat'])
+  found = call(made(name), 'the cat', **{column: of_numpy})
+  assert found == call(made(name), 'the cat', **{column: list(of_numpy)})
+  assert call(made(name), '3', **{column: np.int64(3)}) is not None
   with pytest.raises(ValueError, match=f'column {column} holds') as e:
     call(made(name), 'the cat', **{column: {'text': 'a'}})
   assert '\n' not in str(e.value)

@@ -20,6 +20,7 @@ from jaxrl_tok.rewards import (
   weight_at,
 )
 from jaxrl_tok.rewards.functions import describe_weights
+from jaxrl_tok.step.device_rewards import on_device
 
 
 def size(completions):
@@ -138,6 +139,17 @@ def test_a_run_weighs_its_rewards_by_step(tmp_path):
   }
   held_out = [row for row in result.metrics if row['phase'] == 'eval']
   assert all(0 <= row['eval/chrf'] <= 100 for row in held_out)
+
+
+def test_many_steps_in_one_program_have_one_weight(tmp_path):
+  @on_device
+  def zero(rollout):
+    return rollout.logp * 0
+
+  with pytest.raises(ValueError, match='pass --steps_per_call 0') as e:
+    run(tmp_path, {zero: ramp((0, 1))}, steps_per_call=3)
+  assert 'the weight of reward zero changes by step' in str(e.value)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_weights_that_fail_stop_a_run_before_it_begins(tmp_path):

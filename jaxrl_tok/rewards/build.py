@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from numbers import Real
 
 from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.functions import make_signature, shorten
@@ -52,9 +53,11 @@ def named(
 def as_texts(value, column: str) -> list[str]:
   """Texts of a column's value: a text, a number, or a list of them. Raises
   ValueError for other values."""
+  if hasattr(value, 'tolist'):  # of numpy
+    value = value.tolist()
   values = value if isinstance(value, list | tuple) else [value]
   for v in values:
-    if not isinstance(v, str | int | float):
+    if not isinstance(v, str | Real):
       raise ValueError(
         f'column {column} holds {shorten(repr(v))}; give a text, a number or a '
         'list of them'

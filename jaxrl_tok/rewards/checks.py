@@ -159,9 +159,9 @@ def template(form: str, partial: bool = False) -> Callable:
     template('<think>{}</think>{}')
     template('<think>{}</think><answer>{}</answer>')
 
-  Spaces and line ends may stand around every part; parts are divided by {}, by
-  spaces, and between tags. What stands for {} is not read: pair it with a
-  reward of the answer by `gated`.
+  Spaces and line ends may stand around every part; parts are divided by {} and
+  between tags. What stands for {} is not read: pair it with a reward of the
+  answer by `gated`.
 
   Args:
     form: fixed parts, with {} for text.
@@ -169,49 +169,54 @@ def template(form: str, partial: bool = False) -> Callable:
       the form is not met: at most n / (n + 1) of n parts.
   """
   gaps = [
-    re.split(r'\s+|(?<=>)(?=<)', part.strip()) for part in form.split('{}')
+    re.split(r'(?<=>)\s*(?=<)', part.strip()) for part in form.split('{}')
   ]
-  fixed = [part for gap in gaps for part in gap if part]
-  if not fixed or len(gaps) < 2 or [''] in gaps[1:-1]:
+  if len(gaps) < 2 or [''] in gaps[1:-1] or gaps == [[''], ['']]:
     raise ValueError(
       f'{form!r} is no form; write fixed text around each {{}}, as '
       "template('<think>{}</think>{}')"
     )
-  rows = (r'\s*'.join(map(re.escape, gap)) for gap in gaps)
-  whole = re.compile(r'\s*' + r'\s*\S.*?\s*'.join(rows) + r'\s*', re.DOTALL)
+  parts = [
+    # whether text stands before it; the part, with any spaces for its spaces
+    (g > 0 and k == 0, re.compile(r'\s+'.join(map(re.escape, part.split()))))
+    for g, gap in enumerate(gaps)
+    for k, part in enumerate(gap)
+    if part
+  ]
+  open_end = gaps[-1] == ['']
 
   def score(text: str) -> float:
-    once = all(text.count(part) == 1 for part in fixed)
-    if once and whole.fullmatch(text):
+    at, there, fits = 0, 0, True
+    for after_text, part in parts:
+      found = list(part.finditer(text))
+      once = len(found) == 1 and found[0].start() >= at
+      if once:
+        between = text[at : found[0].start()].strip()
+        fits &= bool(between) == after_text
+        at, there = found[0].end(), there + 1
+      fits &= once
+    if fits and bool(text[at:].strip()) == open_end:
       return 1.0
-    return _share_in_order(text, fixed) if partial else 0.0
+    return there / (len(parts) + 1) if partial else 0.0
 
   return of_text('template', score)
 
 
-def _share_in_order(text: str, fixed: list[str]) -> float:
-  """n / (all + 1) for n fixed parts that a text has once, in order."""
-  there, at = 0, 0
-  for part in fixed:
-    found = text.find(part, at)
-    if found >= 0 and text.count(part) == 1:
-      there, at = there + 1, found + len(part)
-  return there / (len(fixed) + 1)
-
-
-FENCE = re.compile(r'```(?:json)?\s*(.*?)\s*```', re.DOTALL | re.IGNORECASE)
+FENCE = '```'
 
 
 def read_json(text: str):
   """Value of a text that is JSON, or one block of it in ``` fences. Raises
   ValueError for anything else: NaN, and nesting deeper than Python's stack."""
-  fenced = FENCE.fullmatch(text.strip())
+  text = text.strip()
+  if len(text) > 6 and text.startswith(FENCE) and text.endswith(FENCE):
+    text = re.sub(r'\Ajson\b', '', text[3:-3], flags=re.IGNORECASE)
 
   def refuse(word):
     raise ValueError(f'{word} is no JSON')
 
   try:
-    return json.loads(fenced[1] if fenced else text, parse_constant=refuse)
+    return json.loads(text, parse_constant=refuse)
   except RecursionError:
     raise ValueError('the JSON is nested too deeply') from None
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from jaxrl_tok.rewards.functions import shorten
 
 LARGEST = 16 << 20  # bytes of an answer
-KEPT = 1 << 14  # answers in memory
+KEPT = 1 << 12  # answers in memory
 
 
 class Failed(Exception):
@@ -84,8 +84,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     return None
 
 
-def post(endpoint: Endpoint, path: str, body: bytes):
-  """JSON of the answer to a request. Raises Failed."""
+def post(endpoint: Endpoint, path: str, body: bytes) -> bytes:
+  """Answer to a request. Raises Failed."""
   headers = {'Content-Type': 'application/json'}
   if endpoint.key:
     headers['Authorization'] = f'Bearer {endpoint.key}'
@@ -95,14 +95,12 @@ def post(endpoint: Endpoint, path: str, body: bytes):
   opener = urllib.request.build_opener(_NoRedirect)
   try:
     with opener.open(request, timeout=endpoint.deadline) as response:
-      return json.loads(_read(response, end))
+      return _read(response, end)
   except urllib.error.HTTPError as e:
     with contextlib.closing(e):
       raise Failed(shorten(f'HTTP {e.code} {e.reason}')) from None
   except (OSError, http.client.HTTPException) as e:
     raise Failed(shorten(getattr(e, 'reason', None) or e)) from None
-  except (ValueError, RecursionError):
-    raise Failed('the answer is no JSON') from None
 
 
 def _read(response, end: float) -> bytes:
@@ -119,41 +117,49 @@ def _read(response, end: float) -> bytes:
 
 
 def ask(endpoint: Endpoint, path: str, body: bytes, read: Callable):
-  """read(answer) of a request, kept. Raises Failed."""
-  named = f'{endpoint.url} {path}\n'.encode() + body
-  name = hashlib.sha256(named).hexdigest()
+  """read(JSON) of the answer to a request; answers that can be read are kept.
+  Raises Failed."""
+  asked = f'{endpoint.url} {path}\n'.encode() + body
+  name = hashlib.sha256(asked).hexdigest()
   file = endpoint.cache and Path(endpoint.cache).expanduser() / f'{name}.json'
   with endpoint.lock:
-    value = endpoint.kept.pop(name, None)
-  if value is None and file and file.exists():
-    with contextlib.suppress(ValueError):  # a file that was cut off
-      value = json.loads(file.read_text())
-  if value is None:
-    value = _ask_anew(endpoint, path, body, read)
+    answer = endpoint.kept.pop(name, None)
+  if answer is None and file and file.exists():
+    answer = file.read_bytes()
+  try:
+    value = _parse(answer or b'', read)
+  except Failed:  # not kept, or a file that was cut off
+    answer, value = _ask_anew(endpoint, path, body, read)
     if file:
       file.parent.mkdir(parents=True, exist_ok=True)
       own = file.with_suffix(f'.{threading.get_ident()}')
-      own.write_text(json.dumps(value))
+      own.write_bytes(answer)
       own.replace(file)
   with endpoint.lock:
-    endpoint.kept[name] = value
+    endpoint.kept[name] = answer
     while len(endpoint.kept) > KEPT:
       endpoint.kept.pop(next(iter(endpoint.kept)))
   return value
 
 
 def _ask_anew(endpoint: Endpoint, path: str, body: bytes, read: Callable):
+  """(answer, read(JSON)) of the first try that can be read."""
   for left in reversed(range(endpoint.tries)):
     try:
-      return _read_answer(post(endpoint, path, body), read)
+      answer = post(endpoint, path, body)
+      return answer, _parse(answer, read)
     except Failed:
       if not left:
         raise
 
 
-def _read_answer(answer, read: Callable):
+def _parse(answer: bytes, read: Callable):
   try:
-    return read(answer)
+    found = json.loads(answer)
+  except (ValueError, RecursionError):
+    raise Failed('the answer is no JSON') from None
+  try:
+    return read(found)
   except (LookupError, TypeError, ValueError):
     raise Failed('the answer has another form') from None
 

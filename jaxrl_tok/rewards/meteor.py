@@ -25,15 +25,18 @@ def align(a: list, b: list) -> list[tuple[int, int]]:
 def _longest_runs(a: list, b: list, free_a: set, free_b: set) -> list:
   """Longest runs (i, j, n), a[i:i + n] == b[j:j + n], of free words, in
   order."""
-  length, most, found = {}, 1, []
-  for i in sorted(free_a):
-    for j in sorted(free_b):
-      if a[i] != b[j]:
-        continue
-      n = length[i, j] = length.get((i - 1, j - 1), 0) + 1
+  places = {}
+  for j in sorted(free_b):
+    places.setdefault(b[j], []).append(j)
+  before, most, found = {}, 1, []  # before: {j: length of the run to a[i - 1]}
+  for i in range(len(a)):
+    now = {}
+    for j in places.get(a[i], ()) if i in free_a else ():
+      n = now[j] = before.get(j - 1, 0) + 1
       most, found = max(n, most), found if n <= most else []
       if n == most:
         found.append((i - n + 1, j - n + 1, n))
+    before = now
   return found
 
 

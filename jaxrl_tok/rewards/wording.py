@@ -94,6 +94,10 @@ def syllables(word: str) -> int:
   return max(1, len(VOWELS.findall(SILENT.sub('', plain))))
 
 
+# stops before a space, or at the end
+STOP = re.compile(r'(?<![.!?…])[.!?…]++(?=\s|$)')
+
+
 def flesch(text: str) -> float | None:
   """Flesch reading ease of an English text, None without words; J. Appl.
   Psychol. 32, 1948.
@@ -106,7 +110,7 @@ def flesch(text: str) -> float | None:
   words = words_of(text)
   if not words:
     return None
-  sentences = [s for s in re.split(r'[.!?…]+(?:\s|$)', text) if words_of(s)]
+  sentences = [s for s in STOP.split(text) if words_of(s)]
   spoken = sum(map(syllables, words))
   length = len(words) / len(sentences)
   return 206.835 - 1.015 * length - 84.6 * spoken / len(words)
