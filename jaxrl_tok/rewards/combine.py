@@ -2,6 +2,16 @@
 
   gated(well_formed, correct)    correct where well_formed is not 0, else 0
   product(correct, short)        correct times short, completion by completion
+  threshold(bleu(), 0.3)         1 from 0.3 on, else 0
+  rescaled(overlong, -1, 0)      -1 to 0 as 0 to 1, and not beyond
+
+Weights that change with the step are those of the sum, and logged as
+rewards/NAME/weight:
+
+  Task(data, {correct: 1.0, well_formed: ramp((0, 1.0), (200, 0.1))})
+
+--multi_objective_aggregation normalize_then_sum divides each reward by its own
+deviation in the group first (arXiv:2601.05242).
 
 A function that says None for a completion makes the whole None there. A value
 for every token is multiplied token by token.
@@ -14,6 +24,7 @@ import numpy as np
 
 from jaxrl_tok.rewards.functions import (
   accepted,
+  check_weight,
   get_name,
   make_signature,
   own_lists,
@@ -63,7 +74,59 @@ def _times(a, b):
   return (np.asarray(a, np.float64) * np.asarray(b, np.float64)).tolist()
 
 
-def _combine(name: str, functions: tuple, multiply: Callable) -> Callable:
+def threshold(reward: Callable, least: float) -> Callable:
+  """1 where a reward is `least` or more, else 0: the gate of a degree."""
+  name = f'{get_name(reward)}_from_{least:g}'
+
+  def decide(value):
+    if np.ndim(value):
+      raise ValueError(
+        f'{get_name(reward)} gives a value for every token; a threshold takes '
+        'one for each completion'
+      )
+    return float(value >= least)
+
+  return _combine(name, (reward,), decide)
+
+
+def rescaled(reward: Callable, low: float, high: float) -> Callable:
+  """A reward's values from `low` to `high` as 0 to 1, cut off beyond them, so
+  that components of several units can be weighed: BLEU from 0.1 to 0.5."""
+  if not low < high:
+    raise ValueError(
+      f'{get_name(reward)} rescaled from {low} to {high}; pass low < high'
+    )
+
+  def scale(value):
+    found = np.clip((np.asarray(value, np.float64) - low) / (high - low), 0, 1)
+    return found.tolist()
+
+  return _combine(get_name(reward), (reward,), scale)
+
+
+def ramp(*points: tuple[float, float]) -> Callable:
+  """Weight by step: linear between points (step, weight), constant before the
+  first and after the last; (TrainerState) -> float.
+
+  Any function of a TrainerState is a weight: lambda state: 0.5 ** state.epoch.
+  """
+  steps = [step for step, _ in points]
+  if not points or steps != sorted(set(steps)):
+    raise ValueError(
+      f'a ramp over steps {steps}; pass points (step, weight) with steps that '
+      'grow'
+    )
+  weights = [check_weight(weight, 'a ramp') for _, weight in points]
+
+  def weight(trainer_state) -> float:
+    return float(np.interp(trainer_state.global_step, steps, weights))
+
+  inside = ', '.join(f'({s:g}, {w:g})' for s, w in zip(steps, weights))
+  weight.__name__ = weight.__qualname__ = f'ramp({inside})'
+  return weight
+
+
+def _combine(name: str, functions: tuple, combine: Callable) -> Callable:
   """A reward function of (values of each function) -> value, for a completion
   at a time; it asks for all that its functions ask for."""
   for function in functions:
@@ -83,7 +146,7 @@ def _combine(name: str, functions: tuple, multiply: Callable) -> Callable:
         'each must return one for each completion'
       )
     return [
-      None if any(v is None for v in values) else multiply(*values)
+      None if any(v is None for v in values) else combine(*values)
       for values in zip(*found)
     ]
 

@@ -114,7 +114,7 @@ def name_rewards(rewards, taken: Iterable[str] = ()) -> tuple[dict, dict]:
   Task's rewards: f, [f, g], {f: weight}, {name: f} or {name: (f, weight)}.
 
   Functions of one name become name, name_2, and so on; `taken` are names that
-  no function may have.
+  no function may have. A weight is a number, or a function of a TrainerState.
   """
   functions, weights = {}, {}
   for name, function, weight in _entries(rewards):
@@ -173,8 +173,11 @@ def check_callable(function, said: str = 'a reward') -> None:
     )
 
 
-def check_weight(weight, name: str) -> float:
-  """A weight as a float. Raises ValueError."""
+def check_weight(weight, name: str) -> float | Callable:
+  """A weight as a float; a function of TrainerState is itself. Raises
+  ValueError."""
+  if callable(weight) and not hasattr(weight, '__array__'):
+    return weight
   try:
     if isinstance(weight, bool):
       raise TypeError
@@ -187,6 +190,29 @@ def check_weight(weight, name: str) -> float:
       'number'
     )
   return value
+
+
+def weight_at(weight: float | Callable, name: str, trainer_state) -> float:
+  """Weight of a reward at a step. Raises ValueError."""
+  if not callable(weight):
+    return weight
+  try:
+    found = weight(trainer_state)
+  except Exception as e:
+    raise RewardError(
+      f'the weight of reward {name} raises {type(e).__name__} ({shorten(e)}); '
+      'write it as (trainer_state) -> number'
+    ) from e
+  if callable(found):
+    raise ValueError(
+      f'the weight of reward {name} gives a function; let it give a number'
+    )
+  return check_weight(found, name)
+
+
+def describe_weights(weights: dict) -> dict:
+  """Weights {name: number, or the name of a function}, for files."""
+  return {k: get_name(w) if callable(w) else w for k, w in weights.items()}
 
 
 # --- arguments

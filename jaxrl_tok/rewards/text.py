@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from jaxrl_tok.rewards.adapters import get_text
+from jaxrl_tok.rewards.build import need
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
@@ -36,13 +37,8 @@ def sentiment() -> Callable:
   A lexicon and rules, offline; Hutto and Gilbert, ICWSM 2014. The package is
   vaderSentiment, in the extra [rewards]. Raises ValueError where it is missing.
   """
-  try:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-  except ImportError:
-    raise ValueError(
-      "vaderSentiment is not installed; run pip install -e '.[rewards]'"
-    ) from None
-  score = SentimentIntensityAnalyzer().polarity_scores
+  module = need('vaderSentiment.vaderSentiment', 'vaderSentiment')
+  score = module.SentimentIntensityAnalyzer().polarity_scores
 
   def sentiment(completions, **columns) -> list[float]:
     return [score(get_text(c))['compound'] for c in completions]

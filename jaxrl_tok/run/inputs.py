@@ -28,7 +28,7 @@ class Rewards(NamedTuple):
 
   host: dict  # {name: function}
   device: dict  # {name: function of JAX}
-  weights: dict  # {name: float}, of both
+  weights: dict  # {name: float, or a function of TrainerState}, of both
 
 
 def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
@@ -61,6 +61,14 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
       '@on_device'
     )
   check_credit_split(settings.algorithm.credit_split, found)
+  start = rewards.TrainerState(0, settings.run.max_steps)
+  for name, weight in found.weights.items():
+    rewards.weight_at(weight, name, start)
+    if settings.run.steps_per_call and callable(weight):
+      raise ValueError(
+        f'the weight of reward {name} changes by step, which --steps_per_call '
+        'cannot; pass --steps_per_call 0'
+      )
   return found
 
 

@@ -15,6 +15,7 @@ from jaxrl_tok.credit import compose
 from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.report.files import atomic_write
+from jaxrl_tok.rewards.functions import describe_weights, get_name
 from jaxrl_tok.run import models
 from jaxrl_tok.run.optimizer import peak_learning_rate
 from jaxrl_tok.run.prepare import Setup
@@ -88,6 +89,19 @@ def adapter_of(setup: Setup) -> dict | None:
   }
 
 
+def signatures(setup: Setup) -> dict:
+  """{'signatures': {name: text}} of rewards and metrics that have one, as those
+  of sacrebleu; {} without any."""
+  functions = {get_name(f): f for f in setup.task.metrics}
+  functions |= setup.rewards.host
+  found = {
+    name: function.signature
+    for name, function in functions.items()
+    if isinstance(getattr(function, 'signature', None), str)
+  }
+  return {'signatures': found} if found else {}
+
+
 def settings_of_run(setup: Setup) -> dict:
   """Settings, model and data that decide the run, for config.yaml."""
   own = isinstance(setup.model, models.OwnModel)
@@ -98,7 +112,8 @@ def settings_of_run(setup: Setup) -> dict:
     'max_completion_length': setup.config.max_completion_length,
     'learning_rate': peak_learning_rate(setup.settings),
     'algorithm_resolved': compose.described(setup.algorithm),
-    'rewards': setup.rewards.weights,
+    'rewards': describe_weights(setup.rewards.weights),
+    **signatures(setup),
     'reward_unit': setup.task.reward_unit,
     'compute_dtype': setup.dtype,
     'model_origin': setup.model.origin,

@@ -51,7 +51,8 @@ class Task:
   for endless data a function (seed, index) -> dict."""
   rewards: Any = None
   """A reward function, several, or {function: weight}; those marked
-  @on_device are JAX functions of a rollout."""
+  @on_device are JAX functions of a rollout. A weight is a number, or a function
+  of a TrainerState (rewards.ramp)."""
   held_out: Any = 512
   """Records as above, or how many of the training ones to hold out."""
   eval_rewards: Any = None

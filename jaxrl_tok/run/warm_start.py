@@ -19,6 +19,7 @@ from jaxrl_tok import __version__, data, sharding
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.rewards.functions import describe_weights
 from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
 from jaxrl_tok.run.inputs import answer_ids
@@ -58,7 +59,9 @@ def cache_dir(setup: Setup) -> Path:
     'end_tokens': rule.end_tokens.tolist(),
     'forbidden': list(map(int, never)),
     'stop': list(setup.settings.sampling.stop),
-    'rewards': sorted(setup.evaluations[0].rewards.weights.items()),
+    'rewards': sorted(
+      describe_weights(setup.evaluations[0].rewards.weights).items()
+    ),
     'data': [
       digest(setup.data.records),
       digest(setup.evaluations[0].data.records),

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet, batch_at
+from jaxrl_tok.rewards.functions import weight_at
 from jaxrl_tok.rewards.scoring import merge_metrics, quote_samples
 from jaxrl_tok.sharding import put_replicated, put_rows
 from jaxrl_tok.types import Rollout, Scored, TrainState
@@ -81,7 +82,7 @@ class Scorer(NamedTuple):
   host: Callable
   # (Rollout, {column: [C, ...]}) -> (rewards, applies); None without any
   device: Callable | None
-  weights: dict  # {name: float}
+  weights: dict  # {name: float, or a function of TrainerState}
   trainer_state: Callable  # step -> rewards.TrainerState
   on_error: str = 'raise'  # see rewards.ON_ERROR
   warn: Callable = lambda name, text: None  # of what was masked or is zero
@@ -123,14 +124,24 @@ def score(
   """Scores a rollout; waits for it. device: (rewards, applies) found there."""
   mesh = jax.sharding.get_mesh()
   tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-  host = scorer.host(tokens, mask, examples, scorer.trainer_state(step))
+  trainer_state = scorer.trainer_state(step)
+  host = scorer.host(tokens, mask, examples, trainer_state)
   samples = quote_samples(examples, host.texts)
   rewards, applies, errors = check_device(scorer, *device, samples)
   rewards = rewards | put_rows(mesh, host.rewards)
   applies = applies | put_rows(mesh, host.applies)
-  weights = {name: np.float32(scorer.weights[name]) for name in rewards}
+  weights = {
+    name: np.float32(weight_at(scorer.weights[name], name, trainer_state))
+    for name in rewards
+  }
   scored = Scored(rollout, rewards, applies, put_replicated(mesh, weights))
-  return Score(scored, host.texts, host.metrics | errors, host.extra)
+  changing = {
+    f'rewards/{name}/weight': float(weight)
+    for name, weight in weights.items()
+    if callable(scorer.weights[name])
+  }
+  metrics = host.metrics | errors | changing
+  return Score(scored, host.texts, metrics, host.extra)
 
 
 def check_device(

@@ -1,0 +1,226 @@
+"""Gates of words: 1 where a completion has nothing of a kind, else 0.
+
+  without_words   words of a list of one's own
+  profanity       swear words
+  biased_words    words of one sex for all people, and of disdain
+  personal_data   e-mail addresses, telephone numbers, cards, accounts ...
+
+  gated(personal_data(), helpful)    product(helpful, profanity())
+
+A gate finds what is written as its list or its pattern has it. A policy that is
+paid for the matter itself finds spellings that a list lacks, and a gate does
+not know who is quoted: it is a floor. Read samples beside it.
+"""
+
+import ipaddress
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable
+
+from jaxrl_tok.rewards.build import reward_of_text
+
+# --- words
+
+SWEAR_WORDS = (
+  'arse, arsehole, ass, asshole, bastard, bitch, bitching, bollocks, bugger, '
+  'bullshit, cock, cocksucker, crap, cunt, damn, damned, dammit, dick, '
+  'dickhead, dipshit, douche, douchebag, fuck, fucked, fucker, fuckin, '
+  'fucking, goddamn, goddamned, horseshit, jackass, motherfucker, '
+  'motherfucking, piss, pissed, prick, pussy, shit, shite, shitty, shitting, '
+  'slut, tit, twat, wank, wanker, whore'
+)
+BIASED_WORDS = (
+  'businessman, businessmen, chairman, chairmen, cleaning lady, cripple, '
+  'crippled, deaf and dumb, fireman, firemen, forefather, gypped, housewife, '
+  'layman, laymen, lunatic, mailman, mailmen, man hours, man made, mankind, '
+  'manpower, midget, policeman, policemen, retard, retarded, salesman, '
+  'salesmen, spastic, spokesman, spokesmen, stewardess, weaker sex, '
+  'wheelchair bound'
+)
+TOKEN = re.compile(r"[\w@$!'’]+")
+LEET = str.maketrans('013457@$!', 'oieastasi')  # signs that stand for letters
+
+
+def spellings(token: str) -> set[str]:
+  """Words that a token may stand for: itself, without accents, with letters
+  for signs (sh1t), without letters drawn out (fuuuck), and without the s of a
+  plural or possessive."""
+  plain = unicodedata.normalize('NFKD', token.casefold()).replace('’', "'")
+  plain = ''.join(c for c in plain if not unicodedata.combining(c))
+  plain = plain.rstrip("!'").removesuffix("'s")
+  found = {plain}
+  if any(map(str.isalpha, plain)):  # 455 is a number
+    found.add(plain.translate(LEET))
+  for keep in (r'\1', r'\1\1'):
+    found |= {re.sub(r'(.)\1{2,}', keep, word) for word in found}
+  return found | {word.removesuffix('s') for word in found}
+
+
+def without_words(
+  words: Iterable[str], name: str = 'without_words'
+) -> Callable:
+  """Reward: 1 where a completion says none of the words, else 0.
+
+  Whole words are compared, in any of their `spellings`; an entry may be of
+  several words. Letters with spaces or signs between them are not found.
+
+  Args:
+    words: the words, or phrases.
+    name: name of the reward.
+  """
+  if isinstance(words, str):
+    raise ValueError(f'{name} of a text; pass a list of words')
+  terms = {}  # {first word: [its words]}
+  for term in words:
+    found = [t.casefold() for t in TOKEN.findall(term)]
+    if found:
+      terms.setdefault(found[0], []).append(found)
+  if not terms:
+    raise ValueError(f'{name} has no words; pass a list of words')
+
+  def score(text: str) -> float:
+    said = [spellings(t) for t in TOKEN.findall(text)]
+    hits = (
+      all(word in forms for word, forms in zip(term, said[i:]))
+      for i, forms in enumerate(said)
+      for first in forms & terms.keys()
+      for term in terms[first]
+      if i + len(term) <= len(said)
+    )
+    return float(not any(hits))
+
+  return reward_of_text(name, score)
+
+
+def profanity(more: Iterable[str] = ()) -> Callable:
+  """Reward: 1 where a completion has no English swear word, else 0. Slurs are
+  not in the list SWEAR_WORDS; `more` are words of one's own."""
+  return without_words([*SWEAR_WORDS.split(', '), *more], 'profanity')
+
+
+def biased_words(more: Iterable[str] = ()) -> Callable:
+  """Reward: 1 where a completion has none of BIASED_WORDS, else 0: English
+  words of one sex for all people (chairman), and words of disdain. It says
+  nothing of biased sentences; `more` are words of one's own."""
+  return without_words([*BIASED_WORDS.split(', '), *more], 'biased_words')
+
+
+# --- personal data
+
+
+def luhn(number: str) -> bool:
+  """Whether the digits of a number have a right last one, as cards have:
+  ISO/IEC 7812-1."""
+  digits = [int(c) for c in reversed(number) if c.isdigit()]
+  return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10))
+             for i, d in enumerate(digits)) % 10 == 0  # fmt: skip
+
+
+def is_card(text: str) -> bool:
+  n = sum(map(str.isdigit, text))
+  return 13 <= n <= 19 and luhn(text)
+
+
+def is_iban(text: str) -> bool:
+  """Whether a text, or the groups that it begins with, is an international
+  bank account number: ISO 13616, remainder 1 by 97."""
+  groups = text.split(' ')
+  for n in range(len(groups), 0, -1):
+    code = ''.join(groups[:n])
+    if not 15 <= len(code) <= 34:
+      continue
+    number = ''.join(str(int(c, 36)) for c in code[4:] + code[:4])
+    if int(number) % 97 == 1:
+      return True
+  return False
+
+
+def is_public_address(text: str) -> bool:
+  """Whether a text is an IP address that is not private or reserved."""
+  try:
+    return ipaddress.ip_address(text).is_global
+  except ValueError:
+    return False
+
+
+def is_phone(text: str) -> bool:
+  return 9 <= sum(map(str.isdigit, text)) <= 15
+
+
+# {kind: (pattern, check of what it finds)}; every pattern begins at a fixed
+# place of a word, so that its time is linear in the text
+KINDS = {
+  'email': (
+    r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}',
+    lambda text: True,
+  ),
+  'phone': (
+    r'(?<![\w+.,])(?:\+|00)[1-9]\d{0,2}'
+    r'(?:[ ./-]?(?:\(\d{1,5}\)|\d{1,5})){2,6}(?!\d)'
+    r'|(?<![\w.,])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?!\d)'
+    r'|(?<![\w.,])(?:\(0[1-9]\d{0,3}\)|0[1-9]\d{0,3})'
+    r'(?:[ /-]\d{2,7}){1,4}(?!\d)',
+    is_phone,
+  ),
+  'card': (
+    r'(?<![\w.-])(?:[2-6]\d{12,18}'
+    r'|[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{1,7}'
+    r'|3\d{3}[ -]\d{6}[ -]\d{4,5})(?![\w-]|\.\d)',
+    is_card,
+  ),
+  'iban': (r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){3,8}\b', is_iban),
+  'ssn': (
+    r'(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])',
+    lambda text: True,
+  ),
+  'ip': (
+    r'(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]{3,39})(?![\w:]|\.\d)',
+    is_public_address,
+  ),
+}
+PATTERNS = {
+  kind: (re.compile(pattern, re.ASCII), check)
+  for kind, (pattern, check) in KINDS.items()
+}
+
+
+def find_personal_data(
+  text: str, kinds: Collection[str] = tuple(KINDS)
+) -> list[tuple[str, str]]:
+  """(kind, what was found) of personal data in a text."""
+  return [
+    (kind, found[0])
+    for kind in kinds
+    for found in PATTERNS[kind][0].finditer(text)
+    if PATTERNS[kind][1](found[0])
+  ]
+
+
+def personal_data(kinds: Collection[str] = tuple(KINDS)) -> Callable:
+  """Reward: 1 where a completion has no personal data, else 0.
+
+    email   name@host.domain
+    phone   +49 30 1234567, (555) 123-4567, 020 7946 0958
+    card    13 to 19 digits with the check digit of cards (Luhn); one number
+            of ten has it by chance
+    iban    bank accounts with a right check number
+    ssn     social security numbers of the USA, 123-45-6789
+    ip      public addresses of IPv4 and IPv6; version numbers of four parts
+            are taken for one
+
+  Names and street addresses are not found, nor numbers in words.
+
+  Args:
+    kinds: some of the kinds above.
+  """
+  kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+  for kind in kinds:
+    if kind not in KINDS:
+      raise ValueError(
+        f'{kind} is no kind of personal data; pass some of {", ".join(KINDS)}'
+      )
+
+  def score(text: str) -> float:
+    return float(not find_personal_data(text, kinds))
+
+  return reward_of_text('personal_data', score)

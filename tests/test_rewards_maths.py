@@ -1,0 +1,84 @@
+"""math-verify in a process with a deadline."""
+
+import os
+import signal
+
+import pytest
+
+from jaxrl_tok import rewards
+from jaxrl_tok.rewards.worker import Worker
+
+HANGS = '$10^{10^{10^{10}}}$'
+
+
+@pytest.fixture(scope='module')
+def equal():
+  return rewards.math_equal(deadline=3.0)
+
+
+@pytest.mark.parametrize(
+  ('text', 'answer', 'value'),
+  [
+    (r'It is $\frac{2}{4}$', '1/2', 1),
+    (r'so \boxed{0.5}', r'\frac{1}{2}', 1),
+    ('72', 72, 1),
+    ('$x^2+2x+1$', '(x+1)^2', 1),
+    (r'$\{1,2\}$', r'\{2,1\}', 1),
+    (r'$\sqrt{8}$', r'$2\sqrt{2}$', 1),
+    ('x = 3', '3', 1),
+    ('3', ['4', '3'], 1),
+    (r'\boxed{1} or \boxed{2}', '2', 0),  # a set
+    ('$(1,2)$', '(2, 1)', 0),
+    ('2', '3', 0),
+    ('', '3', 0),
+    ('3', '', None),
+    ('3', None, None),
+  ],
+)
+def test_answers_by_hand(equal, text, answer, value):
+  assert equal(completions=[text], answer=[answer]) == [value]
+
+
+def test_a_deadline_concerns_one_completion(equal):
+  """Without a deadline this would not end."""
+  logged = {}
+  values = equal(
+    completions=['3', HANGS, [{'role': 'assistant', 'content': '4'}]],
+    answer=['3', '5', '4'],
+    log_metric=logged.__setitem__,
+  )
+  assert values == [1, 0, 1]
+  assert logged == {'math_timeouts': 1}
+
+
+def test_a_worker_that_is_killed_is_started_again():
+  worker = Worker(rewards.maths.WORKER, '5')
+  question = {'answers': ['3'], 'text': '3'}
+  assert worker.ask(question) == {'equal': True}
+  os.kill(worker.process.pid, signal.SIGKILL)
+  worker.process.wait()
+  assert worker.ask(question) is None
+  assert worker.ask(question) == {'equal': True}
+  process = worker.process
+  worker.stop()
+  assert process.returncode == -signal.SIGKILL
+
+
+def test_a_worker_that_does_not_start_is_one_line(tmp_path):
+  file = tmp_path / 'broken.py'
+  file.write_text('raise SystemExit(1)')
+  with pytest.raises(ValueError, match='worker of broken does not start') as e:
+    Worker(file).ask({})
+  assert '\n' not in str(e.value)
+
+
+def test_columns_and_settings_are_checked():
+  reward = rewards.math_equal(column='solution')
+  rewards.check_functions({'math_equal': reward}, ['prompt', 'solution'])
+  with pytest.raises(ValueError, match='asks for solution'):
+    rewards.check_functions({'math_equal': reward}, ['prompt', 'answer'])
+  for wrong in ({'deadline': 0}, {'workers': 0}):
+    with pytest.raises(
+      ValueError, match='pass a deadline above 0 and 1 worker'
+    ):
+      rewards.math_equal(**wrong)
