@@ -184,7 +184,8 @@ def test_the_table_names_every_reward():
   """Names that the room exports stand in its docstring, but for the machinery
   of calls."""
   machinery = (
-    'ARGUMENTS PIECES make_split ON_ERROR HostScores RewardError TrainerState accepted '
+    'ARGUMENTS PIECES ON_ERROR HostScores RewardError TrainerState accepted '
+    'make_split '
     'check_functions get_name lift load_reward load_rewards make_scorer '
     'name_rewards unwrap user_traceback weight_at from_reasoning_gym '
     'from_tunix from_verifiers from_verl HAIKU IAMBIC_PENTAMETER '

@@ -146,8 +146,9 @@ def test_many_steps_in_one_program_have_one_weight(tmp_path):
   def zero(rollout):
     return rollout.logp * 0
 
+  each = dict.fromkeys(('steps_per_call', 'eval_every', 'save_every'), 3)
   with pytest.raises(ValueError, match='pass --steps_per_call 0') as e:
-    run(tmp_path, {zero: ramp((0, 1))}, steps_per_call=2)
+    run(tmp_path, {zero: ramp((0, 1))}, **each)
   assert 'the weight of reward zero changes by step' in str(e.value)
   assert not (tmp_path / 'run').exists()
 
