@@ -12,8 +12,8 @@ has a weight:
   --no_repetition 1    share of word pairs that are said for the first time
   --ends 0.5           1 for a story of 20 to 64 tokens that ends by itself
 
-On 2 CPU cores: 17 minutes, 34 s of them compilation. Held-out stories before and
-after, with seeds 0, 1 and 2:
+On 2 CPU cores: 17 minutes, 34 s of them compilation. Held-out stories before
+and after, with seeds 0, 1 and 2:
 
   reward           1.25 to 1.77   1.17 to 2.10   1.31 to 2.25
   sentiment        0.19 to 0.72   0.10 to 0.79   0.25 to 0.83

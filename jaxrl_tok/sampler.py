@@ -107,6 +107,8 @@ def stage_ends(config: SamplerConfig, arrays: int = 1) -> list[int]:
   if stages is None:
     least = STAGE * -(-arrays // ARRAYS)
     stages = min(4, -(-columns // least)) or 1
+  if stages < 1:
+    raise ValueError(f'stages={stages} hold no token; give 1 or more')
   ends = {-(-chunks * (i + 1) // stages) for i in range(stages)}
   return sorted(ends - {0})
 

@@ -392,6 +392,14 @@ def test_a_stack_has_layers():
     dataclasses.replace(ENCODER, num_layers=0)
 
 
+@pytest.mark.parametrize(
+  ('count', 'most'), [(0, 128), (3, 128), (32, 16), (32, 12), (8, 0)]
+)
+def test_buckets_that_are_none_are_refused(count, most):
+  with pytest.raises(ValueError, match='are no relative positions'):
+    Buckets(count, most)
+
+
 def test_another_kernel_is_refused():
   with pytest.raises(ValueError, match='cudnn is not for encoder-decoders'):
     make_policy(CONFIGS['t5'], attention='cudnn')

@@ -472,6 +472,31 @@ def test_print_config_says_what_is_trained(train_fixture, capsys):
   assert 'frozen parameters: ' in said
 
 
+def test_the_order_of_targets_moves_no_adapter():
+  """Rows of a stack are layers in order, for files and for the forward pass."""
+  model = open_model(GOLDEN / 'qwen2')
+  mappings = model.param_mappings
+  names = [m for m in lora.adaptable(mappings) if m.endswith('o_proj')]
+  shuffled = [*reversed(names), 'o_proj', names[0]]
+  modules = lora.targeted(mappings, shuffled)
+  assert list(modules) == names == list(lora.targeted(mappings, ('o_proj',)))
+  sides = {
+    m: {
+      'a': jnp.full((1, n_in), float(i)),
+      'b': jnp.ones((n_out, 1)),
+    }
+    for i, (m, (n_in, n_out)) in enumerate(modules.items())
+  }
+  adapters = lora.stacked(sides)
+  merged = lora.make_merge_params(mappings, modules, 1.0)(
+    adapters, jax.eval_shape(model.make_policy().init, jax.random.key(0))
+  )
+  rows = merged['layers']['attention']['out_lora']['a']
+  assert [float(row.max()) for row in rows] == [*range(len(names))]
+  back = lora.by_module(adapters, modules)
+  assert [float(back[m]['a'].max()) for m in names] == [*range(len(names))]
+
+
 # --- bad input
 
 

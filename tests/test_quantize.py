@@ -351,8 +351,8 @@ def test_a_run_resumes_and_exports(train_fixture, tmp_path):
   [
     (
       '--quantize=int8',
-      '--quantize int8 holds weights that nothing trains, and without LoRA all '
-      'are trained; pass --lora_rank 16',
+      '--quantize int8 holds weights that nothing trains, and without LoRA or '
+      'a --reward_model there are none; pass --lora_rank 16',
     ),
     (
       '--quantize=int8 --lora_rank=2 --param_dtype=bfloat16',

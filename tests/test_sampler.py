@@ -275,6 +275,11 @@ def test_stages_of_the_cache(T, layers, columns):
   assert [8 * end for end in ends] == columns
 
 
+def test_no_stage_is_refused(tiny):
+  with pytest.raises(ValueError, match='stages=0 hold no token'):
+    make_sampler(tiny.policy, changed(tiny.config, stages=0))
+
+
 def recurrent(vocab_size=11, width=8) -> Policy:
   """h' = tanh(h W + embed(token)): its cache is h, whatever T is."""
 

@@ -136,6 +136,12 @@ FAULTS = {
     'share_encoder_decoder_embeddings False is not supported',
   ),
   'heads': ('bart', {'encoder_attention_heads': 5}, 'must be a multiple of'),
+  'no heads': ('bart', {'decoder_attention_heads': 0}, 'must be a multiple of'),
+  'buckets': (
+    't5',
+    {'relative_attention_num_buckets': 2},
+    'are no relative positions',
+  ),
   'layers': ('bart', {'decoder_layers': 0}, 'num_layers 0 is not'),
   'activation': ('t5', {'dense_act_fn': 'tanh'}, "activation 'tanh'"),
   'classifier': (

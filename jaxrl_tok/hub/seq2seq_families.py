@@ -79,7 +79,7 @@ def _read_bart(j, **own) -> EncoderDecoderConfig:
 
   def side(name: str) -> StackConfig:
     N = getattr(j, f'{name}_attention_heads')
-    if j.d_model % N:
+    if N < 1 or j.d_model % N:
       raise ValueError(
         f'd_model {j.d_model} must be a multiple of {name}_attention_heads {N}'
       )

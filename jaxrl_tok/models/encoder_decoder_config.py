@@ -40,6 +40,13 @@ class Buckets:
   count: int
   max_distance: int
 
+  def __post_init__(self):
+    if self.count < 4 or self.max_distance <= self.count // 2:
+      raise ValueError(
+        f'{self.count} buckets up to distance {self.max_distance} are no '
+        'relative positions; at least 4, for a distance above half as many'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig:

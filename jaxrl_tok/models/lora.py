@@ -97,14 +97,16 @@ def stacked(sides: dict) -> dict:
 
 
 def targeted(mappings: Sequence, targets: Sequence[str]) -> dict:
-  """{module: (number in, number out)} of the targets. Raises ValueError, with
-  the names there are, for a target in which no module's name ends."""
+  """{module: (number in, number out)} of the targets, in the model's order,
+  whatever that of the targets: rows of a stack are its layers. Raises
+  ValueError, with the names there are, for a target in which no module's name
+  ends."""
   modules = adaptable(mappings)
-  found = {}
+  found = set()
   for target in targets:
     hit = {
-      module: sizes
-      for module, sizes in modules.items()
+      module
+      for module in modules
       if target == ALL_LINEAR or f'.{module}'.endswith(f'.{target}')
     }
     if not hit:
@@ -114,7 +116,7 @@ def targeted(mappings: Sequence, targets: Sequence[str]) -> dict:
         f'{", ".join(ends)}, or give {ALL_LINEAR}'
       )
     found |= hit
-  return found
+  return {module: modules[module] for module in modules if module in found}
 
 
 def init(modules: dict, rank: int, key: jax.Array) -> dict:

@@ -83,4 +83,5 @@ def perplexity(ref_logps, **columns) -> float:
   repeat for ever is low: a policy that hacks its reward may move it either way.
   """
   logps = list(itertools.chain(*ref_logps))
-  return math.exp(-math.fsum(logps) / max(len(logps), 1))
+  surprise = -math.fsum(logps) / max(len(logps), 1)
+  return math.exp(surprise) if surprise < 700 else math.inf

@@ -182,10 +182,10 @@ def check_model(settings: Settings) -> None:
       '--param_dtype float16 holds no gradient below 6e-8; pass bfloat16, or '
       'float32 with --dtype bfloat16'
     )
-  if model.quantize != 'none' and not adapted:
+  if model.quantize != 'none' and not (adapted or model.reward_model):
     raise ValueError(
       f'--quantize {model.quantize} holds weights that nothing trains, and '
-      'without LoRA all are trained; pass --lora_rank 16'
+      'without LoRA or a --reward_model there are none; pass --lora_rank 16'
     )
   if model.quantize != 'none' and model.param_dtype != 'auto':
     raise ValueError(

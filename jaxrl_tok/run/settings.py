@@ -100,7 +100,7 @@ class ModelSettings:
   with weights; all. Saves memory, costs time."""
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   """Kernel of attention over many tokens; auto: cudnn on GPU, splash on TPU,
-  else xla."""
+  else xla, as in encoder-decoders."""
   scan_layers: Literal['auto', 'true', 'false'] = 'auto'
   """Compile one layer and scan it (true), or all of them in a loop (false),
   for many tokens at once; auto: scan on accelerators, and 8 layers or more on a
