@@ -38,7 +38,7 @@ def reward(tiny):
 def drawn(tiny, reward) -> methods.Samples:
   """Samples whose rewards are alike."""
   B, T = tiny.rollout.mask.shape
-  by_name = {'exact': jnp.asarray(reward), 'digits': jnp.asarray(reward)}
+  by_name = dict.fromkeys(methods.REWARDS, jnp.asarray(reward))
   greedy = dict.fromkeys(by_name, jnp.asarray(GREEDY))
   return methods.Samples(tiny.rollout, by_name, greedy, jnp.zeros((B, T + 1)))
 
@@ -224,8 +224,8 @@ def test_a_small_run_writes_its_results(tmp_path, monkeypatch):
     'warm_start',
     lambda setup: jax.jit(setup.policy.init)(jax.random.key(0)),
   )
-  monkeypatch.setitem(methods.REWARDS, 'exact', early)
-  monkeypatch.setitem(methods.REWARDS, 'digits', early)
+  for name in methods.REWARDS:
+    monkeypatch.setitem(methods.REWARDS, name, early)
   flags = (
     '--levels 0.4 --digits=1 --num_problems=60 --num_prompts=2 '
     '--num_generations=4 --max_completion_length=3 --blocks=2 '
@@ -251,4 +251,7 @@ def test_a_small_run_writes_its_results(tmp_path, monkeypatch):
       assert row['needed'] == pytest.approx(same['needed'], rel=1e-3)
   page = (tmp_path / 'gradient_lab.svg').read_text()
   ElementTree.fromstring(page)
-  assert page.count('<circle') == 3 + 3 * 8 * 2 + 2 * 2
+  assert page.count('<circle') == 3 + 3 * 8 * 2 + 3 * 2
+  assert rows['digits_outcome', 'digits', *methods.DEFAULT][
+    'needed'
+  ] == pytest.approx(rows['digits', 'digits', *methods.DEFAULT]['needed'])

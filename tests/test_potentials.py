@@ -406,6 +406,19 @@ def test_a_column_without_text_is_named(reward, value):
   assert '\n' not in str(e.value)
 
 
+def test_orders_and_beta_are_sacrebleus():
+  chrf = potentials.chrf(COLUMN, order=3, beta=1)
+  other = CHRF(char_order=3, beta=1)
+  for text, reference in random_pairs(50):
+    want = other.sentence_score(text, [reference]).score / 100
+    assert outcome(chrf, text, reference) == pytest.approx(want, abs=1e-9)
+  one = potentials.bleu(COLUMN, order=1)
+  assert outcome(one, 'a x', 'a b') == pytest.approx(2 / 3)
+  for factory in (potentials.bleu, potentials.chrf):
+    with pytest.raises(ValueError, match=r'order=0 of .* give 1 or more'):
+      factory(order=0)
+
+
 def test_lists_are_of_keywords_alone():
   with pytest.raises(ValueError, match='give one reference for each prompt'):
     outcome(potentials.bleu(COLUMN), 'a', ['a', 'b'])

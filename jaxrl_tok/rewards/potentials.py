@@ -107,6 +107,12 @@ def _checked(name: str, column: str, value) -> str | tuple | None:
   )
 
 
+def _check_order(name: str, order: int) -> None:
+  """Refuses an order of n-grams below 1."""
+  if order < 1:
+    raise ValueError(f'order={order} of {name} has no n-grams; give 1 or more')
+
+
 def _of_text(name, column, split, splitter: Splitter, metric: Callable):
   """Reward function of a metric that compares with one text."""
 
@@ -144,6 +150,7 @@ def bleu(
     order: longest n-grams.
     split: 'potential', a float for each token, or 'outcome', their sum.
   """
+  _check_order('bleu', order)
   metric = functools.partial(bleu_metric, order=order)
   return _of_text('bleu', column, split, WORDS, metric)
 
@@ -172,6 +179,7 @@ def chrf(
     beta: weight of recall.
     split: 'potential', a float for each token, or 'outcome', their sum.
   """
+  _check_order('chrf', order)
   metric = functools.partial(chrf_metric, order=order, beta=beta)
   return _of_text('chrf', column, split, VISIBLE, metric)
 

@@ -16,7 +16,9 @@ Results are gradient_lab.json and gradient_lab.svg. On 2 CPU cores: 1 minute 20
 with the warm starts. With seed 0, the variance over the default's
 (leave_one_out, seq_mean_token_sum) is 0.81 and 0.73 with no baseline, 0.83 and
 1.02 with the mean reward, 1.84 and 1.16 with greedy completions; 1.09 and 1.05
-under seq_mean_token_mean.
+under seq_mean_token_mean. Where a third is right, the digits' reward by token
+has 25.8 |g|^2, and their sum on the last token, which has the same expected
+gradient, 29.1: credit by potentials takes a ninth of the variance away.
 """
 
 import dataclasses

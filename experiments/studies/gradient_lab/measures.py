@@ -28,8 +28,8 @@ class Rows(NamedTuple):
 
 
 def make_rows(methods: list, C: int, G: int) -> Rows:
-  """Rows of every method, the default first; the digits' gradient is one of
-  the exact reward, too."""
+  """Rows of every method, the default first; an outcome of digits has their
+  gradient, and theirs is one of the exact reward, too."""
   at = {m[:3]: i for i, m in enumerate(methods)}
   names = list(REWARDS)
   shares = {'group_mean': (G - 1) / G, 'batch_mean': (C * G - 1) / (C * G)}
@@ -43,7 +43,7 @@ def make_rows(methods: list, C: int, G: int) -> Rows:
     return at[m[:3]], anchor, names.index(reference), share
 
   ordered = sorted(methods, key=lambda m: m[:3] != ('exact', *DEFAULT))
-  found = [row(m, m.reward) for m in ordered]
+  found = [row(m, m.reward.removesuffix('_outcome')) for m in ordered]
   found.append(row(methods[-1], 'exact'))
   return Rows(*map(np.array, zip(*found)))
 

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.credit.names import AGGREGATIONS, BASELINES
 from jaxrl_tok.policy import evaluate
-from jaxrl_tok.step.device_rewards import digit_tokens, exact_tokens
+from jaxrl_tok.step.device_rewards import (
+  digit_tokens,
+  exact_tokens,
+  on_device,
+)
 from jaxrl_tok.types import (
   AdvantageInputs,
   Algorithm,
@@ -23,7 +27,19 @@ from jaxrl_tok.types import (
   Scored,
 )
 
-REWARDS = {'exact': exact_tokens, 'digits': digit_tokens}
+
+@on_device
+def digit_outcome(rollout: Rollout, answer, answer_mask) -> jax.Array:
+  """Digits of the answer as an outcome: the sum of digit_tokens [B]."""
+  return digit_tokens(rollout, answer, answer_mask).sum(1)
+
+
+# the last two have one expected gradient: credit by token, and their sum
+REWARDS = {
+  'exact': exact_tokens,
+  'digits_outcome': digit_outcome,
+  'digits': digit_tokens,
+}
 SUM = 'seq_mean_token_sum'  # the true gradient's aggregation
 DEFAULT = 'leave_one_out', SUM  # algorithms.reinforce's
 
@@ -48,7 +64,7 @@ class Samples(NamedTuple):
 
 def make_methods(max_length: int) -> list[Method]:
   """Makes all baselines under all aggregations for the exact reward, and the
-  default for the digits."""
+  default for the digits, as an outcome and by token."""
   credits = {name: {'baseline': name} for name in BASELINES}
   credits['value'] = {  # G_t - V_t: unbiased, as any V(s) is
     'credit': 'gae',
@@ -67,7 +83,10 @@ def make_methods(max_length: int) -> list[Method]:
     return Method(reward, baseline, aggregation, algorithm)
 
   pairs = itertools.product(credits, AGGREGATIONS)
-  return [*(one('exact', *pair) for pair in pairs), one('digits', *DEFAULT)]
+  return [
+    *(one('exact', *pair) for pair in pairs),
+    *(one(name, *DEFAULT) for name in REWARDS if name != 'exact'),
+  ]
 
 
 def inputs_of(samples: Samples, reward: str) -> AdvantageInputs:
