@@ -133,6 +133,11 @@ def test_luhn_finds_one_wrong_digit(n):
   assert not luhn(number[:at] + other + number[at + 1 :])
 
 
+def test_an_address_may_follow_a_colon():
+  assert find_personal_data('IP:8.8.8.8') == [('ip', '8.8.8.8')]
+  assert find_personal_data('::ffff:127.0.0.1') == []
+
+
 @settings(max_examples=100)
 @given(st.ip_addresses(), st.text(alphabet='ab ', max_size=5))
 def test_addresses_are_found_if_they_are_public(address, words):

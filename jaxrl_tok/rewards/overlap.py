@@ -115,8 +115,8 @@ def ter(column: str = 'reference', **settings) -> Callable:
   Snover et al., AMTA 2006.
 
   1 is a reference, 0 an empty text, and there is no least value: a long text
-  needs more edits than the reference has words. Its time grows faster than
-  linearly with the length.
+  needs more edits than the reference has words. It is slow: 64 words that are
+  all wrong take a quarter of a second, where BLEU takes a thousandth.
 
   Args:
     column: column of the data with a reference, or a list of them.
