@@ -108,23 +108,27 @@ def byte_ids(tokenizer, code: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize(
-  ('code', 'want'),
+  ('code', 'want', 'behind'),  # at the end, and before an 'a'
   [
-    (b'\xc3\xa9', ['', 'é']),
-    ('好b'.encode(), ['', '', '好', 'b']),
-    (b'\xc3', [LOST]),  # cut: the last token
-    (b'\xc3\xff\xa9', ['', LOST * 2, LOST]),  # broken by the second
-    (b'\xe5\xa5', ['', LOST * 2]),
-    (b'\xc3\xa9\xff', ['', '', LOST * 3]),  # é is taken back
+    (b'\xc3\xa9', ['', 'é'], ['', 'é', 'a']),
+    ('好b'.encode(), ['', '', '好', 'b'], ['', '', '好', 'b', 'a']),
+    # cut: shown by what comes next, or by the last token
+    (b'\xc3', [LOST], ['', f'{LOST}a']),
+    (b'\xe5\xa5', ['', LOST * 2], ['', '', f'{LOST * 2}a']),
+    # broken by the second byte
+    (b'\xc3\xff\xa9', ['', LOST * 2, LOST], ['', LOST * 2, LOST, 'a']),
+    # é is taken back
+    (b'\xc3\xa9\xff', ['', '', LOST * 3], ['', '', LOST * 3, 'a']),
   ],
 )
-def test_a_run_of_byte_tokens_is_shown_as_the_decoder_shows_it(code, want):
+def test_a_run_of_byte_tokens_is_shown_as_the_decoder_shows_it(
+  code, want, behind
+):
   tokenizer = llama_like()
   a = tokenizer.convert_tokens_to_ids('a')
   ids = byte_ids(tokenizer, code)
   assert pieces_of(tokenizer, [a, *ids]) == ['a', *want]
-  behind = pieces_of(tokenizer, [a, *ids, a])
-  assert ''.join(behind) == 'a' + ''.join(want) + 'a'
+  assert pieces_of(tokenizer, [a, *ids, a]) == ['a', *behind]
 
 
 def test_a_special_token_adds_nothing_or_its_name():

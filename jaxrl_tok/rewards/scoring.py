@@ -340,16 +340,15 @@ def make_scorer(
     on_error: one of ON_ERROR; with mask and zero the metric rewards/NAME/errors
       counts the completions concerned.
     warn: (name of the function, text) of what was masked or is zero.
-    pieces: (ids, ids without the end, texts) -> completion_pieces, for
-      functions that name them; see data/pieces.py.
+    pieces: maker of completion_pieces, data.make_pieces.
+    split: split of token rewards, see splits.make_split.
     split: see splits.make_split.
 
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
   """
-  ends = set(end_tokens)
   takes = {name: accepted(f) for name, f in functions.items()}
-  wants = _wanting_pieces(takes, pieces)
+  ends, wants = set(end_tokens), _wanting_pieces(takes, pieces)
   if keep_special_tokens:
     decode = functools.partial(decode, skip_special_tokens=False)
 
@@ -394,8 +393,8 @@ def _bind(function: Callable, takes: Accepted, arguments: dict) -> Callable:
 
 
 def _wanting_pieces(takes: dict, pieces: Callable | None) -> bool:
-  """Whether a function names completion_pieces. Raises ValueError where there
-  are none."""
+  """Tells whether a function names completion_pieces. Raises ValueError where
+  there are none."""
   names = [name for name, has in takes.items() if PIECES in has.names]
   if names and pieces is None:
     raise ValueError(

@@ -12,8 +12,9 @@ def label(row: dict) -> str:
   """Name of a row, aggregation apart."""
   if row['reward'] == 'exact':
     return row['baseline']
-  whose = 'own' if row['of'] == row['reward'] else row['of']
-  return f'{row["reward"]}, {whose} gradient'
+  name, summed, _ = row['reward'].partition('_outcome')
+  whose = 'own' if row['of'] == name else row['of']
+  return f'{name}{" summed" if summed else ""}, {whose} gradient'
 
 
 LEGEND = (
