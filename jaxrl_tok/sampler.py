@@ -33,8 +33,8 @@ from jaxrl_tok.policy import check_array, check_prompts
 from jaxrl_tok.sharding import constrain_rows, gathered_for_rollout
 from jaxrl_tok.types import Policy, Prefix, Prompts, Rollout, SamplingRule
 
-# Tokens; a cache that much shorter is not worth a program of a loop over 8
-# layers, whose caches are 16 arrays. Larger programs need longer stages.
+# Tokens: a cache that much shorter is worth a program of its own for 8 layers,
+# whose cache has 16 arrays. Programs grow with the layers, and so must stages.
 STAGE, ARRAYS = 32, 16
 
 
@@ -105,7 +105,7 @@ def stage_ends(config: SamplerConfig, arrays: int = 1) -> list[int]:
   chunks = -(-columns // config.chunk)
   stages = config.stages
   if stages is None:
-    least = STAGE * -(-arrays // ARRAYS)
+    least = STAGE * max(1, -(-arrays // ARRAYS))
     stages = min(4, -(-columns // least)) or 1
   if stages < 1:
     raise ValueError(f'stages={stages} hold no token; give 1 or more')
@@ -306,7 +306,7 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))
   cache = jax.eval_shape(lambda: policy.init_cache(1, 0))
-  arrays = max(1, len(jax.tree.leaves(cache)))
+  arrays = len(jax.tree.leaves(cache))
   ends = stage_ends(dataclasses.replace(config, chunk=chunk), arrays)
   fills = Columns(config.pad_token, False, 0.0, 0)
 

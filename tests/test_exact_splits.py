@@ -40,7 +40,7 @@ __all__ = ['ascend', 'everything', 'params']  # fixtures
 TEXTS = {0: 'a', 1: ' b', END: ''}
 # references for which completions of three tokens have many values
 REWARDS = {
-  'bleu': (potentials.bleu, 'a ba b'),
+  'bleu': (potentials.smoothed_bleu, 'a ba b'),
   'chrf': (potentials.chrf, 'a ba b'),
   'rouge_l': (potentials.rouge_l, 'aa b'),
   'edit_distance': (potentials.edit_distance, 'ab a'),
@@ -142,8 +142,8 @@ def test_a_constant_reward_teaches_nothing_on_average(ascend, everything):
 def test_to_wait_for_a_words_end_and_pay_its_own_token_is_biased(
   ascend, everything
 ):
-  """What potentials do not do: a token that goes on with a word would take
-  from the word's tokens before it a reward that its own choice decides."""
+  """A token that goes on with a word would take, from the word's tokens before
+  it, a reward that its own choice decides; potentials do not."""
   reward, outcome = values_of('rouge_l')
   late = reward.copy()
   for n, t in zip(*np.nonzero(MASK)):

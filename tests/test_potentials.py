@@ -30,7 +30,7 @@ from jaxrl_tok.rewards import (
 )
 
 FACTORIES = {
-  'bleu': potentials.bleu,
+  'smoothed_bleu': potentials.smoothed_bleu,
   'chrf': potentials.chrf,
   'rouge_l': potentials.rouge_l,
   'edit_distance': potentials.edit_distance,
@@ -125,7 +125,7 @@ def rouge():
 
 
 BY_DEFINITION = {
-  'bleu': bleu_by_definition,
+  'smoothed_bleu': bleu_by_definition,
   'chrf': chrf_of_sacrebleu,
   'rouge_l': lambda text, ref: rouge().score(ref, text)['rougeL'].fmeasure,
   'edit_distance': lambda text, ref: 1 - edits(text, ref) / len(ref),
@@ -290,7 +290,9 @@ def test_a_word_is_paid_by_the_token_that_completes_it():
 def test_smoothed_bleu_by_hand():
   """One right word of two: BP exp(1 - 2), (2/2 1 1 1)^(1/4). Then both:
   (3/3 2/2 1 1)^(1/4). No text is 0, not what smoothing would make of it."""
-  found = deltas(potentials.bleu(COLUMN), ['', 'a', ' b', ' c', ''], 'a b')
+  found = deltas(
+    potentials.smoothed_bleu(COLUMN), ['', 'a', ' b', ' c', ''], 'a b'
+  )
   third = ((3 / 4) * (2 / 3) * (1 / 2)) ** (1 / 4)
   want = [0, math.exp(-1), 1 - math.exp(-1), third - 1, 0]
   assert found == pytest.approx(want)
@@ -302,7 +304,7 @@ def test_smoothed_bleu_by_hand():
 def counted(name: str, reference: str, counts: Counter):
   """Reader of a metric whose pushes, and whose n-grams or rows, are counted."""
   splitter, metric = {
-    'bleu': (incremental.WORDS, incremental.bleu_metric),
+    'smoothed_bleu': (incremental.WORDS, incremental.bleu_metric),
     'chrf': (incremental.VISIBLE, incremental.chrf_metric),
     'rouge_l': (incremental.ROUGE_WORDS, incremental.rouge_l_metric),
     'edit_distance': (incremental.CHARACTERS, incremental.edit_metric),
@@ -399,11 +401,17 @@ def test_nothing_to_compare_with_does_not_apply(reward):
 
 
 @pytest.mark.parametrize('reward', KINDS, ids=get_name)
-@pytest.mark.parametrize('value', [5, {'a': 1}, [1], [['a']], np.ones(2)])
+@pytest.mark.parametrize('value', [{'a': 1}, [['a']], [None], [{}, 'a']])
 def test_a_column_without_text_is_named(reward, value):
-  with pytest.raises(ValueError, match=f'{COLUMN} of reward') as e:
+  with pytest.raises(ValueError, match=f'column {COLUMN} holds') as e:
     outcome(reward, 'a', value)
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('reward', KINDS, ids=get_name)
+@pytest.mark.parametrize('value', [5, [5], ['5'], np.array([5])])
+def test_numbers_and_lists_of_one_are_texts(reward, value):
+  assert outcome(reward, '5', value) == outcome(reward, '5', '5') == 1
 
 
 def test_orders_and_beta_are_sacrebleus():
@@ -412,16 +420,16 @@ def test_orders_and_beta_are_sacrebleus():
   for text, reference in random_pairs(50):
     want = other.sentence_score(text, [reference]).score / 100
     assert outcome(chrf, text, reference) == pytest.approx(want, abs=1e-9)
-  one = potentials.bleu(COLUMN, order=1)
+  one = potentials.smoothed_bleu(COLUMN, order=1)
   assert outcome(one, 'a x', 'a b') == pytest.approx(2 / 3)
-  for factory in (potentials.bleu, potentials.chrf):
+  for factory in (potentials.smoothed_bleu, potentials.chrf):
     with pytest.raises(ValueError, match=r'order=0 of .* give 1 or more'):
       factory(order=0)
 
 
 def test_lists_are_of_keywords_alone():
   with pytest.raises(ValueError, match='give one reference for each prompt'):
-    outcome(potentials.bleu(COLUMN), 'a', ['a', 'b'])
+    outcome(potentials.smoothed_bleu(COLUMN), 'a', ['a', 'b'])
   reward = potentials.keyword_coverage(COLUMN)
   assert outcome(reward, 'a', []) is None
   with pytest.raises(ValueError, match='a keyword without letters or digits'):

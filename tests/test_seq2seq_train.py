@@ -57,7 +57,7 @@ def test_reward_rises_in_100_steps(name, train_seq2seq):
   flags = '--max_steps=100', '--lr_schedule=constant', '--learning_rate=0.003'
   run, rows = train_seq2seq(name, *flags, *LEARNS)
   first, last = rewards(rows)
-  assert last > first + 0.1
+  assert last > first + 0.2
   # sampler and gradient are one distribution, in every step
   assert max(row['sampler_logp_gap'] for row in rows) < 1e-4
   before = load_file(SEQ2SEQ / name / 'model.safetensors')

@@ -301,7 +301,7 @@ def test_rewards_that_have_no_tokens_are_refused(tmp_path, capsys):
   def even(rollout, **columns):
     return (rollout.tokens[:, 0] % 2).astype('float32')
 
-  of_texts = potentials.bleu(split='outcome')
+  of_texts = potentials.smoothed_bleu(split='outcome')
   for reward, kind in (
     (even, 'that are JAX functions'),
     (of_texts, 'of whole completions'),

@@ -7,6 +7,7 @@ import pytest
 from conftest import CONFIG, changed, make_rollout, random_prompts
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models import stack
@@ -156,6 +157,51 @@ def test_bfloat16_is_rounded_in_a_scan_as_in_a_loop():
   np.testing.assert_array_equal(a, b)
   a, b = jax.jit(both)(params)
   assert np.abs(a - b).max() > 1e-3, 'XLA has no need of the option'
+
+
+def gradient_of_states(config):
+  """Gradient of a rollout's log-probs over scanned layers, with respect to the
+  embeddings of positions alone: (jaxpr, jitted, its arguments)."""
+  policy = make_policy(config, scan_layers=True)
+  params = jax.eval_shape(policy.init, jax.random.key(0))
+  rule = distribution.make_rule(11, [10])
+  tokens = np.ones((8, 5), np.int32)
+  rollout = make_rollout(random_prompts(4), tokens, tokens > 0)
+
+  def loss(positions, params):
+    params = params | {'positions': positions}
+    return evaluate(policy, params, rollout, rule).logp.sum()
+
+  args = params['positions'], params
+  return jax.make_jaxpr(jax.grad(loss))(*args), jax.jit(jax.grad(loss)), args
+
+
+def outputs_of_scans(jaxpr) -> set:
+  """Shapes that scans return, those inside of other equations included."""
+  found = set()
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'scan':
+      found |= {v.aval.shape for v in equation.outvars}
+    for inner in jaxprs_in_params(equation.params):
+      found |= outputs_of_scans(inner)
+  return found
+
+
+@pytest.mark.parametrize('period', [1, 2])
+def test_the_backward_pass_keeps_no_copy_of_the_weights(period):
+  """Scans return states and keys, no weights; and no matrix is transposed."""
+  kinds = (Layer(None), Layer(None, window=2))[:period]
+  sizes = {'d_ff': 28, 'learned_positions': True, 'layers': kinds * 8}
+  config = changed(CONFIG, **sizes)
+  jaxpr, gradient, args = gradient_of_states(config)
+  shapes = outputs_of_scans(jaxpr.jaxpr)
+  assert (8, 4, 6, 16) in shapes  # states that each layer reads
+  matrices = (16, 2, 28), (28, 16)
+  copies = {(8, *period, *m) for period in ((), (2,)) for m in matrices}
+  assert not shapes & copies
+  text = gradient.lower(*args).compile().as_text()
+  assert '[16,56]' in text  # gate and up: one axis of outputs
+  assert '[56,16]' not in text
 
 
 def lines(L: int, scan: bool) -> int:

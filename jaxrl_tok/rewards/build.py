@@ -14,9 +14,14 @@ def need(module: str, package: str, extra: str = 'rewards'):
   try:
     return importlib.import_module(module)
   except ImportError:
-    raise ValueError(
-      f"{package} is not installed; run pip install -e '.[{extra}]'"
-    ) from None
+    raise missing(package, extra) from None
+
+
+def missing(package: str, extra: str = 'rewards') -> ValueError:
+  """Error that an optional package is not installed, with its extra."""
+  return ValueError(
+    f"{package} is not installed; run pip install -e '.[{extra}]'"
+  )
 
 
 def reward_of_text(name: str, score: Callable, *columns: str) -> Callable:

@@ -5,8 +5,6 @@ numeric       the last number is the answer's
 regex         a pattern is found
 template      the text has a form, as <think>...</think>...
 json_schema   JSON that a schema accepts
-length        nearness to a range of lengths
-overlong      DAPO's penalty of long completions, -1 to 0
 """
 
 import json

@@ -23,18 +23,18 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+PIECES = 'completion_pieces'  # passed where it is named
 # arguments that are no columns of the data; `environments` only with one
 ARGUMENTS = (
   'prompts',
   'completions',
   'completion_ids',
-  'completion_pieces',
+  PIECES,
   'trainer_state',
   'log_extra',
   'log_metric',
   'environments',
 )
-PIECES = 'completion_pieces'  # passed where it is named
 SHOWN = 60  # characters of a text or a value in a message
 PACKAGE = f'{Path(__file__).parent.parent}{os.sep}'
 # files whose frames say nothing to the author of a reward function

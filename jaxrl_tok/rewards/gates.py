@@ -109,11 +109,11 @@ def biased_words(more: Iterable[str] = ()) -> Callable:
 
 
 def luhn(number: str) -> bool:
-  """Whether the digits of a number have a right last one, as cards have:
+  """Tells whether the last digit of a number checks the others, as in cards:
   ISO/IEC 7812-1."""
   digits = [int(c) for c in reversed(number) if c.isdigit()]
-  return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10))
-             for i, d in enumerate(digits)) % 10 == 0  # fmt: skip
+  doubled = (sum(divmod(2 * d, 10)) for d in digits[1::2])
+  return (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def is_card(text: str) -> bool:
@@ -122,8 +122,8 @@ def is_card(text: str) -> bool:
 
 
 def is_iban(text: str) -> bool:
-  """Whether a text, or the groups that it begins with, is an international
-  bank account number: ISO 13616, remainder 1 by 97."""
+  """Tells whether a text, or the groups that it begins with, is an
+  international bank account number: ISO 13616, remainder 1 by 97."""
   groups = text.split(' ')
   for n in range(len(groups), 0, -1):
     code = ''.join(groups[:n])
@@ -136,7 +136,7 @@ def is_iban(text: str) -> bool:
 
 
 def is_public_address(text: str) -> bool:
-  """Whether a text is an IP address that is not private or reserved."""
+  """Tells whether a text is an IP address that is not private or reserved."""
   try:
     return ipaddress.ip_address(text).is_global
   except ValueError:

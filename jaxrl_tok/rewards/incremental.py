@@ -196,7 +196,7 @@ def _ngrams(reference: Sequence[int], order: int) -> tuple:
 
 
 def bleu_metric(reference: Sequence[int], order: int = 4) -> Metric:
-  """Metric of `bleu`."""
+  """Metric of `smoothed_bleu`."""
   start, push = _ngrams(reference, order)
   R = len(reference)
 

@@ -20,7 +20,7 @@ def as_latex(answer: str) -> str:
 
 
 def equal(question: dict) -> bool | None:
-  """Whether the answer that a text gives is one of the right ones."""
+  """Tells whether the answer that a text gives is one of the right ones."""
   from math_verify import parse, verify
 
   found = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxrl_tok.rewards.adapters import get_text
-from jaxrl_tok.rewards.build import as_texts, named
+from jaxrl_tok.rewards.build import as_texts, missing, named
 from jaxrl_tok.rewards.worker import Worker, ask_all
 
 WORKER = Path(__file__).with_name('math_worker.py')
@@ -35,9 +35,7 @@ def math_equal(
   Raises ValueError where math-verify is missing.
   """
   if importlib.util.find_spec('math_verify') is None:
-    raise ValueError(
-      "math-verify is not installed; run pip install -e '.[rewards]'"
-    )
+    raise missing('math-verify')
   if deadline <= 0 or workers < 1:
     raise ValueError(
       f'math_equal in {deadline} seconds by {workers} workers; pass a deadline '

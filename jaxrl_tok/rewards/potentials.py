@@ -8,18 +8,18 @@ gradient are those of the outcome (Ng et al., ICML 1999; for sequences Bahdanau
 et al., arXiv:1607.07086). Only credit and variance differ. With a gamma below 1
 early credit weighs more, and that is another objective.
 
-  bleu(column)            smoothed sentence BLEU of words
-  chrf(column)            chrF2 of characters, sacrebleu's
-  rouge_l(column)         F1 of the longest common subsequence, rouge-score's
-  edit_distance(column)   1 - edits / characters of the reference
+  smoothed_bleu(column)      sentence BLEU of words, one added to every order
+  chrf(column)               chrF2 of characters, rewards.chrf's
+  rouge_l(column)            F1 of the longest common subsequence, rouge's
+  edit_distance(column)      1 - edits / characters of the reference
   keyword_coverage(column)   share of keywords that the text holds
-  exact_prefix(column)    share of the reference that the text begins with
+  exact_prefix(column)       share of the reference that the text begins with
 
 Each returns a reward function with a list of floats for each completion; its
 `.outcome`, or split='outcome', is the function of one float that they sum to:
 
-  Task('pairs.jsonl', potentials.bleu('target'),
-       eval_rewards=potentials.bleu('target').outcome)
+  Task('pairs.jsonl', potentials.smoothed_bleu('target'),
+       eval_rewards=potentials.smoothed_bleu('target').outcome)
 
 A completion is None (does not apply) where its reference is None or empty.
 
@@ -39,7 +39,8 @@ import functools
 from collections.abc import Callable, Sequence
 
 from jaxrl_tok.rewards.adapters import get_text
-from jaxrl_tok.rewards.functions import make_signature, shorten
+from jaxrl_tok.rewards.build import as_texts, named
+from jaxrl_tok.rewards.functions import PIECES, shorten
 from jaxrl_tok.rewards.incremental import (
   CHARACTERS,
   KEYWORDS,
@@ -63,7 +64,7 @@ from jaxrl_tok.rewards.incremental import (
 
 
 def _reward(name: str, column: str, split: str, make: Callable) -> Callable:
-  """Reward function of a potential; `make`, a value of the column -> Reader."""
+  """Reward function of a potential; `make`, texts of the column -> Reader."""
   if split not in ('potential', 'outcome'):
     raise ValueError(
       f'split={split!r} of {name} is neither potential nor outcome; the '
@@ -71,8 +72,8 @@ def _reward(name: str, column: str, split: str, make: Callable) -> Callable:
     )
 
   def readers(values: Sequence) -> list:
-    keys = [_checked(name, column, value) for value in values]
-    known = {key: make(key) if key else None for key in set(keys)}
+    keys = [tuple(as_texts(() if v is None else v, column)) for v in values]
+    known = {key: make(key) if any(key) else None for key in set(keys)}
     return [known[key] for key in keys]
 
   def potential(completion_pieces, **columns) -> list:
@@ -85,26 +86,9 @@ def _reward(name: str, column: str, split: str, make: Callable) -> Callable:
       r and outcome_of(r, get_text(c)) for r, c in zip(found, completions)
     ]
 
-  for function, argument in (
-    (potential, 'completion_pieces'),
-    (outcome, 'completions'),
-  ):
-    function.__name__ = function.__qualname__ = name
-    function.__signature__ = make_signature([argument, column], (), False)
-  potential.outcome = outcome
+  named(potential, name, [PIECES, column])
+  potential.outcome = named(outcome, name, ['completions', column])
   return outcome if split == 'outcome' else potential
-
-
-def _checked(name: str, column: str, value) -> str | tuple | None:
-  """A value of the column: a text, a tuple of texts or None."""
-  if value is None or isinstance(value, str):
-    return value
-  if isinstance(value, list | tuple) and all(isinstance(t, str) for t in value):
-    return tuple(value)
-  raise ValueError(
-    f'the column {column} of reward {name} holds {shorten(repr(value))}, which '
-    'is no text; name a column of texts'
-  )
 
 
 def _check_order(name: str, order: int) -> None:
@@ -116,18 +100,18 @@ def _check_order(name: str, order: int) -> None:
 def _of_text(name, column, split, splitter: Splitter, metric: Callable):
   """Reward function of a metric that compares with one text."""
 
-  def make(value: str | tuple) -> Reader:
-    if not isinstance(value, str):
+  def make(texts: tuple) -> Reader:
+    if len(texts) > 1:
       raise ValueError(
         f'the column {column} of reward {name} holds a list of '
-        f'{len(value)} texts; give one reference for each prompt'
+        f'{len(texts)} texts; give one reference for each prompt'
       )
-    return make_reader(splitter, symbols_of(splitter, value), metric)
+    return make_reader(splitter, symbols_of(splitter, *texts), metric)
 
   return _reward(name, column, split, make)
 
 
-def bleu(
+def smoothed_bleu(
   column: str = 'reference', order: int = 4, split: str = 'potential'
 ) -> Callable:
   """Reward: smoothed sentence BLEU, after Bahdanau et al., arXiv:1607.07086.
@@ -150,9 +134,9 @@ def bleu(
     order: longest n-grams.
     split: 'potential', a float for each token, or 'outcome', their sum.
   """
-  _check_order('bleu', order)
+  _check_order('smoothed_bleu', order)
   metric = functools.partial(bleu_metric, order=order)
-  return _of_text('bleu', column, split, WORDS, metric)
+  return _of_text('smoothed_bleu', column, split, WORDS, metric)
 
 
 def chrf(
@@ -261,8 +245,7 @@ def keyword_coverage(
     split: 'potential', a float for each token, or 'outcome', their sum.
   """
 
-  def make(value: str | tuple) -> Reader:
-    texts = (value,) if isinstance(value, str) else value
+  def make(texts: tuple) -> Reader:
     phrases = [symbols_of(KEYWORDS, text) for text in texts]
     if not all(phrases):
       raise ValueError(

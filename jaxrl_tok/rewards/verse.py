@@ -68,7 +68,7 @@ def rhyming_part(phones: Phones) -> tuple[str, ...]:
 
 
 def words_rhyme(a: str, b: str, pronounce: Callable) -> bool:
-  """Whether two different words have one rhyming part, in one of their
+  """Tells whether two different words have one rhyming part, in one of their
   pronunciations each. Words that sound alike (two, too) do not rhyme."""
   sounds = [
     {rhyming_part(p): tuple(p) for p in pronounce(word)} for word in (a, b)

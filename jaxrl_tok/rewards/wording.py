@@ -3,6 +3,8 @@
 keywords      share of the words to be said
 no_copy       share that the prompt does not say
 readability   Flesch reading ease
+length        nearness to a range of lengths
+overlong      DAPO's penalty of long completions, -1 to 0
 """
 
 import math
@@ -27,6 +29,9 @@ def keywords(column: str = 'keywords') -> Callable:
   A keyword is one word or several in a row; capitals do not matter, and endings
   do. A list of the keywords with nothing between them scores 1: combine it with
   `grammar`, a language model's log-prob or `length`.
+
+  `potentials.keyword_coverage` pays it token by token; its words end at
+  apostrophes.
 
   Args:
     column: column of the data with the list of keywords.

@@ -16,10 +16,12 @@ from pathlib import Path
 
 
 class Worker:
-  """Process of a Python file whose main is `serve`; started when it is asked.
+  """Process that runs a Python file, started when it is asked.
 
   Args:
-    file: the file; arguments: its arguments.
+    file: its main writes a line once it is ready, then a line of JSON for each
+      line of JSON that it reads.
+    arguments: of its command line.
   """
 
   def __init__(self, file: Path, *arguments: str):
