@@ -17,6 +17,7 @@ functions wait side by side.
   adapters.py    verl, Tunix, reasoning-gym, verifiers
   load.py        FILE:NAME=WEIGHT of a command line
   text.py        sentiment, repetition; metrics of prose
+  programs/      code by its unit tests, in an interpreter of our own
 
 Nothing here imports jax: reward functions may run in other processes.
 """
@@ -40,6 +41,7 @@ from jaxrl_tok.rewards.functions import (
   user_traceback,
 )
 from jaxrl_tok.rewards.load import load_reward, load_rewards
+from jaxrl_tok.rewards.programs import code_failures, passes_tests
 from jaxrl_tok.rewards.scoring import (
   ON_ERROR,
   HostScores,
@@ -62,6 +64,7 @@ __all__ = [
   'TrainerState',
   'accepted',
   'check_functions',
+  'code_failures',
   'digits',
   'distinct',
   'exact_match',
@@ -77,6 +80,7 @@ __all__ = [
   'make_scorer',
   'name_rewards',
   'no_repetition',
+  'passes_tests',
   'perplexity',
   'product',
   'sentiment',

@@ -338,7 +338,7 @@ def _sets(name: str):
   def call(vm, items, /, *others):
     found = []
     for other in others:
-      if type(other) not in compare.SETS:
+      if type(other) not in compare.SETS and type(other) is not dict:
         other = yield from vm.collect(other)
         for item in other:
           compare.check_key(vm, item, len(items) + len(other))

@@ -58,9 +58,9 @@ def size_of(value) -> int:
   return 8 * len(value)
 
 
-def unsupported(name: str, a, b) -> TypeError:
+def unsupported(name: str, a, b, suffix: str = '') -> TypeError:
   return TypeError(
-    f'unsupported operand type(s) for {SYMBOLS.get(name, name)}: '
+    f'unsupported operand type(s) for {SYMBOLS.get(name, name)}{suffix}: '
     f"'{kind_of(a)}' and '{kind_of(b)}'"
   )
 
@@ -232,7 +232,7 @@ def _instances(vm, name: str, a, b):
 def _make_binary(name: str):
   arithmetic = ARITHMETIC.get(name)
 
-  def binary(vm, a, b):
+  def binary(vm, a, b, suffix=''):
     if type(a) in NUMBERS and type(b) in NUMBERS and arithmetic:
       return arithmetic(vm, a, b)
     if type(a) is Instance or type(b) is Instance:
@@ -244,13 +244,13 @@ def _make_binary(name: str):
     else:
       found = _others(vm, name, a, b)
     if found is NotImplemented:
-      raise _why_not(name, a, b)
+      raise _why_not(name, a, b, suffix)
     return found
 
   return binary
 
 
-def _why_not(name: str, a, b) -> TypeError:
+def _why_not(name: str, a, b, suffix: str) -> TypeError:
   if name == 'Add' and type(a) in SEQUENCES:
     return TypeError(
       f'can only concatenate {kind_of(a)} (not "{kind_of(b)}") to {kind_of(a)}'
@@ -260,7 +260,7 @@ def _why_not(name: str, a, b) -> TypeError:
     return TypeError(
       f"can't multiply sequence by non-int of type '{kind_of(other)}'"
     )
-  return unsupported(name, a, b)
+  return unsupported(name, a, b, suffix)
 
 
 BINARY = {name: _make_binary(name) for name in (*SYMBOLS, 'MatMult')}
@@ -286,7 +286,7 @@ def inplace(vm, name: str, a, b) -> bool:
     method = vm.special(a, f'__i{SPECIAL.get(name)}__')
     if method is not None:
       return vm.enter(method, [b], {})
-    a = BINARY[name](vm, a, b)
+    a = BINARY[name](vm, a, b, '=')
   stack.append(a)
   return False
 

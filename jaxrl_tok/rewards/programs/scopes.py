@@ -171,11 +171,18 @@ def comprehension_scope(node, parent: Scope) -> Scope:
     for child in ast.walk(generator.target):
       if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
         scope.bound.add(scope.mangle(child.id))
-  if parent.kind == 'class' and any(
-    isinstance(child, ast.NamedExpr) for child in ast.walk(node)
-  ):
+    if _has_walrus(generator.iter):
+      raise SyntaxError(
+        'assignment expression cannot be used in a comprehension iterable '
+        'expression'
+      )
+  if parent.kind == 'class' and _has_walrus(node):
     raise SyntaxError(':= in a comprehension of a class body')
   return scope
+
+
+def _has_walrus(node) -> bool:
+  return any(isinstance(child, ast.NamedExpr) for child in ast.walk(node))
 
 
 def check_depth(tree: ast.AST, limit: int) -> int:
