@@ -22,36 +22,39 @@ LEAVES = {
 }
 GRAMMAR = {
   'int': """
-    ({int} + {int}) ({int} - {int}) ({int} * {int}) ({int} // {int})
-    ({int} % {int}) ({int} & {int}) ({int} | {int}) ({int} ^ {int})
-    ({int} << {small}) ({int} >> {small}) ({int} ** {small}) (-{int}) (~{int})
-    len({seq}) sum({ints}) abs({int}) max({int}, {int}) min({ints}) int({str})
-    int({float}) ord({str}) {str}.find({str}) {str}.count({str}) round({float})
-    {list}.count({any}) {list}.index({any}) {ints}[{int}] ({int} if {bool} else
-    {int}) ({int} or {int}) pow({int}, {int}, 7) divmod({int}, {int})[0] int(a)
-    {dict}.get({any}, {int}) sum(v for v in {ints} if {bool})
-    next(iter({seq}), {int}) (lambda x, i=2: {int})({int}) ({int}).bit_length()
-    sum([{int} for v in {seq}]) len({set}) len({dict}.items())
-    sorted({ints})[0] [*{ints}][-1] max({ints}, default={int}) (n := {int})
+    ({int} + {int}) ({int} - {int}) ({int} * {int}) ({int} // {int}) ({int} %
+    {int}) ({int} & {int}) ({int} | {int}) ({int} ^ {int}) ({int} << {small})
+    ({int} >> {small}) ({int} ** {small}) (-{int}) (~{int}) len({seq})
+    sum({ints}) abs({int}) max({int}, {int}) min({ints}) int({str})
+    int({float}) ord({str}) {str}.find({str}) {str}.count({str})
+    round({float}) {list}.count({any}) {list}.index({any}) {ints}[{int}]
+    ({int} if {bool} else {int}) ({int} or {int}) pow({int}, {int}, 7)
+    divmod({int}, {int})[0] int(a) {dict}.get({any}, {int}) sum(v for v in
+    {ints} if {bool}) next(iter({seq}), {int}) (lambda x, i=2: {int})({int})
+    ({int}).bit_length() sum([{int} for v in {seq}]) len({set})
+    len({dict}.items()) sorted({ints})[0] [*{ints}][-1] max({ints},
+    default={int}) (n := {int})
   """,
   'float': """
     ({float} + {int}) ({float} * {float}) ({int} / {int}) ({float} // {int})
-    ({float} - {float}) ({float} % {float}) ({float} ** 2) float({int}) (-{float})
-    abs({float}) round({float}, 2) float({str}) max({float}, {int}) sum([{float}])
-    ({float}).is_integer() float('nan') float('inf')
+    ({float} - {float}) ({float} % {float}) ({float} ** 2) float({int})
+    (-{float}) abs({float}) round({float}, 2) float({str}) max({float}, {int})
+    sum([{float}]) ({float}).is_integer() float('nan') float('inf')
   """,
   'str': """
-    ({str} + {str}) ({str} * {small}) {str}[{int}] {str}[{int}:{int}] {str}[::-1]
-    str({any}) repr({any}) {str}.upper() {str}.lower() {str}.strip() {str}.title()
-    {str}.replace({str}, {str}) {str}.join({strs}) {str}.join({str}) chr({int})
-    f'<«{any}!r:>6»>' f'«{int}:05d»|«{float}:.2f»|«{str}:<4»' f'«{any}»'
-    f'«{int}:>+8,»' f'«{int}:#x»' f'«{any}:{spec}»' '«»-«»'.format({any},
-    {any}) ('%s|%r' % ({any}, {any})) ('%d' % {int}) ('%5.2f' % {float}) {str}.zfill(4)
-    {str}.rjust({small}) {str}.center(7, '*') {str}.partition({str})[0] bin({int})
-    {str}.capitalize() {str}.swapcase() {str}.removeprefix({str}) hex({int})
-    ({str} if {bool} else {str}) ({str} or {str}) type({any}).__name__
-    {str}.lstrip({str}) max({str}) min({strs}, key=len) format({int}, {str})
-    {str}.translate(str.maketrans('abc', 'xyz')) {str}.expandtabs(3)
+    ({str} + {str}) ({str} * {small}) {str}[{int}] {str}[{int}:{int}]
+    {str}[::-1] str({any}) repr({any}) {str}.upper() {str}.lower()
+    {str}.strip() {str}.title() {str}.replace({str}, {str}) {str}.join({strs})
+    {str}.join({str}) chr({int}) f'<«{any}!r:>6»>'
+    f'«{int}:05d»|«{float}:.2f»|«{str}:<4»' f'«{any}»' f'«{int}:>+8,»'
+    f'«{int}:#x»' f'«{any}:{spec}»' '«»-«»'.format({any}, {any}) ('%s|%r' %
+    ({any}, {any})) ('%d' % {int}) ('%5.2f' % {float}) {str}.zfill(4)
+    {str}.rjust({small}) {str}.center(7, '*') {str}.partition({str})[0]
+    bin({int}) {str}.capitalize() {str}.swapcase() {str}.removeprefix({str})
+    hex({int}) ({str} if {bool} else {str}) ({str} or {str})
+    type({any}).__name__ {str}.lstrip({str}) max({str}) min({strs}, key=len)
+    format({int}, {str}) {str}.translate(str.maketrans('abc', 'xyz'))
+    {str}.expandtabs(3)
   """,
   'bool': """
     ({int} < {int}) ({int} == {any}) ({any} != {any}) ({float} >= {int})
@@ -59,35 +62,37 @@ GRAMMAR = {
     ({any} not in {set}) (not {any}) ({bool} and {bool}) ({bool} or {any})
     bool({any}) all({seq}) any({seq}) isinstance({any}, int) ({any} is None)
     isinstance({any}, (str, list)) {str}.isdigit() {str}.isalpha()
-    {str}.startswith({str}) ({list} == {list}) ({list} < {list}) ({any} in {dict})
-    ({set} <= {set}) {set}.isdisjoint({seq}) ({tuple} >= {tuple}) callable({any})
-    any({bool} for v in {seq}) all({bool} for i in {ints}) {str}.islower()
-    ({dict} == {dict}) ({any} == {any} == {any}) issubclass(bool, int)
+    {str}.startswith({str}) ({list} == {list}) ({list} < {list}) ({any} in
+    {dict}) ({set} <= {set}) {set}.isdisjoint({seq}) ({tuple} >= {tuple})
+    callable({any}) any({bool} for v in {seq}) all({bool} for i in {ints})
+    {str}.islower() ({dict} == {dict}) ({any} == {any} == {any})
+    issubclass(bool, int)
   """,
   'list': """
     ({list} + {list}) ({list} * {small}) {list}[{int}:{int}] {list}[::-1]
-    {list}[::{int}] list({seq}) sorted({seq}) sorted({seq}, key=str) {str}.split()
-    {str}.split({str}) [{any}, {any}] [*{seq}, {any}] list(range({small})) {ints}
-    [{any} for v in {seq}] [{any} for v in {seq} if {bool}] list(zip({seq}, {seq}))
-    [{any} for v in {seq} for i in {ints}] list(map(str, {seq})) list({dict})
-    list(enumerate({seq}, {int})) list(reversed({list})) list(filter(None, {seq}))
-    sorted({seq}, reverse=True) {list}.copy() ({list} or {list}) list({any})
-    list({any} for i in {ints}) sorted({dict}.items()) {str}.splitlines()
-    [f() for f in [lambda: v for v in {seq}]] [(y := {any}) for v in {seq}]
-    list(map(lambda x: {any}, {ints})) [[{any} for i in {ints}] for v in {seq}]
-    list(filter(lambda x: {bool}, {seq})) sum([{list}, {list}], []) [{dict}[v] for v
-    in {dict}]
+    {list}[::{int}] list({seq}) sorted({seq}) sorted({seq}, key=str)
+    {str}.split() {str}.split({str}) [{any}, {any}] [*{seq}, {any}]
+    list(range({small})) {ints} [{any} for v in {seq}] [{any} for v in {seq}
+    if {bool}] list(zip({seq}, {seq})) [{any} for v in {seq} for i in {ints}]
+    list(map(str, {seq})) list({dict}) list(enumerate({seq}, {int}))
+    list(reversed({list})) list(filter(None, {seq})) sorted({seq},
+    reverse=True) {list}.copy() ({list} or {list}) list({any}) list({any} for
+    i in {ints}) sorted({dict}.items()) {str}.splitlines() [f() for f in
+    [lambda: v for v in {seq}]] [(y := {any}) for v in {seq}] list(map(lambda
+    x: {any}, {ints})) [[{any} for i in {ints}] for v in {seq}]
+    list(filter(lambda x: {bool}, {seq})) sum([{list}, {list}], []) [{dict}[v]
+    for v in {dict}]
   """,
   'tuple': """
     ({tuple} + {tuple}) ({any}, {any}) ({any},) tuple({seq}) {tuple}[{int}:]
-    ({tuple} * {small}) divmod({int}, {int}) {str}.partition({str}) (*{seq}, {any})
-    tuple({any} for v in {seq})
+    ({tuple} * {small}) divmod({int}, {int}) {str}.partition({str}) (*{seq},
+    {any}) tuple({any} for v in {seq})
   """,
   'dict': """
     «{any}: {any}» dict({dict}) «v: {any} for v in {seq}» ({dict} | {dict})
-    «**{dict}, {any}: {any}» dict(zip({seq}, {seq})) dict.fromkeys({seq}, {any})
-    {dict}.copy() dict(a={any}, b={any}) «i: {any} for i in {ints} if {bool}»
-    dict([({any}, {any})])
+    «**{dict}, {any}: {any}» dict(zip({seq}, {seq})) dict.fromkeys({seq},
+    {any}) {dict}.copy() dict(a={any}, b={any}) «i: {any} for i in {ints} if
+    {bool}» dict([({any}, {any})])
   """,
   'set': """
     ({set} | {set}) ({set} & {set}) ({set} - {set}) ({set} ^ {set}) set({seq})
@@ -97,6 +102,7 @@ GRAMMAR = {
 }
 SPECS = ('>6', '<5', '^7', '.2f', '05d', 'x', ',', '+', '.1%', 'e', '8.3', '=6')
 KINDS = (*GRAMMAR, 'none')
+SIMPLE = ('a', 'b', 'c', 'd', 'e', 'x', 'i', '3', '2.5', '-7', 'None')
 CHOICES = {
   'small': ('0', '1', '2', '3', '-1'),
   'spec': SPECS,
@@ -141,7 +147,7 @@ def fill(r, template: str, depth: int) -> str:
 
   def slot(found):
     if quoted and found[1] != 'spec':
-      return r.choice('a b c d e x i 3 2.5 -7 None'.split())
+      return r.choice(SIMPLE)
     return value(r, found[1], depth - 1)
 
   text = re.sub(r'\{(\w+)\}', slot, template)
@@ -149,10 +155,23 @@ def fill(r, template: str, depth: int) -> str:
 
 
 TARGETS = {
-  **{'a': 'int', 'b': 'str', 'c': 'list', 'd': 'dict', 'e': 'float'},
-  **{'a, b': 'tuple', 'a, *c': 'seq', '*c, b': 'seq', '(a, [b, c])': 'any'},
-  **{'c[0]': 'any', 'c[1:2]': 'list', "d['k']": 'any', 'd[a]': 'any'},
-  **{'c[a]': 'int', 'a = x': 'int', 'd[b] = c[-1]': 'str', 'c[::2]': 'list'},
+  'a': 'int',
+  'b': 'str',
+  'c': 'list',
+  'd': 'dict',
+  'e': 'float',
+  'a, b': 'tuple',
+  'a, *c': 'seq',
+  '*c, b': 'seq',
+  '(a, [b, c])': 'any',
+  'c[0]': 'any',
+  'c[1:2]': 'list',
+  "d['k']": 'any',
+  'd[a]': 'any',
+  'c[a]': 'int',
+  'a = x': 'int',
+  'd[b] = c[-1]': 'str',
+  'c[::2]': 'list',
 }
 ACTIONS = """
   c.append({any}) c.extend({seq}) c.insert({int},{any}) c.pop() c.pop({int})
@@ -261,7 +280,11 @@ def function(r, name: str) -> list[str]:
     lines += ['  return x, y', f'return inner({value(r)}), x']
   else:
     lines += [f'return {value(r)}']
-  return [f'def {name}({signature}):', *indent(lines), *guard([f'print({call})'])]
+  return [
+    f'def {name}({signature}):',
+    *indent(lines),
+    *guard([f'print({call})']),
+  ]
 
 
 def indent(lines: list[str]) -> list[str]:
@@ -277,7 +300,9 @@ def guard(lines: list[str]) -> list[str]:
 def program(seed: int) -> str:
   """A program: values, functions, statements."""
   r = random.Random(seed)
-  lines = ['a, b, c, d, e, x, i = 3, "text", [4, 1], {1: 2, "k": []}, 2.5, 1, 0']
+  lines = [
+    'a, b, c, d, e, x, i = 3, "text", [4, 1], {1: 2, "k": []}, 2.5, 1, 0'
+  ]
   for name in ('f', 'g')[: r.randint(0, 2)]:
     lines += function(r, name)
   for _ in range(r.randint(1, 6)):

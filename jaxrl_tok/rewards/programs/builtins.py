@@ -4,10 +4,23 @@ A driven one is a generator: it yields Call(function, args) and Next(iterator)
 to the interpreter, so that a key or a generator of the program runs there.
 """
 
-import functools
-
-from jaxrl_tok.rewards.programs import compare, formats, operators
-from jaxrl_tok.rewards.programs.machine import FLAT
+from jaxrl_tok.rewards.programs import compare, formats, lookup, operators
+from jaxrl_tok.rewards.programs.iterators import (
+  MISSING,
+  SMALL,
+  _set_of,
+  collect,
+  dict_of,
+  enumerate_,
+  filter_,
+  iter_,
+  len_,
+  map_,
+  next_,
+  reversed_,
+  tuple_of,
+  zip_,
+)
 from jaxrl_tok.rewards.programs.values import (
   CLASS_OF,
   EXCEPTIONS,
@@ -18,201 +31,13 @@ from jaxrl_tok.rewards.programs.values import (
   Call,
   Class,
   Function,
-  Generator,
-  Instance,
   LanguageError,
   Native,
   Next,
-  Raised,
-  Stream,
   Wrapped,
   class_of,
   kind_of,
-  make_error,
 )
-
-MISSING = object()
-SMALL = 2**63
-
-# --- iteration
-
-
-def collect(vm, items=(), /):
-  return (yield from vm.collect(items))
-
-
-def tuple_of(vm, items=(), /):
-  if type(items) is tuple:
-    return items
-  found = yield from vm.collect(items)
-  vm.make(8 * len(found))
-  return tuple(found)
-
-
-def _set_of(kind):
-  def build(vm, items=(), /):
-    if type(items) in compare.SETS or isinstance(items, dict):
-      found = items  # hashed already; their order is Python's own
-    else:
-      found = yield from vm.collect(items)
-      for item in found:
-        compare.check_key(vm, item, len(found))
-    vm.make(60 * len(found))
-    vm.spend(len(found) >> 4)
-    return kind(found)
-
-  return build
-
-
-def dict_of(vm, items=(), /, **pairs):
-  table = {}
-  yield from update(vm, table, items, **pairs)
-  return table
-
-
-def update(vm, table: dict, items=(), /, **pairs):
-  """dict.update"""
-  if isinstance(items, dict):
-    vm.make(100 * len(items))
-    table.update(items)
-  else:
-    for pair in (yield from vm.collect(items)):
-      pair = yield from vm.collect(pair, 3)
-      if len(pair) != 2:
-        raise ValueError(
-          f'dictionary update sequence element has length {len(pair)}; 2 is '
-          'required'
-        )
-      operators.put(vm, table, *pair)
-  vm.make(100 * len(pairs))
-  table.update(pairs)
-
-
-def _stream(name: str):
-  """A function whose generator's yields are items of an iterator."""
-
-  def wrap(function):
-    @functools.wraps(function)
-    def make(vm, /, *args, **keywords):
-      vm.make(200)
-      return Stream(name, function(vm, *args, **keywords))
-
-    return make
-
-  return wrap
-
-
-def _flat(iterators) -> bool:
-  return len(iterators) <= 8 and all(type(i) in FLAT for i in iterators)
-
-
-def zip_(vm, *iterables, strict=False):
-  vm.make(100)
-  iterators = [vm.iterate(i) for i in iterables]
-  if _flat(iterators):
-    return zip(*iterators, strict=bool(strict))
-  return zip_slow(vm, iterators, strict)
-
-
-@_stream('zip')
-def zip_slow(vm, iterators, strict):
-  while True:
-    row = []
-    for iterator in iterators:
-      item = yield Next(iterator)
-      if item is STOP:
-        if strict and row:
-          raise ValueError('zip() arguments have different lengths')
-        return
-      row.append(item)
-    vm.make(56 + 8 * len(row))
-    if not row:
-      return
-    yield tuple(row)
-
-
-def enumerate_(vm, iterable, start=0):
-  iterator = vm.iterate(iterable)
-  if type(start) not in (int, bool):
-    raise TypeError(f"'{kind_of(start)}' object cannot be an integer")
-  if type(iterator) in FLAT and -SMALL < start < SMALL:
-    return enumerate(iterator, start)
-  return enumerate_slow(vm, iterator, start)
-
-
-@_stream('enumerate')
-def enumerate_slow(vm, iterator, count):
-  while (item := (yield Next(iterator))) is not STOP:
-    yield (count, item)
-    count += 1
-
-
-def map_(vm, function, *iterables):
-  if not iterables:
-    raise TypeError('map() must have at least two arguments.')
-  return map_slow(vm, function, [vm.iterate(i) for i in iterables])
-
-
-@_stream('map')
-def map_slow(vm, function, iterators):
-  while True:
-    args = []
-    for iterator in iterators:
-      item = yield Next(iterator)
-      if item is STOP:
-        return
-      args.append(item)
-    yield (yield Call(function, *args))
-
-
-def filter_(vm, function, iterable, /):
-  return filter_slow(vm, function, vm.iterate(iterable))
-
-
-@_stream('filter')
-def filter_slow(vm, function, iterator):
-  while (item := (yield Next(iterator))) is not STOP:
-    kept = item if function is None else (yield Call(function, item))
-    if vm.truth(kept):
-      yield item
-
-
-def iter_(vm, iterable, /):
-  return vm.iterate(iterable)
-
-
-def next_(vm, iterator, default=MISSING, /):
-  if type(iterator) in (list, tuple, str, dict, set, range):
-    raise TypeError(f"'{kind_of(iterator)}' object is not an iterator")
-  item = yield Next(iterator)
-  if item is not STOP:
-    return item
-  if default is not MISSING:
-    return default
-  result = iterator.result if type(iterator) is Generator else None
-  args = () if result is None else (result,)
-  raise Raised(make_error('StopIteration', *args))
-
-
-def reversed_(vm, items, /):
-  kind = type(items)
-  method = vm.special(items, '__reversed__')
-  if kind in compare.SETS[:2] or method or kind is Generator:
-    raise TypeError(f"'{kind_of(items)}' object is not reversible")
-  if kind in (list, tuple, str, range) or hasattr(kind, '__reversed__'):
-    return reversed(items)
-  raise TypeError(f"'{kind_of(items)}' object is not reversible")
-
-
-def len_(vm, items, /):
-  if type(items) is Instance:
-    method = vm.special(items, '__len__')
-    if method is not None:
-      return (yield Call(method))
-  elif hasattr(type(items), '__len__'):
-    return len(items)
-  raise TypeError(f"object of type '{kind_of(items)}' has no len()")
-
 
 # --- folds
 
@@ -333,14 +158,14 @@ def int_(vm, value=0, /, base=None):
   kind = type(value)
   if kind is str:
     if len(value) > 64:
-      if (base is None or base not in (2, 4, 8, 16, 32)) and (
-        len(value) > 2 * compare.DIGITS
-      ):
+      decimal = base is None or base not in (2, 4, 8, 16, 32)
+      if decimal and len(value) > 2 * compare.DIGITS:
         raise ValueError(
           f'Exceeds the limit ({compare.DIGITS} digits) for integer string '
           'conversion'
         )
-      operators.check_bits(vm, 6 * len(value))
+      digit = 4 if decimal else (base - 1).bit_length()
+      operators.check_bits(vm, digit * len(value))
       vm.spend(len(value) ** 2 >> 14)
     return int(value) if base is None else int(value, _index(base))
   if base is not None:
@@ -461,7 +286,7 @@ def print_(vm, *args, sep=' ', end='\n', file=None, flush=False):
   if type(sep) is not str or type(end) is not str:
     raise TypeError('sep and end must be None or a string')
   parts = [compare.to_str(vm, value) for value in args]
-  vm.write(operators.join(vm, sep, parts) + end)
+  vm.write(lookup.join(vm, sep, parts) + end)
 
 
 # --- types

@@ -13,7 +13,6 @@ from jaxrl_tok.rewards.programs.values import (
   Counter,
   DefaultDict,
   Function,
-  Generator,
   Instance,
   Native,
   Wrapped,
@@ -24,7 +23,8 @@ from jaxrl_tok.rewards.programs.values import (
 
 ATOMS = frozenset((int, float, str, bool, type(None)))
 NUMBERS = (int, float)
-SETS = (set, frozenset, type({}.keys()), type({}.items()))
+SETS = (set, frozenset, type({}.keys()))
+ITEMS = type({}.items())
 DEPTH = 60  # lists inside lists
 FAR = 2**32  # integers whose hashes may be made to collide
 
@@ -49,18 +49,19 @@ def equal(vm, a, b, depth: int = 0) -> bool:
     if other is not kind or len(a) != len(b):
       return False
     depth = _deeper(depth)
+    vm.spend(len(a) >> 2)
     return all(x is y or equal(vm, x, y, depth) for x, y in zip(a, b))
   if isinstance(a, dict):
     return isinstance(b, dict) and equal_dicts(vm, a, b, _deeper(depth))
-  if kind in ATOMS or kind in (Function, Class, Native, Generator):
-    return a is b
   if kind is Bound:
     return (
       other is Bound and a.function is b.function and a.subject is b.subject
     )
-  if hasattr(a, '__len__') and kind is not range:  # sets and views of dicts
-    vm.spend(len(a) >> 3)
-  return a == b
+  if kind in SETS and other in SETS:
+    check_items(vm, a)
+  elif kind is ITEMS and other is ITEMS:
+    return equal_dicts(vm, dict(a), dict(b), depth)
+  return a == b if kind in (*SETS, range, slice) else a is b
 
 
 def equal_dicts(vm, a: dict, b: dict, depth: int) -> bool:
@@ -69,6 +70,7 @@ def equal_dicts(vm, a: dict, b: dict, depth: int) -> bool:
     return all(a.get(k, 0) == b.get(k, 0) for k in (*a, *b))
   if len(a) != len(b):
     return False
+  vm.spend(len(a) >> 1)
   for key, value in a.items():
     check_key(vm, key, len(b))
     if key not in b:
@@ -119,18 +121,20 @@ def order(vm, a, b, name: str, depth: int = 0) -> bool:
   if kind is Instance or other is Instance:
     for subject, argument, method in zip((a, b), (b, a), METHODS[name]):
       method = vm.special(subject, method)
-      if method is not None:
+      if method is not None and not (vm.strict and kind is not other):
         found = vm.call(method, [argument])
         if found is not NotImplemented:
           return vm.truth(found)
   elif kind is other and kind in (list, tuple, collections.deque):
     depth = _deeper(depth)
+    vm.spend(min(len(a), len(b)) >> 2)
     for x, y in zip(a, b):
       if x is not y and not equal(vm, x, y, depth):
         return order(vm, x, y, name, depth)
     return ORDERS[name](len(a), len(b))
   elif kind in SETS and other in SETS:
-    vm.spend(len(a) >> 3)
+    check_items(vm, a)
+    check_items(vm, b)
     return ORDERS[name](a, b)
   raise TypeError(
     f"'{SYMBOLS[name]}' not supported between instances of '{kind_of(a)}' and "
@@ -150,7 +154,7 @@ def check_key(vm, key, size: int, depth: int = 0) -> None:
       vm.spend(len(key) >> 8)
   elif kind is int:
     if not -FAR < key < FAR:
-      vm.spend(size >> 6)
+      vm.spend(size >> 9)
   elif kind is tuple:
     vm.spend(1)
     depth = _deeper(depth)
@@ -160,6 +164,14 @@ def check_key(vm, key, size: int, depth: int = 0) -> None:
     vm.spend(len(key) >> 5)
   elif kind is Bound:
     check_key(vm, key.subject, size, _deeper(depth))
+
+
+def check_items(vm, items) -> None:
+  """Counts the work of comparing the members of a set with others."""
+  vm.spend(len(items) >> 3)
+  for item in items:
+    if type(item) is not int or not -FAR < item < FAR:
+      check_key(vm, item, len(items))
 
 
 def hash_instance(vm, value: Instance) -> int:

@@ -9,7 +9,7 @@ every way out of it.
 import ast
 import warnings
 
-from jaxrl_tok.rewards.programs import ops
+from jaxrl_tok.rewards.programs import control, ops
 from jaxrl_tok.rewards.programs.expressions import Expressions, Label
 from jaxrl_tok.rewards.programs.scopes import check_depth, make_scope
 from jaxrl_tok.rewards.programs.values import (
@@ -93,7 +93,7 @@ class Compiler(Expressions):
     """Compiles a body and resolves its labels."""
     self.body(body)
     self.emit(ops.const, None)
-    self.emit(ops.leave)
+    self.emit(control.leave)
     for i, (operation, argument) in enumerate(self.code.ops):
       if isinstance(argument, Label):
         self.code.ops[i] = (operation, argument.at)
@@ -131,7 +131,9 @@ class Compiler(Expressions):
   do_Global = do_Nonlocal = do_Pass  # scopes.py has read them
 
   def do_Expr(self, node):
-    if not isinstance(node.value, ast.Constant):
+    value = getattr(node.value, 'value', None)
+    is_text = isinstance(node.value, ast.Constant) and isinstance(value, str)
+    if not is_text and value is not Ellipsis:  # a docstring, or ...
       self.expression(node.value)
       self.emit(ops.pop)
 
@@ -195,10 +197,10 @@ class Compiler(Expressions):
     while True:  # elif is an if in an else
       other = Label()
       self.expression(node.test)
-      self.emit(ops.jump_if_false, other)
+      self.emit(control.jump_if_false, other)
       self.body(node.body)
       if node.orelse:
-        self.emit(ops.jump, end)
+        self.emit(control.jump, end)
       self.mark(other)
       if len(node.orelse) != 1 or not isinstance(node.orelse[0], ast.If):
         break
@@ -211,11 +213,11 @@ class Compiler(Expressions):
     start, end, otherwise = Label(), Label(), Label()
     self.mark(start)
     self.expression(node.test)
-    self.emit(ops.jump_if_false, otherwise)
+    self.emit(control.jump_if_false, otherwise)
     self.blocks.append(Block('while', start, end))
     self.body(node.body)
     self.blocks.pop()
-    self.emit(ops.jump, start)
+    self.emit(control.jump, start)
     self.mark(otherwise)
     self.body(node.orelse)
     self.mark(end)
@@ -223,14 +225,14 @@ class Compiler(Expressions):
   def do_For(self, node):
     start, end, otherwise = Label(), Label(), Label()
     self.expression(node.iter)
-    self.emit(ops.get_iter)
+    self.emit(control.get_iter)
     self.mark(start)
     self.next_item(otherwise)
     self.blocks.append(Block('for', start, end))
     self.store(node.target)
     self.body(node.body)
     self.blocks.pop()
-    self.emit(ops.jump, start)
+    self.emit(control.jump, start)
     self.mark(otherwise)
     self.body(node.orelse)
     self.mark(end)
@@ -247,7 +249,7 @@ class Compiler(Expressions):
       if block.kind in ('for', 'while'):
         if word == 'break' and block.kind == 'for':
           self.emit(ops.pop)
-        self.emit(ops.jump, block.end if word == 'break' else block.start)
+        self.emit(control.jump, block.end if word == 'break' else block.start)
         self.blocks = kept
         return
       self.blocks = kept[: len(kept) - count - 1]
@@ -257,15 +259,15 @@ class Compiler(Expressions):
   def unwind(self, block: Block) -> None:
     """Leaves one block, on the way out of it."""
     if block.kind == 'try':
-      self.emit(ops.pop_block)
+      self.emit(control.pop_block)
     elif block.kind == 'finally':
-      self.emit(ops.pop_block)
+      self.emit(control.pop_block)
       self.body(block.body)
     elif block.kind == 'except':
       if block.name:
-        self.emit(ops.pop_block)
+        self.emit(control.pop_block)
         self.unbind(block.name)
-      self.emit(ops.exit_handler)
+      self.emit(control.exit_handler)
 
   def do_Return(self, node):
     if self.base.kind != 'function':
@@ -276,7 +278,7 @@ class Compiler(Expressions):
       self.expression(node.value)
     kept = self.blocks
     if not any(block.kind == 'finally' for block in kept):
-      self.emit(ops.leave)
+      self.emit(control.leave)
       return
     slot = len(self.code.ops)
     self.emit(ops.save_result, slot)
@@ -285,25 +287,25 @@ class Compiler(Expressions):
       self.unwind(block)
     self.blocks = kept
     self.emit(ops.load_result, slot)
-    self.emit(ops.leave)
+    self.emit(control.leave)
 
   def do_Raise(self, node):
     if node.exc is None:
-      self.emit(ops.raise_again)
+      self.emit(control.raise_again)
       return
     self.expression(node.exc)
     if node.cause is not None:
       self.expression(node.cause)
       self.emit(ops.pop)
-    self.emit(ops.raise_value)
+    self.emit(control.raise_value)
 
   def do_Assert(self, node):
     passed = Label()
     self.expression(node.test)
-    self.emit(ops.jump_if_true, passed)
+    self.emit(control.jump_if_true, passed)
     if node.msg is not None:
       self.expression(node.msg)
-    self.emit(ops.fail_assert, node.msg is not None)
+    self.emit(control.fail_assert, node.msg is not None)
     self.mark(passed)
 
   def do_Try(self, node):
@@ -311,49 +313,49 @@ class Compiler(Expressions):
       self.try_except(node)
       return
     handler, end = Label(), Label()
-    self.emit(ops.setup, handler)
+    self.emit(control.setup, handler)
     self.blocks.append(Block('finally', body=node.finalbody))
     if node.handlers:
       self.try_except(node)
     else:
       self.body(node.body)
     self.blocks.pop()
-    self.emit(ops.pop_block)
+    self.emit(control.pop_block)
     self.body(node.finalbody)
-    self.emit(ops.jump, end)
+    self.emit(control.jump, end)
     self.mark(handler)
-    self.emit(ops.enter_handler)
+    self.emit(control.enter_handler)
     self.blocks.append(Block('except'))
     self.body(node.finalbody)
     self.blocks.pop()
-    self.emit(ops.raise_again)
+    self.emit(control.raise_again)
     self.mark(end)
 
   def try_except(self, node) -> None:
     handler, end = Label(), Label()
-    self.emit(ops.setup, handler)
+    self.emit(control.setup, handler)
     self.blocks.append(Block('try'))
     self.body(node.body)
     self.blocks.pop()
-    self.emit(ops.pop_block)
+    self.emit(control.pop_block)
     self.body(node.orelse)
-    self.emit(ops.jump, end)
+    self.emit(control.jump, end)
     self.mark(handler)
-    self.emit(ops.enter_handler)
+    self.emit(control.enter_handler)
     for i, clause in enumerate(node.handlers):
       other = Label()
       self.line = clause.lineno
       if clause.type is not None:
         self.expression(clause.type)
-        self.emit(ops.match_handler)
-        self.emit(ops.jump_if_false, other)
+        self.emit(control.match_handler)
+        self.emit(control.jump_if_false, other)
       elif i + 1 < len(node.handlers):
         raise SyntaxError("default 'except:' must be last")
       self.handler_body(clause)
-      self.emit(ops.exit_handler)
-      self.emit(ops.jump, end)
+      self.emit(control.exit_handler)
+      self.emit(control.jump, end)
       self.mark(other)
-    self.emit(ops.raise_again)
+    self.emit(control.raise_again)
     self.mark(end)
 
   def handler_body(self, clause) -> None:
@@ -364,18 +366,18 @@ class Compiler(Expressions):
       self.blocks.pop()
       return
     failed, done = Label(), Label()
-    self.emit(ops.load_handled)
+    self.emit(control.load_handled)
     self.store_name(clause.name)
-    self.emit(ops.setup, failed)
+    self.emit(control.setup, failed)
     self.body(clause.body)
     self.blocks.pop()
-    self.emit(ops.pop_block)
+    self.emit(control.pop_block)
     self.unbind(clause.name)
-    self.emit(ops.jump, done)
+    self.emit(control.jump, done)
     self.mark(failed)
-    self.emit(ops.enter_handler)
+    self.emit(control.enter_handler)
     self.unbind(clause.name)
-    self.emit(ops.raise_again)
+    self.emit(control.raise_again)
     self.mark(done)
 
   def unbind(self, name: str) -> None:
@@ -389,7 +391,7 @@ class Compiler(Expressions):
       self.expression(decorator)
     self.function(node.name, node.args, node.body)
     for _ in node.decorator_list:
-      self.emit(ops.call, (1, ()))
+      self.emit(control.call, (1, ()))
     self.store_name(node.name, definition=True)
 
   def check_definition(self, name: str) -> None:
@@ -411,19 +413,19 @@ class Compiler(Expressions):
     scope = make_scope('class', self.scope, node.body, [node.name])
     unit = self.child(scope, node.name)
     code = unit.finish(node.body)
-    self.emit(ops.build_class, (code, len(node.bases)))
+    self.emit(control.build_class, (code, len(node.bases)))
     for _ in node.decorator_list:
-      self.emit(ops.call, (1, ()))
+      self.emit(control.call, (1, ()))
     self.store_name(node.name)
 
   def do_Import(self, node):
     for alias in node.names:
-      self.emit(ops.import_module, (alias.name, None, self.line))
+      self.emit(control.import_module, (alias.name, None, self.line))
       self.store_name(alias.asname or alias.name)
 
   def do_ImportFrom(self, node):
     for alias in node.names:
-      self.emit(ops.import_module, (node.module, alias.name, self.line))
+      self.emit(control.import_module, (node.module, alias.name, self.line))
       if alias.name == '*':
         raise LanguageError(f'line {self.line}: no import * in the subset')
       self.store_name(alias.asname or alias.name)

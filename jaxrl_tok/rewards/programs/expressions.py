@@ -2,7 +2,7 @@
 
 import ast
 
-from jaxrl_tok.rewards.programs import ops
+from jaxrl_tok.rewards.programs import control, ops
 from jaxrl_tok.rewards.programs.scopes import (
   comprehension_scope,
   make_scope,
@@ -200,10 +200,10 @@ class Expressions:
 
   def on_BoolOp(self, node):
     end = Label()
-    jump = ops.keep_if_false if isinstance(node.op, ast.And) else None
+    jump = control.keep_if_false if isinstance(node.op, ast.And) else None
     for value in node.values[:-1]:
       self.expression(value)
-      self.emit(jump or ops.keep_if_true, end)
+      self.emit(jump or control.keep_if_true, end)
     self.expression(node.values[-1])
     self.mark(end)
 
@@ -217,9 +217,9 @@ class Expressions:
         self.emit(ops.dup_under)
       self.emit(ops.compare, type(operator).__name__)
       if not last:
-        self.emit(ops.keep_if_false, cleanup)
+        self.emit(control.keep_if_false, cleanup)
     if len(node.ops) > 1:
-      self.emit(ops.jump, end)
+      self.emit(control.jump, end)
       self.mark(cleanup)
       self.emit(ops.swap)
       self.emit(ops.pop)
@@ -228,9 +228,9 @@ class Expressions:
   def on_IfExp(self, node):
     other, end = Label(), Label()
     self.expression(node.test)
-    self.emit(ops.jump_if_false, other)
+    self.emit(control.jump_if_false, other)
     self.expression(node.body)
-    self.emit(ops.jump, end)
+    self.emit(control.jump, end)
     self.mark(other)
     self.expression(node.orelse)
     self.mark(end)
@@ -267,7 +267,7 @@ class Expressions:
     if not starred and None not in names:
       for value in (*node.args, *(k.value for k in node.keywords)):
         self.expression(value)
-      self.emit(ops.call, (len(node.args), tuple(names)))
+      self.emit(control.call, (len(node.args), tuple(names)))
       return
     self.items(node.args, ops.build_list)
     self.emit(ops.build_dict)
@@ -277,7 +277,7 @@ class Expressions:
       self.expression(keyword.value)
       operation = ops.merge_keywords if keyword.arg is None else ops.add_keyword
       self.emit(operation, 1)
-    self.emit(ops.call_spread)
+    self.emit(control.call_spread)
 
   def call_super(self, node) -> None:
     if node.args or node.keywords:
@@ -285,7 +285,7 @@ class Expressions:
     unit_scope, hops = self.scope, 0
     while unit_scope is not self.base:
       unit_scope, hops = unit_scope.parent, hops + 1
-    self.emit(ops.load_super, hops)
+    self.emit(control.load_super, hops)
 
   # --- functions
 
@@ -313,6 +313,9 @@ class Expressions:
     code.positional = tuple(scope.mangle(a.arg) for a in positional)
     code.positional_only = len(args.posonlyargs)
     code.keyword_only = tuple(map(scope.mangle, names))
+    code.by_name = frozenset(
+      code.positional[code.positional_only :] + code.keyword_only
+    )
     code.varargs = args.vararg and scope.mangle(args.vararg.arg)
     code.kwargs = args.kwarg and scope.mangle(args.kwarg.arg)
     code.is_generator = scope.has_yield
@@ -320,9 +323,9 @@ class Expressions:
       unit.finish(body)
     else:
       unit.expression(body[0])
-      unit.emit(ops.leave)
+      unit.emit(control.leave)
       unit.finish([])
-    self.emit(ops.make_function, (code, len(args.defaults), with_default))
+    self.emit(control.make_function, (code, len(args.defaults), with_default))
 
   def on_Yield(self, node):
     self.check_yield()
@@ -330,21 +333,21 @@ class Expressions:
       self.emit(ops.const, None)
     else:
       self.expression(node.value)
-    self.emit(ops.give)
+    self.emit(control.give)
 
   def on_YieldFrom(self, node):
     self.check_yield()
     again, end = Label(), Label()
     self.expression(node.value)
-    self.emit(ops.get_iter)
+    self.emit(control.get_iter)
     self.emit(ops.dup)
     self.mark(again)
     self.next_item(end)
-    self.emit(ops.give)
+    self.emit(control.give)
     self.emit(ops.pop)
-    self.emit(ops.jump, again)
+    self.emit(control.jump, again)
     self.mark(end)
-    self.emit(ops.result_of)
+    self.emit(control.result_of)
 
   def check_yield(self) -> None:
     if self.scope is not self.base or self.base.kind != 'function':
@@ -352,8 +355,8 @@ class Expressions:
 
   def next_item(self, end: Label) -> None:
     """The next item of the iterator on the stack; at its end it is popped."""
-    self.emit(ops.next_item, end)
-    self.emit(ops.check_stop, end)
+    self.emit(control.next_item, end)
+    self.emit(control.check_stop, end)
 
   # --- comprehensions
 
@@ -371,13 +374,13 @@ class Expressions:
 
   def comprehension(self, node, values: list, operation) -> None:
     self.expression(node.generators[0].iter)
-    self.emit(ops.get_iter)
+    self.emit(control.get_iter)
     outer = self.scope
     self.scope = comprehension_scope(node, outer)
-    self.emit(ops.push_env)
+    self.emit(control.push_env)
     self.loops(node.generators, 0, values, operation)
     self.scope = outer
-    self.emit(ops.pop_env)
+    self.emit(control.pop_env)
 
   def loops(self, generators: list, i: int, values: list, operation) -> None:
     """Loop i of a comprehension, whose iterator is on the stack."""
@@ -390,18 +393,18 @@ class Expressions:
     self.store(generator.target)
     for test in generator.ifs:
       self.expression(test)
-      self.emit(ops.jump_if_false, start)
+      self.emit(control.jump_if_false, start)
     if i + 1 < len(generators):
       self.expression(generators[i + 1].iter)
-      self.emit(ops.get_iter)
+      self.emit(control.get_iter)
       self.loops(generators, i + 1, values, operation)
     else:
       for value in values:
         self.expression(value)
       self.emit(operation, len(generators) + 1)
-      if operation is ops.give:
+      if operation is control.give:
         self.emit(ops.pop)
-    self.emit(ops.jump, start)
+    self.emit(control.jump, start)
     self.mark(end)
 
   def on_GeneratorExp(self, node):
@@ -410,9 +413,9 @@ class Expressions:
     unit.code.positional = ('.0',)
     unit.code.is_generator = True
     unit.emit(ops.load_local, '.0')
-    unit.loops(node.generators, 0, [node.elt], ops.give)
+    unit.loops(node.generators, 0, [node.elt], control.give)
     unit.finish([])
-    self.emit(ops.make_function, (unit.code, 0, []))
+    self.emit(control.make_function, (unit.code, 0, []))
     self.expression(node.generators[0].iter)
-    self.emit(ops.get_iter)
-    self.emit(ops.call, (1, ()))
+    self.emit(control.get_iter)
+    self.emit(control.call, (1, ()))

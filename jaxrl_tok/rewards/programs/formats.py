@@ -53,7 +53,7 @@ def format_value(vm, value, spec) -> str:
     raise BudgetError(f'a format of more than {WIDEST} characters')
   if not SPEC.fullmatch(spec):
     raise ValueError(f"Invalid format specifier '{spec}'")
-  _count_number(vm, value)
+  _count_number(vm, value, spec[-1] not in 'xXob')
   vm.make(4 * sum(map(int, sizes)) + 64)
   if type(value) is str:
     vm.make(4 * len(value))
@@ -62,9 +62,10 @@ def format_value(vm, value, spec) -> str:
   return format(value, spec)
 
 
-def _count_number(vm, value) -> None:
+def _count_number(vm, value, decimal: bool = True) -> None:
   if type(value) is int and not -compare.FAR < value < compare.FAR:
-    compare.check_digits(value)
+    if decimal:
+      compare.check_digits(value)
     vm.spend(value.bit_length() ** 2 >> 18)
     vm.make(2 * value.bit_length())
 
@@ -78,6 +79,7 @@ def format_text(vm, text: str, args: list, keywords: dict, nested=0) -> str:
   vm.spend(len(text) >> 3)
   vm.make(len(text))
   while at < len(text):
+    vm.spend(1 + (len(text) >> 12))
     stop = min(
       (i for i in (text.find('{', at), text.find('}', at)) if i >= 0),
       default=len(text),
@@ -204,7 +206,7 @@ def _percent_field(vm, found, sizes: list[str], value) -> str:
     raise TypeError(
       f'%{kind} format: a number is required, not {kind_of(value)}'
     )
-  _count_number(vm, value)
+  _count_number(vm, value, kind not in 'xXo')
   width, precision = sizes
   dot = '.' if found['precision'] is not None else ''
   spec = f'%{found["flags"][:20]}{width or ""}{dot}{precision}{kind}'

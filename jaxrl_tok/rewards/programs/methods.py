@@ -2,8 +2,10 @@
 
 import collections
 
-from jaxrl_tok.rewards.programs import compare, formats, operators
-from jaxrl_tok.rewards.programs.builtins import setter, sort, update
+from jaxrl_tok.rewards.programs import compare, lookup
+from jaxrl_tok.rewards.programs.builtins import setter, sort
+from jaxrl_tok.rewards.programs.iterators import update
+from jaxrl_tok.rewards.programs.text_methods import STR
 from jaxrl_tok.rewards.programs.values import (
   STOP,
   Counter,
@@ -17,126 +19,6 @@ from jaxrl_tok.rewards.programs.values import (
   kind_of,
   make_error,
 )
-
-# --- str: methods whose work and result are linear in the text
-LINEAR = (
-  'upper lower title capitalize swapcase casefold strip lstrip rstrip isalpha '
-  'isdigit isdecimal isnumeric isalnum isspace isupper islower istitle '
-  'isascii isidentifier isprintable startswith endswith find rfind index '
-  'rindex count partition rpartition removeprefix removesuffix'
-)
-
-
-def _linear(name: str):
-  method = getattr(str, name)
-
-  def call(vm, text, /, *args):
-    vm.make(3 * operators.size_of(text) if name not in _TESTS else 0)
-    # a search's worst case is the product of both lengths
-    sizes = [len(a) for a in args if type(a) is str]
-    vm.spend(len(text) * min(sum(sizes) + 8, 64) >> 12)
-    return method(text, *args)
-
-  return call
-
-
-_TESTS = frozenset(
-  name
-  for name in LINEAR.split()
-  if name.startswith('is') or name.endswith(('with', 'find', 'index', 'count'))
-)
-
-
-def _split(name: str):
-  method = getattr(str, name)
-
-  def call(vm, text, /, sep=None, maxsplit=-1):
-    pieces = len(text) // 2 + 1 if sep is None else text.count(sep) + 1
-    if type(maxsplit) is int and 0 <= maxsplit < pieces:
-      pieces = maxsplit + 1
-    vm.make(operators.size_of(text) + 64 * pieces)
-    vm.spend(len(text) >> 6)
-    return method(text, sep, maxsplit)
-
-  return call
-
-
-def splitlines(vm, text, /, keepends=False):
-  vm.make(64 * len(text))
-  return text.splitlines(bool(keepends))
-
-
-def join(vm, separator, items, /):
-  found = yield from vm.collect(items)
-  return operators.join(vm, separator, found)
-
-
-def replace(vm, text, old, new, count=-1, /):
-  if type(old) is not str or type(new) is not str:
-    raise TypeError('replace() arguments must be str')
-  vm.spend(len(text) * min(len(old) + 8, 64) >> 12)
-  found = text.count(old)
-  if type(count) is int and count >= 0:
-    found = min(found, count)
-  vm.make(operators.size_of(text) + 4 * found * len(new) + 48)
-  return text.replace(old, new, count)
-
-
-def _padded(name: str):
-  method = getattr(str, name)
-
-  def call(vm, text, width, /, *args):
-    if type(width) is int:
-      vm.make(4 * max(width, len(text)) + 48)
-    return method(text, width, *args)
-
-  return call
-
-
-def expandtabs(vm, text, /, tabsize=8):
-  if type(tabsize) is int:
-    vm.make(4 * (len(text) + text.count('\t') * max(tabsize, 0)))
-  return text.expandtabs(tabsize)
-
-
-def maketrans(vm, _, /, *args):
-  vm.make(100 * sum(len(a) for a in args if hasattr(type(a), '__len__')))
-  return str.maketrans(*args)
-
-
-def translate(vm, text, table, /):
-  if not isinstance(table, dict):
-    raise TypeError('translate() takes a dict in the subset')
-  widest = max((len(v) for v in table.values() if type(v) is str), default=1)
-  vm.make(4 * len(text) * max(widest, 1) + 48)
-  vm.spend(len(text) >> 3)
-  return text.translate({k: table[k] for k in table})
-
-
-def format_(vm, text, /, *args, **keywords):
-  return formats.format_text(vm, text, list(args), keywords)
-
-
-def format_map(vm, text, table, /):
-  return formats.format_text(vm, text, [], table)
-
-
-STR = {
-  **{name: Native(name, _linear(name)) for name in LINEAR.split()},
-  **{name: Native(name, _split(name)) for name in ('split', 'rsplit')},
-  **{
-    name: Native(name, _padded(name))
-    for name in ('ljust', 'rjust', 'center', 'zfill')
-  },
-  'expandtabs': Native('expandtabs', expandtabs),
-  'format': Native('format', format_),
-  'format_map': Native('format_map', format_map),
-  'join': Native('join', join, driven=True),
-  'maketrans': Native('maketrans', maketrans),
-  'replace': Native('replace', replace),
-  'splitlines': Native('splitlines', splitlines),
-  'translate': Native('translate', translate),
-}
 
 # --- lists and tuples
 
@@ -153,14 +35,14 @@ def extend(vm, items, more, /):
 
 
 def insert(vm, items, at, item, /):
-  operators.check_index(items, at)
+  lookup.check_index(items, at)
   vm.spend(len(items) >> 9)
   vm.make(8)
   items.insert(at, item)
 
 
 def pop_item(vm, items, at=-1, /):
-  operators.check_index(items, at)
+  lookup.check_index(items, at)
   vm.spend(len(items) >> 9 if at != -1 else 0)
   return items.pop(at)
 
@@ -169,8 +51,8 @@ def index(vm, items, item, start=0, stop=None, /):
   part = items
   if start or stop is not None:
     start = slice(start, stop).indices(len(items))[0]
-    part = operators.cut(vm, items, slice(start, stop))
-  at = operators.position(vm, part, item)
+    part = lookup.cut(vm, items, slice(start, stop))
+  at = lookup.position(vm, part, item)
   if at < 0:
     raise ValueError(f'{compare.to_repr(vm, item)[:100]} is not in list')
   return at + start
@@ -182,7 +64,7 @@ def count(vm, items, item, /):
 
 
 def remove(vm, items, item, /):
-  at = operators.position(vm, items, item)
+  at = lookup.position(vm, items, item)
   if at < 0:
     raise ValueError('list.remove(x): x not in list')
   vm.spend(len(items) >> 9)
@@ -227,7 +109,7 @@ def get(vm, table, key, default=None, /):
 def setdefault(vm, table, key, default=None, /):
   compare.check_key(vm, key, len(table))
   if key not in table:
-    operators.put(vm, table, key, default)
+    lookup.put(vm, table, key, default)
   return table[key]
 
 
@@ -243,7 +125,7 @@ def popitem(vm, table, /):
 def fromkeys(vm, _, keys, value=None, /):
   table = {}
   for key in (yield from vm.collect(keys)):
-    operators.put(vm, table, key, value)
+    lookup.put(vm, table, key, value)
   return table
 
 
@@ -288,10 +170,10 @@ def _tally(sign: int):
   def tally(vm, counter, items=(), /, **pairs):
     if not isinstance(items, dict):
       for item in (yield from vm.collect(items)):
-        operators.put(vm, counter, item, counter.get(item, 0) + sign)
+        lookup.put(vm, counter, item, counter.get(item, 0) + sign)
       items = {}
     for key, n in (*items.items(), *pairs.items()):
-      operators.put(vm, counter, key, counter.get(key, 0) + sign * n)
+      lookup.put(vm, counter, key, counter.get(key, 0) + sign * n)
 
   return tally
 
@@ -314,7 +196,7 @@ COUNTER = {
 
 
 def add(vm, items, item, /):
-  operators.add_to_set(vm, items, item)
+  lookup.add_to_set(vm, items, item)
 
 
 def discard(vm, items, item, /):
@@ -343,7 +225,8 @@ def _sets(name: str):
         for item in other:
           compare.check_key(vm, item, len(items) + len(other))
       vm.make(60 * (len(items) + len(other)))
-      vm.spend((len(items) + len(other)) >> 4)
+      compare.check_items(vm, items)
+      compare.check_items(vm, other)
       found.append(other)
     return getattr(items, name)(*found)
 
@@ -432,11 +315,11 @@ def no_method(name: str):
 
 
 def range_count(vm, numbers, item, /):
-  return int(operators.in_range(item, numbers))
+  return int(lookup.in_range(item, numbers))
 
 
 def range_index(vm, numbers, item, /):
-  if not operators.in_range(item, numbers):
+  if not lookup.in_range(item, numbers):
     raise ValueError(f'{kind_of(item)} is not in range')
   return numbers.index(int(item))
 

@@ -66,6 +66,7 @@ class Code:
   """Instructions of a function: [(operation, argument)], and its parameters."""
 
   __slots__ = (
+    'by_name',
     'is_generator',
     'keyword_only',
     'kwargs',
@@ -84,6 +85,7 @@ class Code:
     self.positional = ()  # positional-only ones first
     self.positional_only = 0
     self.keyword_only = ()
+    self.by_name = frozenset()  # parameters that a keyword reaches
     self.varargs = self.kwargs = None
     self.is_generator = False
 
@@ -151,7 +153,7 @@ class Module:
 class Class:
   """A class: of the program, an exception, or one of Python's types (host)."""
 
-  __slots__ = ('attrs', 'base', 'construct', 'host', 'name', 'vm')
+  __slots__ = ('attrs', 'base', 'construct', 'depth', 'host', 'name', 'vm')
 
   def __init__(self, name, base, attrs=None, host=None, construct=None):
     self.name = name
@@ -160,6 +162,7 @@ class Class:
     self.host = host
     self.construct = construct
     self.vm = None
+    self.depth = base.depth + 1 if base else 0
 
   def lookup(self, name: str):
     """An attribute of the class or its bases, or None."""
@@ -229,6 +232,38 @@ class Stream:
     self.name = name
     self.frame = NativeFrame(iterator, self)
     self.running = False
+
+
+class Frame:
+  """A call of a Function, a class body or the module."""
+
+  __slots__ = (
+    'base_env',
+    'code',
+    'env',
+    'function',
+    'generator',
+    'handled',
+    'handlers',
+    'instance',
+    'ops',
+    'owner',
+    'pc',
+    'results',
+    'stack',
+  )
+
+  def __init__(self, code: Code, env: Env | None, function=None):
+    self.code = code
+    self.ops = code.ops
+    self.env = self.base_env = env
+    self.function = function
+    self.pc = 0
+    self.stack = []
+    self.handlers = []  # (instruction, values, exceptions, env) of a try
+    self.handled = []  # exceptions whose handlers run
+    self.results = {}  # values of returns that wait for a finally
+    self.generator = self.instance = self.owner = None
 
 
 class NativeFrame:
