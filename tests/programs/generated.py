@@ -148,7 +148,8 @@ def fill(r, template: str, depth: int) -> str:
   def slot(found):
     if quoted and found[1] != 'spec':
       return r.choice(SIMPLE)
-    return value(r, found[1], depth - 1)
+    text = value(r, found[1], depth - 1)
+    return f'({text})' if template[found.end() :].startswith('.') else text
 
   text = re.sub(r'\{(\w+)\}', slot, template)
   return text.replace('«', '{').replace('»', '}')

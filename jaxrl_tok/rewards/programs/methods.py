@@ -241,7 +241,7 @@ FROZENSET = {
       *('issubset', 'issuperset', 'isdisjoint'),
     )
   },
-  'copy': _whole(set, 'copy', 60),
+  'copy': Native('copy', lambda vm, items, /: items),
 }
 SET = {
   **FROZENSET,
@@ -254,6 +254,7 @@ SET = {
   },
   'add': Native('add', add),
   'clear': _whole(set, 'clear'),
+  'copy': _whole(set, 'copy', 60),
   'discard': Native('discard', discard),
   'pop': Native('pop', pop_any),
   'remove': Native('remove', remove_key),

@@ -54,8 +54,9 @@ def size_of(value) -> int:
 
 
 def unsupported(name: str, a, b, suffix: str = '') -> TypeError:
+  symbol = '**' if suffix and name == 'Pow' else SYMBOLS.get(name, name)
   return TypeError(
-    f'unsupported operand type(s) for {SYMBOLS.get(name, name)}{suffix}: '
+    f'unsupported operand type(s) for {symbol}{suffix}: '
     f"'{kind_of(a)}' and '{kind_of(b)}'"
   )
 
