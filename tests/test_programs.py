@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from generated_programs import program
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok.rewards.programs import Budget, run
-from tests.programs.generated import program
 
 SOLUTIONS = Path(__file__).parent / 'programs' / 'solutions.txt'
 CORPUS = dict(

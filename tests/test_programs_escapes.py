@@ -6,12 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from jaxrl_tok.rewards.programs import Budget, run
-from jaxrl_tok.rewards.programs.builtins import BUILTINS
-from jaxrl_tok.rewards.programs.library import MODULES
-from jaxrl_tok.rewards.programs.methods import METHODS
-from tests.programs.escapes import (
+from escaping_programs import (
+  BOMBS,
   DUNDERS,
   HOST,
   NESTED,
@@ -20,6 +16,12 @@ from tests.programs.escapes import (
   VALUES,
   deep,
 )
+
+from jaxrl_tok.rewards.programs import Budget, run
+from jaxrl_tok.rewards.programs.builtins import BUILTINS
+from jaxrl_tok.rewards.programs.interpreter import KINDS
+from jaxrl_tok.rewards.programs.library import MODULES
+from jaxrl_tok.rewards.programs.methods import METHODS
 
 SMALL = Budget(steps=100_000)
 
@@ -107,11 +109,9 @@ def run_apart(sources: list[str]) -> list:
 
 
 def test_bombs_end_with_the_budget_and_spare_the_host():
-  path = Path(__file__).parent / 'programs' / 'bombs.txt'
-  bombs = path.read_text().split('\n---\n')
   wrong = {
     source: found
-    for source, found in zip(bombs, run_apart(bombs))
+    for source, found in zip(BOMBS, run_apart(BOMBS))
     if found[0] != 'budget'
   }
   assert wrong == {}
@@ -119,14 +119,13 @@ def test_bombs_end_with_the_budget_and_spare_the_host():
 
 def test_nested_sources_are_refused_before_they_hurt():
   sources = [deep(p, n) for p in NESTED for n in (20, 99, 150, 1000, 20_000)]
-  for source, found in zip(sources, run_apart(sources)):
-    kind, error, exception = found
+  for source, (kind, error, _) in zip(sources, run_apart(sources)):
     if len(source) > Budget().source:
       assert kind == 'budget', source[:100]
-    elif kind == 'ok' or exception:
-      assert len(source) < 2_000, source[:100]
-    else:
-      assert kind in ('budget', 'syntax', 'language'), (error, source[:100])
+    else:  # some are lists of equals, and run
+      assert kind in KINDS, (error, source[:100])
+  assert run(deep('(|1|)', 99)).kind == 'ok'
+  assert run(deep('-|1|', 101)).kind == 'budget'
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,8 @@ def test_nested_sources_are_refused_before_they_hurt():
 )
 def test_every_field_of_a_budget_ends_a_program(source, field, says):
   value = {'nesting': 4}.get(field, 50)
-  assert run(source if field != 'steps' else 'x = 1').kind in ('ok', 'budget')
+  if field not in ('steps', 'depth'):  # these two end any budget
+    assert run(source).kind == 'ok'
   outcome = run(source, Budget()._replace(**{field: value}))
   assert outcome.kind == 'budget'
   assert says in outcome.error

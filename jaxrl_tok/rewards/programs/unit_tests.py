@@ -163,13 +163,18 @@ def passes_tests(
   # {'tests': ['assert add(2, 3) == 5', ['add(1, -1)', 0]]}
   # 'def add(a, b):\\n  return a + b' -> 1.0
 
-  Failure modes, as a policy games it: answers to the tests that it has seen
-  are written out (if x == 3: return 7) — test inputs that no prompt shows; a
-  constant passes tests with few answers (return True) — shares pay for it,
-  all_or_nothing less; an exception is swallowed and a default returned; a loop
-  runs to the edge of the budget. Redefined built-ins do not reach the tests,
-  and an object whose __eq__ is always true equals no data; an assert that
-  compares nothing (assert f(x)) passes for any object that is true.
+  Failure modes, as a policy games it: it writes out the answers to tests that
+  it has seen (if x == 3: return 7), so test inputs that no prompt shows; it
+  returns a constant (return True), which a share pays for, all_or_nothing less;
+  it swallows exceptions and returns a default. An assert that compares nothing
+  (assert f(x)) passes for any object that is true. Two doors are shut: in a
+  test, the names of built-in functions are the built-in ones, whatever the code
+  defines (so no tested function may have such a name), and an object of the
+  code's own classes equals, and is ordered with, objects alone.
+
+  Cost: a program that never ends takes 1,000,000 steps, about half a second of
+  a core; 64 such completions 30 s. Budget(steps=100_000) is enough for most
+  solutions of a page.
   """
 
   def score(report: TestReport | None) -> float | None:

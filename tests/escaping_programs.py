@@ -67,7 +67,8 @@ REFUSED = (
 
 # --- budgets: numbers, texts, containers, calls, syntax
 
-BOMBS = Path(__file__).with_name('bombs.txt').read_text().split('\n---\n')
+FILE = Path(__file__).parent / 'programs' / 'bombs.txt'
+BOMBS = FILE.read_text().split('\n---\n')
 
 
 def deep(pattern: str, count: int) -> str:
