@@ -154,9 +154,9 @@ def check_key(vm, key, size: int, depth: int = 0) -> None:
       vm.spend(len(key) >> 8)
   elif kind is int:
     if not -FAR < key < FAR:
-      vm.spend(size >> 9)
+      vm.spend(size >> 7)
   elif kind is tuple:
-    vm.spend(1)
+    vm.spend(1 + (len(key) >> 2))
     depth = _deeper(depth)
     for item in key:
       check_key(vm, item, size, depth)
