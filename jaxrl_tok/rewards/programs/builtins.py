@@ -117,7 +117,7 @@ class Ordered:
 
 def sort(vm, items: list, /, *, key=None, reverse=False):
   """list.sort"""
-  keys = items
+  keys = list(items)
   if key is not None:
     keys = []
     for item in items:
@@ -127,9 +127,9 @@ def sort(vm, items: list, /, *, key=None, reverse=False):
   vm.make(32 * n)
   if not _plain(vm, keys):
     keys = [Ordered(vm, k) for k in keys]
-  order = sorted(range(n), key=keys.__getitem__, reverse=vm.truth(reverse))
-  found = [items[i] for i in order]
-  items[:] = found
+  # in place, as Python does: an exception leaves the items in part sorted
+  given = iter(keys)
+  items.sort(key=lambda _: next(given), reverse=vm.truth(reverse))
 
 
 def _plain(vm, keys: list) -> bool:

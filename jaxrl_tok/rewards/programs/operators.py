@@ -279,9 +279,8 @@ def inplace(vm, name: str, a, b) -> bool:
     compare.check_items(vm, a)
     compare.check_items(vm, b)
     a = INPLACE_SETS[name](a, b)
-  elif isinstance(a, dict) and name == 'BitOr' and isinstance(b, dict):
-    vm.make(100 * len(b))
-    a.update(b)
+  elif isinstance(a, dict) and name == 'BitOr' and kind is not Counter:
+    return vm.push_native(_update(vm, a, b))
   else:
     method = vm.special(a, f'__i{SPECIAL.get(name)}__')
     if method is not None:
@@ -297,6 +296,11 @@ INPLACE_SETS = {
   'BitOr': operator.ior,
   'BitXor': operator.ixor,
 }
+
+
+def _update(vm, a: dict, b):
+  yield from vm.methods[dict]['update'].function(vm, a, b)
+  return a
 
 
 def _extend(vm, a, b):
