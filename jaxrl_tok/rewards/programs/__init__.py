@@ -4,12 +4,19 @@
   passes_tests(column='tests')                # a reward for code
   code_failures(column='tests')               # a metric: how tests end
 
-No program is given to Python: its syntax tree (ast.parse) is compiled to
-instructions (compiler.py, expressions.py, scopes.py; ops.py), which a machine
-with frames of its own runs (machine.py). A program sees the values, functions
-and methods of whitelists (builtins.py, methods.py, library.py) and no attribute
-of the host. It ends by itself, by an exception, or by the end of its Budget:
-steps, bytes made, calls inside calls, characters printed.
+No program is given to Python. Read it in this order:
+
+  compiler.py expressions.py scopes.py    syntax tree (ast.parse) -> instructions
+  ops.py control.py                       what an instruction does
+  machine.py objects.py                   frames, calls, exceptions, attributes
+  operators.py lookup.py compare.py formats.py      each counts its work first
+  builtins.py iterators.py methods.py text_methods.py library.py     whitelists
+  interpreter.py unit_tests.py            run, passes_tests
+
+Frames are the machine's own, so that recursion of a program uses none of the
+host's. A program sees the values, functions and methods of the whitelists and
+no attribute of the host. It ends by itself, by an exception, or by the end of
+its Budget: steps, bytes made, calls inside calls, characters printed.
 
 The language: numbers, strings, lists, tuples, dicts, sets, slices, functions
 (defaults, * and **, closures, nonlocal, lambda, decorators), classes with one
