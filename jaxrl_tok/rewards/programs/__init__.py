@@ -6,7 +6,7 @@
 
 No program is given to Python. Read it in this order:
 
-  compiler.py expressions.py scopes.py    syntax tree (ast.parse) -> instructions
+  compiler.py expressions.py scopes.py    syntax tree -> instructions
   ops.py control.py                       what an instruction does
   machine.py objects.py                   frames, calls, exceptions, attributes
   operators.py lookup.py compare.py formats.py      each counts its work first
