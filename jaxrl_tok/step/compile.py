@@ -29,8 +29,10 @@ class Job(NamedTuple):
 
 
 def usual_options(platform: str) -> dict:
-  """Compiler options of a run's programs on cpu, gpu or tpu."""
-  return ON_CPU if platform == 'cpu' else AS_WRITTEN
+  """Compiler options of a run's programs on cpu, gpu or tpu; a level named in
+  XLA_FLAGS stays."""
+  named = 'xla_backend_optimization_level' in os.environ.get('XLA_FLAGS', '')
+  return ON_CPU if platform == 'cpu' and not named else AS_WRITTEN
 
 
 def compile_all(jobs: dict) -> dict:
