@@ -52,7 +52,13 @@ def weights(run):
   return load_file(run / 'export/model.safetensors')
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=() if n in ('t5', 'bart') else pytest.mark.slow)
+    for n in NAMES
+  ],
+)
 def test_reward_rises_in_100_steps(name, train_seq2seq):
   flags = '--max_steps=100', '--lr_schedule=constant', '--learning_rate=0.003'
   run, rows = train_seq2seq(name, *flags, *LEARNS)
@@ -74,7 +80,9 @@ def test_reward_rises_in_100_steps(name, train_seq2seq):
   assert ours('ab')['input_ids'] == theirs('ab')['input_ids']
 
 
-@pytest.mark.parametrize('name', ['t5_gated', 'bart'])
+@pytest.mark.parametrize(
+  'name', ['t5_gated', pytest.param('bart', marks=pytest.mark.slow)]
+)
 def test_adapters_learn(name, train_seq2seq):
   run, rows = train_seq2seq(name, *LORA, *LEARNS, '--max_steps=40')
   first, last = rewards(rows)
