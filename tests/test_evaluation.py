@@ -35,7 +35,8 @@ def evaluated(scorer, cut=(), **more):
     return rollout._replace(mask=rollout.mask & ~short, ended=over)
 
   with jax.set_mesh(sharding.make_mesh('data=2', jax.devices()[:2])):
-    return evaluate_held_out(completions, scorer, data, C, 4, 7, **more)
+    found = evaluate_held_out(completions, scorer, data, C, 4, 7, **more)
+  return found.metrics, found.rows
 
 
 def test_every_prompt_is_judged_once():

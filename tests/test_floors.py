@@ -27,6 +27,7 @@ FLOORS = {
   'hub': 3,
   'credit': 3,
   'step': 4,
+  'progress': 0,
   'evaluation': 5,
   'train': 6,
   'run': 7,

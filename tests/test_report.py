@@ -225,7 +225,7 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
     for i in range(60)
   ]
   metrics.append(train_row(math.nan, 0.5))
-  text = figures.reward_curve_svg(metrics)
+  text = str(figures.reward_pictures(metrics)[0]['svg'])
   assert len(figures.curve(metrics, 'train', 'reward')) == 30
   assert all(re.fullmatch(r'[MLHVhv\d., -]+', d) for d in svg_paths(text))
   assert figures.panels(metrics) == []
@@ -245,7 +245,9 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
 )
 def test_any_range_can_be_drawn(values):
   metrics = [train_row(i, v, kl=v) for i, v in enumerate(values)]
-  text = figures.reward_curve_svg(metrics) + str(figures.panels(metrics))
+  text = str(figures.reward_pictures(metrics)[0]['svg']) + str(
+    figures.panels(metrics)
+  )
   assert 'nan' not in text.replace('nance', '')
   assert 'inf' not in text
   assert ('no values recorded' in text) == (not values)
@@ -273,7 +275,7 @@ def test_thinning_bounds_the_points_and_keeps_the_mean(n):
 
 def test_a_long_run_gives_a_small_figure():
   metrics = [train_row(i, i % 2) for i in range(20_000)]
-  text = figures.reward_curve_svg(metrics)
+  text = str(figures.reward_pictures(metrics)[0]['svg'])
   assert max(d.count(',') for d in svg_paths(text)) <= 400
   assert len(text) < 60_000
 
@@ -437,7 +439,7 @@ def test_several_evaluations_have_a_table_and_a_curve_each(tmp_path):
     'held-out': [(0, 0), (1, 1), (2, 2)],
     'long': [(0, 0), (1, 2), (2, 4)],
   }
-  picture = Page(figures.reward_curve_svg(metrics))
+  picture = Page(str(figures.reward_pictures(metrics)[0]['svg']))
   assert 'held-out: 2' in picture.text
   assert 'long: 4' in picture.text
   (panel,) = figures.panels(metrics)

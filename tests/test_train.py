@@ -516,7 +516,8 @@ def log_steps(rows, **config):
   counts = TokenCounts(np.full(len(rows), 2), None, np.full(len(rows), 3))
   batch = Batch(None, [], None, {}, counts, {})
   progress = log.hold(Progress(), batch, stacked)
-  assert progress == Progress(len(rows), 7 * len(rows))
+  n = len(rows)
+  assert progress == Progress(n, 7 * n, sampled_tokens=4 * n)
   assert logger.rows == []  # the caller's progress comes first
   try:
     log.flush()
