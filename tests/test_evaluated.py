@@ -148,7 +148,7 @@ def test_the_page_shows_both_ends_and_intervals(tmp_path):
   sides = [side('mine', high, names), side('theirs', low, names)]
   text = written(tmp_path, sides, comparison(high, low))
   for words in (
-    *('mine', 'theirs', 'pass@4', 'maj@2', 'win rate of the first', 'odd'),
+    *('mine', 'theirs', 'pass@4', 'maj@4', 'win rate of the first', 'odd'),
     *('the first model is better', 'the second model is better', 'p = 0.'),
   ):
     assert words in text, words

@@ -106,7 +106,9 @@ def several(rows: list[dict], n: int, vote: Callable) -> dict[str, np.ndarray]:
         right = round(sum(r['reward'] for r in group))
         passed[i] = pass_at_k(len(group), right, k)
         voted[i] = maj_at_k(*votes(group, vote), k)
-    found |= {f'pass_at_{k}': passed, f'maj_at_{k}': voted}
+    found[f'pass_at_{k}'] = passed
+    if k > 2:  # of two, either wins: the mean
+      found[f'maj_at_{k}'] = voted
   return found
 
 

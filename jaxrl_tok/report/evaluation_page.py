@@ -74,10 +74,15 @@ def chance(p: float | None) -> str:
 # --- pictures
 
 
-def bounds_of(found: Sequence[Estimate]) -> tuple[float, float]:
-  """Lowest and highest number of estimates, with a margin."""
+def bounds_of(
+  found: Sequence[Estimate], share: bool = False
+) -> tuple[float, float]:
+  """Ends of an axis: lowest and highest number of estimates with a margin; of
+  one estimate from 0, and of one share to 1."""
   ends = [v for x in found for v in (x.value, x.low, x.high) if v is not None]
   low, high = min(ends), max(ends)
+  if len(found) == 1 and low >= 0:
+    return 0.0, 1.0 if share and high <= 1 else (1.1 * high or 1.0)
   margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
   return low - margin, high + margin
 
@@ -151,7 +156,9 @@ def metric_rows(
     row = {
       'name': clip(one, 60),
       'cells': cells(both, unit_here),
-      'svg': interval_svg(there, bounds_of(there), f'Intervals of {one}')
+      'svg': interval_svg(
+        there, bounds_of(there, unit_here == '%'), f'Intervals of {one}'
+      )
       if len(there) == len(sides) and any(x.low is not None for x in there)
       else None,
       'difference': None,
@@ -255,17 +262,25 @@ def headline(
   sides: Sequence[Side], compared: Comparison | None, unit: str = ''
 ) -> dict[str, str]:
   """Cards: reward of each model, difference and win rate of two."""
-  found = {}
+  found, here = {}, unit_of('reward', unit)
   for side in sides:
     x = side.estimates['reward']
-    unit_here = unit_of('reward', unit)
-    found[f'reward, {side.name}'] = figure(x.value, unit_here)
-    found[f'its interval, {side.name}'] = span(x, unit_here) or '–'
+    found[label(f'reward, {short(side.name)}', x, here)] = figure(x.value, here)
   if compared is not None:
-    wins = compared.wins
-    found['win rate of the first'] = figure(wins.value, '%')
-    found['its interval'] = span(wins, '%') or '–'
+    gap, wins = compared.differences['reward'], compared.wins
+    found[label('difference', gap, here)] = figure(gap.value, here)
+    found[label('win rate of the first', wins, '%')] = figure(wins.value, '%')
   return found
+
+
+def label(name: str, x: Estimate | Difference, unit: str) -> str:
+  """Label of a card, with the interval."""
+  return f'{name}; {span(x, unit) or "no interval"}'
+
+
+def short(name: str) -> str:
+  """End of a model's name, 28 characters at most."""
+  return name if len(name) <= 28 else f'…{name[-27:]}'
 
 
 def write_page(
@@ -279,7 +294,8 @@ def write_page(
   p = compared and compared.differences['reward'].p
   page = template('evaluation.html.jinja').render(
     title='Evaluation',
-    names=[clip(side.name, 60) for side in sides],
+    names=[short(side.name) for side in sides],
+    whole_names=[clip(side.name, 200) for side in sides],
     colours=COLOURS,
     cards=headline(sides, compared, unit),
     verdict=None if compared is None else chance(p),
