@@ -106,7 +106,7 @@ def evaluate_held_out(
   reward_high, by the bootstrap of prompts. Must run under jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
-  rows, examples_of, gaps, logps, parts = [], [], {}, [], []
+  rows, examples_of, gaps, logps = [], [], {}, []
   for number, start in enumerate(range(0, n, num_prompts)):
     index = np.arange(start, start + num_prompts) % n
     real = min(num_prompts, n - start)
@@ -127,7 +127,6 @@ def evaluate_held_out(
     if reference is not None:
       logp = jax.device_get(reference(rollout))[:keep]
       logps += [row[on].tolist() for row, on in zip(logp, mask)]
-    parts += components(found.scored)[:keep]
     lengths = mask[:keep].sum(1).tolist()
     repeated = [e for e in examples[:real] for _ in range(G)]
     examples_of += repeated
@@ -139,24 +138,39 @@ def evaluate_held_out(
         'index': start + b // G,
         'length': lengths[b],
         'ended': bool(over[b]),
+        'components': part,
       }
-      for b, e in enumerate(repeated)
+      for b, (e, part) in enumerate(zip(repeated, components(found.scored)))
     ]
-  if len({name for part in parts for name in part}) > 1:
-    rows = [{**row, 'components': part} for row, part in zip(rows, parts)]
   measured = {} if reference is None else {REF_LOGPS: logps}
-  completions = [row['completion'] for row in rows]
-  measures = corpus_metrics(
-    metrics, examples_of, completions, scorer.on_error, scorer.warn, measured
-  )
-  each = {k: v for k, v in measures.items() if isinstance(v, list)}
-  for b, row in enumerate(rows if each else ()):
-    row['metrics'] = {name: values[b] for name, values in each.items()}
-  numbers = {k: v for k, v in measures.items() if k not in each}
+  numbers = add_metrics(rows, examples_of, metrics, scorer, measured)
   numbers |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
   prefix = metric_prefix(name)
   record = {prefix + k: v for k, v in (summary(rows) | numbers).items()}
   return Evaluated(record, rows, examples_of, measured)
+
+
+def add_metrics(
+  rows: list[dict],
+  examples: list[dict],
+  metrics: Sequence[Callable],
+  scorer: Scorer,
+  measured: dict,
+) -> dict[str, float]:
+  """Metrics of all completions together; those of each completion are added to
+  its row. The components of a single reward, which are the reward, are taken
+  away."""
+  if len({name for row in rows for name in row['components']}) < 2:
+    for row in rows:
+      del row['components']
+  completions = [row['completion'] for row in rows]
+  found = corpus_metrics(
+    metrics, examples, completions, scorer.on_error, scorer.warn, measured
+  )
+  each = {k: v for k, v in found.items() if isinstance(v, list)}
+  for b, row in enumerate(rows if each else ()):
+    row['metrics'] = {name: values[b] for name, values in each.items()}
+  return {k: v for k, v in found.items() if k not in each}
 
 
 def summary(rows: list[dict]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from jaxrl_tok.report.page import (
 from jaxrl_tok.report.statistics import Difference, Estimate
 
 SHOWN, SAMPLES = 6, 4  # prompts at either end, completions of each
-WIDTH, ROW = 190, 16  # pixels of an interval's picture, of each line in it
+WIDTH, ROW = 150, 16  # pixels of an interval's picture, of each line in it
 COLOURS = BLUE, ORANGE  # of the first model, of the second
 WORDS = {'mean_length': 'length, tokens', 'clipped_ratio': 'share cut'}
 

@@ -396,9 +396,8 @@ def prepare(
   if reward_model is not None:
     models.check_context(reward_model, P, T)
   optimizer = make_optimizer(settings, own, algorithm)
-  logger = Logger(is_main=jax.process_index() == 0)
-  asked = settings.run.held_out
-  message_counts(logger, asked, split, train, evaluations[0].data)
+  logger, held_out = Logger(is_main=jax.process_index() == 0), evaluations[0]
+  message_counts(logger, settings.run.held_out, split, train, held_out.data)
   for note in model.notes:
     logger.warn(note)
   return Setup(
