@@ -50,6 +50,7 @@ SMALL = (
   '--stop_at_reward=1',
 )
 CAPPED, REPLAYED = '--importance_cap=2', '--replay_groups=32'
+VTRACE = '--algorithm=a2c', '--gamma=1', '--credit=vtrace'
 REUSE = {
   'on policy': (),
   'ahead': ('--ahead', CAPPED),
@@ -58,8 +59,8 @@ REUSE = {
   '4 epochs': ('--loss=clip', '--epochs=4'),
   'replay, 2 epochs': ('--loss=clip', '--epochs=2', REPLAYED),
   'critic': ('--algorithm=a2c', '--gamma=1'),
-  'V-trace, ahead': ('--algorithm=a2c', '--credit=vtrace', '--ahead'),
-  'V-trace, replay': ('--algorithm=a2c', '--credit=vtrace', REPLAYED),
+  'V-trace, ahead': (*VTRACE, '--ahead'),
+  'V-trace, replay': (*VTRACE, REPLAYED),
 }
 GROUPS = {'algorithms': tuple(ALL), 'reuse': tuple(REUSE)}
 ROWS = ALL | {name: (*SMALL, *flags) for name, flags in REUSE.items()}
