@@ -7,7 +7,7 @@ asynchronous: the next step goes on while the files are written.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import flax.traverse_util
@@ -24,14 +24,30 @@ FORMAT = 5
 LAYERED = 4  # the format before stacks, which is read as well
 
 
+class Kept:
+  """Policy of Orbax: the newest checkpoints stay, and the best one."""
+
+  def __init__(self, newest: int, best: Callable[[], int | None]):
+    self.newest, self.best = newest, best
+
+  def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+    old, best = len(checkpoints) - self.newest, self.best()
+    return [i >= old or c.step == best for i, c in enumerate(checkpoints)]
+
+
 def open_checkpoints(
-  run_dir: str | Path, keep: int | None = None
+  run_dir: str | Path,
+  keep: int | None = None,
+  best: Callable[[], int | None] = lambda: None,
 ) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run; the newest `keep` of them stay. None: opens
-  them to be read only."""
+  """Opens the checkpoints of a run; the newest `keep` of them stay, and that of
+  the step best(). None: opens them to be read only."""
   options = {'read_only': True}
   if keep is not None:
-    options = {'max_to_keep': keep, 'enable_async_checkpointing': True}
+    options = {
+      'preservation_policy': Kept(keep, best),
+      'enable_async_checkpointing': True,
+    }
   return ocp.CheckpointManager(
     Path(run_dir).absolute() / 'checkpoints',
     options=ocp.CheckpointManagerOptions(**options),
@@ -77,6 +93,15 @@ def save(
       f'checkpoint {step} was not saved: {manager.directory} already has '
       f'step {manager.latest_step()}; pass --resume auto or another output_dir'
     )
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """Step of the best evaluation, by the newest checkpoint; None without."""
+  steps = sorted(manager.all_steps())
+  if not steps:
+    return None
+  only = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  return manager.restore(steps[-1], args=only).meta['progress'].get('best_step')
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from jaxrl_tok.data import PromptSet
+from jaxrl_tok.report.evaluated import OWN_METRICS, estimates
+from jaxrl_tok.report.statistics import draws
 from jaxrl_tok.rewards import accepted, get_name
 from jaxrl_tok.rewards.functions import own_lists
 from jaxrl_tok.rewards.scoring import as_reward_error, quote_samples
@@ -21,9 +23,16 @@ from jaxrl_tok.step.collectors import (
 from jaxrl_tok.step.device_steps import StepBatch
 from jaxrl_tok.types import Scored
 
-# names of an evaluation's own numbers
-OWN_METRICS = ('reward', 'mean_length', 'clipped_ratio')
 REF_LOGPS = 'ref_logps'  # argument of metrics, measured where one names it
+
+
+class Evaluated(NamedTuple):
+  """Outcome of an evaluation."""
+
+  metrics: dict  # {eval/...: float}
+  rows: list  # a dict for each completion, see report/evaluated.py
+  examples: list  # record of each completion
+  measured: dict  # further arguments of metrics, see corpus_metrics
 
 
 class Due(NamedTuple):
@@ -77,7 +86,7 @@ def evaluate_held_out(
   name: str = 'held_out',
   mismatch: Callable | None = None,
   reference: Callable | None = None,
-) -> tuple[dict, list[dict]]:
+) -> Evaluated:
   """Evaluates a policy on every prompt of a set: samples and scores them.
 
   Args:
@@ -91,14 +100,13 @@ def evaluate_held_out(
     reference: Rollout -> log-probs float32 [B, T] under the reference, for the
       metrics that read `ref_logps`; None: not measured.
 
-  Returns (metrics, rows): means over completions, one dict for each; where no
-  reward applies to a completion its reward is None and in no mean. Several
-  rewards have each a mean and a component by name. Must run under
-  jax.set_mesh.
+  Metrics are means over completions; where no reward applies to a completion
+  its reward is None and in no mean. Several rewards have each a mean and a
+  component by name. The reward has an interval of 95 %, reward_low and
+  reward_high, by the bootstrap of prompts. Must run under jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
-  lengths, ended, rows, examples_of, gaps = [], [], [], [], {}
-  logps, parts = [], []
+  rows, examples_of, gaps, logps = [], [], {}, []
   for number, start in enumerate(range(0, n, num_prompts)):
     index = np.arange(start, start + num_prompts) % n
     real = min(num_prompts, n - start)
@@ -119,33 +127,62 @@ def evaluate_held_out(
     if reference is not None:
       logp = jax.device_get(reference(rollout))[:keep]
       logps += [row[on].tolist() for row, on in zip(logp, mask)]
-    parts += components(found.scored)[:keep]
-    lengths.extend(mask[:keep].sum(1).tolist())
-    ended.extend(over[:keep].tolist())
+    lengths = mask[:keep].sum(1).tolist()
     repeated = [e for e in examples[:real] for _ in range(G)]
     examples_of += repeated
     rows += [
-      {**describe(e), 'completion': text, 'reward': reward if on else None}
-      for e, text, reward, on in zip(repeated, found.texts, total, valid)
+      {
+        **describe(e),
+        'completion': found.texts[b],
+        'reward': total[b] if valid[b] else None,
+        'index': start + b // G,
+        'length': lengths[b],
+        'ended': bool(over[b]),
+        'components': part,
+      }
+      for b, (e, part) in enumerate(zip(repeated, components(found.scored)))
     ]
-  means = component_means(parts)
-  if means:
-    rows = [{**row, 'components': part} for row, part in zip(rows, parts)]
-  prefix = metric_prefix(name)
-  rewards = [row['reward'] for row in rows if row['reward'] is not None]
-  found = {
-    'reward': float(np.mean(rewards)) if rewards else 0.0,
-    'mean_length': float(np.mean(lengths)),
-    'clipped_ratio': 1.0 - float(np.mean(ended)),
-  }
-  found |= means
-  found |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
-  completions = [row['completion'] for row in rows]
   measured = {} if reference is None else {REF_LOGPS: logps}
-  found |= corpus_metrics(
-    metrics, examples_of, completions, scorer.on_error, scorer.warn, measured
+  numbers = add_metrics(rows, examples_of, metrics, scorer, measured)
+  numbers |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
+  prefix = metric_prefix(name)
+  record = {prefix + k: v for k, v in (summary(rows) | numbers).items()}
+  return Evaluated(record, rows, examples_of, measured)
+
+
+def add_metrics(
+  rows: list[dict],
+  examples: list[dict],
+  metrics: Sequence[Callable],
+  scorer: Scorer,
+  measured: dict,
+) -> dict[str, float]:
+  """Metrics of all completions together; those of each completion are added to
+  its row. The components of a single reward, which are the reward, are taken
+  away."""
+  if len({name for row in rows for name in row['components']}) < 2:
+    for row in rows:
+      del row['components']
+  completions = [row['completion'] for row in rows]
+  found = corpus_metrics(
+    metrics, examples, completions, scorer.on_error, scorer.warn, measured
   )
-  return {prefix + name: value for name, value in found.items()}, rows
+  each = {k: v for k, v in found.items() if isinstance(v, list)}
+  for b, row in enumerate(rows if each else ()):
+    row['metrics'] = {name: values[b] for name, values in each.items()}
+  return {k: v for k, v in found.items() if k not in each}
+
+
+def summary(rows: list[dict]) -> dict[str, float]:
+  """Means of completions by name, and the interval of the reward's."""
+  found = estimates(rows)
+  reward = found['reward']
+  if not reward.prompts:
+    found['reward'] = reward._replace(value=0.0)
+  values = {name: x.value for name, x in found.items() if x.prompts}
+  if reward.low is not None:
+    values |= {'reward_low': reward.low, 'reward_high': reward.high}
+  return {'reward': found['reward'].value} | values
 
 
 def components(scored: Scored) -> list[dict]:
@@ -160,20 +197,6 @@ def components(scored: Scored) -> list[dict]:
   ]
 
 
-def component_means(parts: list[dict]) -> dict:
-  """Mean rewards/NAME/mean of each of several rewards, over the completions
-  that it applies to; {} of a single one, which is the reward."""
-  names = dict.fromkeys(name for part in parts for name in part)
-  if len(names) < 2:
-    return {}
-  return {
-    f'rewards/{name}/mean': float(
-      np.mean([part[name] for part in parts if name in part])
-    )
-    for name in names
-  }
-
-
 def corpus_metrics(
   metrics,
   examples: list[dict],
@@ -182,7 +205,8 @@ def corpus_metrics(
   warn: Callable = lambda name, text: None,
   measured: dict | None = None,
 ) -> dict:
-  """Metrics {name: float} of all completions together; see Evaluation.
+  """Metrics {name: float} of all completions together, or {name: a list with a
+  float or None for each completion}; see Evaluation.
 
   measured: further arguments {name: list of a value for each completion}.
 
@@ -199,7 +223,7 @@ def corpus_metrics(
     try:
       value = metric(**own_lists(accepted(metric).choose(given)))
       value = value if isinstance(value, dict) else {name: value}
-      value = {k: float(v) for k, v in value.items()}
+      value = {k: metric_value(v, len(completions)) for k, v in value.items()}
     except (Exception, SystemExit) as e:
       samples = quote_samples(examples, completions)
       error = as_reward_error(f'the metric {name}', e, samples, 'mend it')
@@ -215,6 +239,46 @@ def corpus_metrics(
       )
     found |= value
   return found
+
+
+def metric_value(value, count: int):
+  """Float of a metric, or the list of its `count` completions' floats and
+  Nones. Raises ValueError or TypeError."""
+  if isinstance(value, list | tuple) or getattr(value, 'ndim', 0):
+    if len(value) != count:
+      raise ValueError(f'{len(value)} numbers for {count} completions')
+    return [None if v is None else float(v) for v in value]
+  return float(value)
+
+
+def resampled_metrics(
+  metrics: Sequence[Callable], found: Evaluated, count: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+  """Bootstrap samples {name: float [count]} of the metrics of all completions
+  that are marked `resampled`, by drawing prompts. Equal numbers of prompts and
+  equal seeds draw equal prompts, so that models can be compared."""
+  chosen = [m for m in metrics if getattr(m, 'resampled', False)]
+  index = np.array([row['index'] for row in found.rows])
+  rows_of = [np.flatnonzero(index == i) for i in range(index.max() + 1)]
+  samples = []
+  for block in draws(len(rows_of), count, seed) if chosen else ():
+    for times in block:
+      drawn = np.repeat(np.arange(len(rows_of)), times)
+      at = np.concatenate([rows_of[i] for i in drawn])
+      samples.append(
+        corpus_metrics(
+          chosen,
+          [found.examples[b] for b in at],
+          [found.rows[b]['completion'] for b in at],
+          on_error='mask',
+          measured={k: [v[b] for b in at] for k, v in found.measured.items()},
+        )
+      )
+  names = dict.fromkeys(name for sample in samples for name in sample)
+  return {
+    name: np.array([sample.get(name, np.nan) for sample in samples], float)
+    for name in names
+  }
 
 
 def credit_rows(

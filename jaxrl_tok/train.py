@@ -24,38 +24,22 @@ import jax
 
 from jaxrl_tok import Interrupted, finite
 from jaxrl_tok.evaluation import Due, due
+from jaxrl_tok.progress import (
+  LoopConfig,
+  Progress,
+  after_evaluation,
+  stop_reason,
+)
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.rewards.functions import shorten
 from jaxrl_tok.step.collectors import Batch, Collector
-from jaxrl_tok.step.device_steps import StepBatch
+from jaxrl_tok.step.device_steps import GREEDY_TOKENS, StepBatch
 from jaxrl_tok.step.state import step_key
 from jaxrl_tok.step.update import FIRST, IN_A_ROW
 from jaxrl_tok.types import TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """Schedule of checkpoints and stops; 0: never."""
-
-  max_steps: int = 1000
-  save_every: int = 0  # and always at the end
-  stop_at_reward: float | None = None  # held-out, greedy
-  patience: int = 0  # evaluations without a better one
-  max_nonfinite: int = 3  # updates in a row that are not finite
-  reward_on_error: str = 'raise'  # see rewards.ON_ERROR
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """Progress of a run; saved beside the state as JSON."""
-
-  step: int = 0
-  num_tokens: int = 0  # prompt and completion tokens so far
-  first_reward: float | None = None  # held-out, before the first step
-  eval_reward: float | None = None  # held-out, the last evaluation
-  best_reward: float | None = None
-  evals_since_best: int = 0
-  evaluated: int = 0  # the last step whose evaluations are all done
+# totals of a run that are logged with each step
+TOTALS = 'num_tokens', 'sampled_tokens', 'reward_calls'
 
 
 class NotFinite(ValueError):
@@ -79,18 +63,6 @@ class NotFinite(ValueError):
 class DeviceRewardError(ValueError):
   """Reward on the device that was not finite. It is known when its step is
   over, and state and cursor have passed it."""
-
-
-def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
-  """Reason to end the run after this step, or None."""
-  reached, held_out = config.stop_at_reward, progress.eval_reward
-  if None not in (reached, held_out) and held_out >= reached:
-    return f'held-out reward {held_out:.3f} reached {reached}'
-  if config.patience and progress.evals_since_best >= config.patience:
-    return f'no better held-out reward in {config.patience} evaluations'
-  if progress.step >= config.max_steps:
-    return f'max_steps {config.max_steps}'
-  return None
 
 
 @contextlib.contextmanager
@@ -206,6 +178,8 @@ class StepLog:
       progress,
       step=progress.step + 1,
       num_tokens=progress.num_tokens + counts.generated + counts.read,
+      sampled_tokens=progress.sampled_tokens + counts.generated + counts.greedy,
+      reward_calls=progress.reward_calls + counts.scored,
     )
     found = dict(batch.metrics)
     self._held = [(progress, counts.generated, metrics, found, times)]
@@ -233,15 +207,19 @@ class StepLog:
 
   def _hold_all(self, progress: Progress, batch: Batch, metrics: dict):
     """Holds all steps of a call."""
-    n, read = len(batch.counts.read), batch.counts.read
+    counts, read = batch.counts, batch.counts.read
+    n = len(read)
     taken = self._elapsed() / n
     for i in range(n):
       row = {name: value[i] for name, value in metrics.items()}
       generated = round(float(row['completions/tokens']))
+      greedy = round(float(row.get(GREEDY_TOKENS, 0)))
       progress = dataclasses.replace(
         progress,
         step=progress.step + 1,
         num_tokens=progress.num_tokens + generated + int(read[i]),
+        sampled_tokens=progress.sampled_tokens + generated + greedy,
+        reward_calls=progress.reward_calls + counts.scored,
       )
       held = progress, generated, row, {}, {'time/step': taken}
       self._held.append(held)
@@ -250,7 +228,8 @@ class StepLog:
   def _write(
     self, progress: Progress, generated: int, metrics: dict, times: dict
   ) -> None:
-    metrics = metrics | {'num_tokens': progress.num_tokens, **times}
+    metrics = metrics | {name: getattr(progress, name) for name in TOTALS}
+    metrics |= times
     errors = {}
     if self._config.reward_on_error == 'raise':
       errors = {n: metrics.pop(n) for n in list(metrics) if is_errors(n)}
@@ -317,22 +296,9 @@ class StepLog:
       return progress
     self.flush()
     self._logger.metrics('eval', progress.step, metrics)
-    if name == 'held_out':
-      progress = after_evaluation(progress, metrics['eval/reward'])
+    progress = after_evaluation(progress, metrics, self._config)
     self.restart()
     return progress
-
-
-def after_evaluation(progress: Progress, reward: float) -> Progress:
-  """Progress with a new held-out reward, and evaluations since the best."""
-  best = progress.best_reward
-  better = best is None or reward > best
-  return dataclasses.replace(
-    progress,
-    eval_reward=reward,
-    best_reward=reward if better else best,
-    evals_since_best=0 if better else progress.evals_since_best + 1,
-  )
 
 
 @dataclasses.dataclass
@@ -407,9 +373,10 @@ def train(
   Args:
     cursor: collector.init() of a new run.
     update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
-    save: called at save_every, at the end, when a signal came and before an
-      error ends the run; not at save_every while updates are not finite, and
-      never where they are not because the policy is spoilt.
+    save: called at save_every, after the best evaluation with keep_best, at
+      the end, when a signal came and before an error ends the run; not at
+      save_every while updates are not finite, and never where they are not
+      because the policy is spoilt.
 
   Evaluations of the first state's step that an error cut short are run first;
   those of a step's own batch cannot be.
@@ -431,9 +398,11 @@ def train(
         run_evaluations(at, known, config, log)
       while not (reason := stop_reason(at.progress, config)):
         run_step(at, collector, update, evaluations, config, log)
-        if (stop := asked()) or is_due(config.save_every, at.progress.step):
+        step, stop = at.progress.step, asked()
+        best = config.keep_best and at.progress.best_step == step
+        if stop or best or is_due(config.save_every, step):
           log.flush()
-          if not log.in_a_row or (stop and not log.spoilt):
+          if not log.in_a_row or ((stop or best) and not log.spoilt):
             at.save(save)
           log.restart()
         if stop:

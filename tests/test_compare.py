@@ -19,7 +19,8 @@ def leave_run(out, row, seed, accuracy: dict) -> None:
     {'phase': 'eval', 'step': 0, 'eval/reward': accuracy[0]},
   ]
   for step in range(1, max(accuracy) + 1):
-    rows.append({'phase': 'train', 'step': step, 'num_tokens': 1000 * step})
+    totals = {'sampled_tokens': 1000 * step, 'reward_calls': 100 * step}
+    rows.append({'phase': 'train', 'step': step, **totals})
     if step in accuracy:
       rows.append({'phase': 'eval', 'step': step, 'eval/kl': 0.1})
       rows.append(
@@ -38,16 +39,16 @@ def test_the_table_is_of_the_runs(tmp_path, monkeypatch):
   monkeypatch.setattr(compare.subprocess, 'run', None)  # nothing is missing
   rows = 'grpo', 'reinforce, token rewards'
   compare.main(
-    ['--algorithms', *rows, '--seeds', '0', '1', f'--output_dir={tmp_path}']
+    ['--rows', *rows, '--seeds', '0', '1', f'--output_dir={tmp_path}']
   )
   _, _, *lines = (tmp_path / 'compare.md').read_text().splitlines()
   assert lines == [
-    '| grpo | 97.0 ± 1.4 % | 15 ± 7 | 15 ± 7 |',
-    '| reinforce, token rewards | 65.0 ± 21.2 % '
-    '| 10 (1 never) | 10 (1 never) |',
+    '| grpo | 97.0 ± 1.4 % | 80.0 ± 14.1 % | 15 ± 7 | 15 ± 7 | 1.5 ± 0.7 |',
+    '| reinforce, token rewards | 65.0 ± 21.2 % | 65.0 ± 21.2 % '
+    '| 10 (1 never) | 10 (1 never) | 1.0 (1 never) |',
   ]
   found = json.loads((tmp_path / 'compare.json').read_text())
-  assert [run['all_steps'] for run in found['grpo']] == [30, 20]
+  assert [run['curve'][-1][0] for run in found['grpo']] == [30, 20]
   page = ElementTree.parse(tmp_path / 'compare.svg').getroot()
   dots = [x for x in page.iter() if x.tag.endswith('circle')]
   assert len(dots) == 3
@@ -58,11 +59,12 @@ def test_the_table_is_of_the_runs(tmp_path, monkeypatch):
   ('given', 'fact'),
   [
     ('--sedes 0', 'did you mean --seeds?'),
-    ('--algorithms grop', "'grop' is none of"),
+    ('--rows grop', "'grop' is none of"),
     ('--jobs 0', 'must be at least 1'),
     ('--seeds x', '--seeds'),
     ('--seeds 1 1', 'must be different'),
-    ('--algorithms', '--algorithms'),
+    ('--rows', '--rows'),
+    ('--rows reuse ahead', 'must be different'),
   ],
 )
 def test_flags_that_cannot_be_are_one_line(tmp_path, capsys, given, fact):
@@ -77,7 +79,7 @@ def test_flags_that_cannot_be_are_one_line(tmp_path, capsys, given, fact):
 
 def test_a_run_that_fails_is_one_line(tmp_path, capsys):
   """The line has its own error, and names its log."""
-  given = '--algorithms grpo --seeds 0 --more --learning_rate=-1'
+  given = '--rows grpo --seeds 0 --more --learning_rate=-1'
   with pytest.raises(SystemExit):
     compare.main([f'--output_dir={tmp_path}', *given.split()])
   error = capsys.readouterr().err.strip()
@@ -102,8 +104,9 @@ def test_a_run_that_lacks_is_made_by_its_command(tmp_path, monkeypatch):
   monkeypatch.setattr(compare.subprocess, 'run', run)
   given = ['--seeds', '3', f'--output_dir={tmp_path}', '--more', '--top_k=5']
   row = 'reinforce, token rewards'
-  found = compare.main(['--algorithms', row, *given])
-  assert found == {row: [compare.Outcome(0.4, 0.96, 10, 10_000, 10)]}
+  found = compare.main(['--rows', row, *given])
+  curve = [(0, 0, 0.4), (10, 10_000, 0.96)]
+  assert found == {row: [compare.Outcome(10, 10_000, 1000, curve)]}
   ((program, *command),) = commands
   assert program == sys.executable
   assert command == [

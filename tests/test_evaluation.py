@@ -15,6 +15,7 @@ from jaxrl_tok.evaluation import (
   due,
   evaluate_held_out,
   reads_reference,
+  resampled_metrics,
 )
 from jaxrl_tok.step.collectors import Batch, TokenCounts
 from jaxrl_tok.step.device_steps import StepBatch
@@ -23,7 +24,7 @@ from jaxrl_tok.types import TrainState
 N = 10  # prompts: two batches of four, and half of one
 
 
-def evaluated(scorer, cut=(), **more):
+def evaluated(scorer, cut=(), whole=False, **more):
   """Evaluates: (metrics, rows); the last samples of some prompts are cut."""
   data, keys = prompts_of([i % 2 == 0 for i in range(N)]), jax.random.key(1)
   state = TrainState(jnp.int32(3), {}, (), keys, {})
@@ -35,7 +36,8 @@ def evaluated(scorer, cut=(), **more):
     return rollout._replace(mask=rollout.mask & ~short, ended=over)
 
   with jax.set_mesh(sharding.make_mesh('data=2', jax.devices()[:2])):
-    return evaluate_held_out(completions, scorer, data, C, 4, 7, **more)
+    found = evaluate_held_out(completions, scorer, data, C, 4, 7, **more)
+  return found if whole else (found.metrics, found.rows)
 
 
 def test_every_prompt_is_judged_once():
@@ -117,6 +119,62 @@ def test_corpus_metrics_see_all_completions():
   assert metrics['eval/other/count'] == N * G
   assert 'eval/reward' not in metrics
   assert corpus_metrics((), [{'prompt': 'a'}], ['b']) == {}
+
+
+def test_a_metric_of_each_completion_is_a_mean_and_in_its_row():
+  """As a reward function's list; None is left out."""
+
+  def halves(completions, **columns):
+    return [None if i % 4 else i / 2 for i in range(len(completions))]
+
+  def both(completions):
+    return {'one': 2.0, 'each': [1.0] * len(completions)}
+
+  metrics, rows = evaluated(SCORER, metrics=(halves, both))
+  known = [i / 2 for i in range(0, N * G, 4)]
+  assert metrics['eval/halves'] == pytest.approx(np.mean(known))
+  assert (metrics['eval/one'], metrics['eval/each']) == (2, 1)
+  for i, row in enumerate(rows):
+    want = {'halves': None if i % 4 else i / 2, 'each': 1.0}
+    assert row['metrics'] == want
+  with pytest.raises(ValueError, match='2 numbers for 1 completions'):
+    corpus_metrics([lambda completions: [1, 2]], [{'prompt': 'a'}], ['b'])
+
+
+def test_the_reward_has_an_interval():
+  metrics, rows = evaluated(SCORER)
+  assert metrics['eval/reward_low'] < metrics['eval/reward']
+  assert metrics['eval/reward'] < metrics['eval/reward_high']
+  again, _ = evaluated(SCORER)
+  assert metrics == again
+  assert {'index', 'length', 'ended'} <= rows[0].keys()
+
+
+def test_corpus_metrics_are_resampled_by_prompt():
+  """All completions of a prompt are drawn together; others are left alone."""
+
+  def letters(completions, ref_logps):
+    assert len(completions) == len(ref_logps)
+    return float(len(set(completions)))
+
+  letters.resampled = True
+
+  def once(completions, **columns):
+    return 1.0
+
+  def flat(rollout):
+    return jnp.zeros(rollout.mask.shape)
+
+  given = {'metrics': (letters, once), 'reference': flat, 'whole': True}
+  found = evaluated(SCORER, **given)
+  samples = resampled_metrics((letters, once), found, 50)
+  assert list(samples) == ['letters']
+  assert set(samples['letters'] % G) == {0}  # of a prompt all, or none
+  assert samples['letters'].mean() == pytest.approx(
+    G * N * (1 - (1 - 1 / N) ** N), rel=0.1
+  )
+  again = resampled_metrics((letters, once), found, 50)
+  assert (samples['letters'] == again['letters']).all()
 
 
 def test_credit_of_the_largest_advantages():

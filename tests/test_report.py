@@ -225,7 +225,7 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
     for i in range(60)
   ]
   metrics.append(train_row(math.nan, 0.5))
-  text = figures.reward_curve_svg(metrics)
+  text = str(figures.reward_pictures(metrics)[0]['svg'])
   assert len(figures.curve(metrics, 'train', 'reward')) == 30
   assert all(re.fullmatch(r'[MLHVhv\d., -]+', d) for d in svg_paths(text))
   assert figures.panels(metrics) == []
@@ -245,7 +245,9 @@ def test_what_is_not_finite_leaves_no_trace_in_a_path():
 )
 def test_any_range_can_be_drawn(values):
   metrics = [train_row(i, v, kl=v) for i, v in enumerate(values)]
-  text = figures.reward_curve_svg(metrics) + str(figures.panels(metrics))
+  text = str(figures.reward_pictures(metrics)[0]['svg']) + str(
+    figures.panels(metrics)
+  )
   assert 'nan' not in text.replace('nance', '')
   assert 'inf' not in text
   assert ('no values recorded' in text) == (not values)
@@ -273,7 +275,7 @@ def test_thinning_bounds_the_points_and_keeps_the_mean(n):
 
 def test_a_long_run_gives_a_small_figure():
   metrics = [train_row(i, i % 2) for i in range(20_000)]
-  text = figures.reward_curve_svg(metrics)
+  text = str(figures.reward_pictures(metrics)[0]['svg'])
   assert max(d.count(',') for d in svg_paths(text)) <= 400
   assert len(text) < 60_000
 
@@ -437,12 +439,51 @@ def test_several_evaluations_have_a_table_and_a_curve_each(tmp_path):
     'held-out': [(0, 0), (1, 1), (2, 2)],
     'long': [(0, 0), (1, 2), (2, 4)],
   }
-  picture = Page(figures.reward_curve_svg(metrics))
+  picture = Page(str(figures.reward_pictures(metrics)[0]['svg']))
   assert 'held-out: 2' in picture.text
   assert 'long: 4' in picture.text
   (panel,) = figures.panels(metrics)
   assert (panel['heading'], panel['unit']) == ('bleu', 'long')
   assert figures.evaluation_rewards([train_row(0, 1)]) == {}
+
+
+def test_the_reward_is_drawn_over_tokens_and_calls_too(tmp_path):
+  """A picture for each axis that the run recorded, one shown at a time without
+  a script; evaluations are where the training step of their number was."""
+  totals = {
+    k: {'sampled_tokens': 70 * k, 'reward_calls': 8 * k} for k in (1, 2)
+  }
+  metrics = [train_row(k, 0.1 * k, **more) for k, more in totals.items()]
+  metrics += [
+    {
+      'step': k,
+      'phase': 'eval',
+      'eval/reward': 0.2 * k,
+      'eval/reward_low': 0.2 * k - 0.1,
+      'eval/reward_high': 0.2 * k + 0.1,
+    }
+    for k in (0, 2)
+  ]
+  pictures = figures.reward_pictures(metrics)
+  names = ['step', 'sampled tokens', 'reward calls']
+  assert [p['axis'] for p in pictures] == names
+  for axis, last in zip(figures.AXES, (2, 140, 16)):
+    places = figures.totals(metrics, axis)
+    curves = figures.reward_curves(metrics, axis, places)
+    assert curves[0].points[-1] == (last, 0.2)
+    assert curves[2].points == [(0, 0), (last, pytest.approx(0.4))]
+    low, high = curves[2].band
+    assert low == [(0, -0.1), (last, pytest.approx(0.3))]
+    assert high == [(0, 0.1), (last, pytest.approx(0.5))]
+  assert 'sampled tokens 140' in pictures[1]['svg']
+  assert figures.panels(metrics) == []  # the interval is in the band
+  write_lines(tmp_path / 'metrics.jsonl', metrics)
+  page = report.write_report(tmp_path).read_text()
+  assert page.count('type="radio"') == 3
+  assert page.count(' checked>') == 1
+  assert (tmp_path / 'reward.svg').read_text() == str(pictures[0]['svg'])
+  write_lines(tmp_path / 'metrics.jsonl', [train_row(1, 0.5)])  # an older run
+  assert 'type="radio"' not in report.write_report(tmp_path).read_text()
 
 
 def test_an_evaluation_that_comes_again_replaces_its_samples(tmp_path):

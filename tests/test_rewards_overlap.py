@@ -124,8 +124,8 @@ def test_rouge_of_a_corpus_is_the_mean():
   scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
   found = [scorer.score(r, t) for t, r in PAIRS]
   for name, value in values(rewards.corpus_rouge()).items():
-    mean = sum(row[name].fmeasure for row in found) / len(found)
-    assert value == pytest.approx(mean, rel=1e-12)
+    assert value == [row[name].fmeasure for row in found]
+  assert rewards.corpus_rouge()(['a'], reference=[None])['rouge1'] == [None]
 
 
 def test_rouge_of_other_scripts_needs_a_split():
@@ -161,6 +161,16 @@ def test_settings_that_a_library_lacks_are_one_line(make, says):
     make()
   assert says in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_self_bleu_compares_samples_of_a_prompt():
+  self_bleu = rewards.self_bleu()
+  texts = ['a cat sat', 'a cat sat', 'no dog', 'one', 'a b c d', 'a b c e']
+  found = self_bleu(['p', 'p', 'p', 'q', 'r', 'r'], texts)
+  assert found[:2] == pytest.approx([100, 100])
+  assert found[3] is None
+  assert found[4] == sacrebleu.sentence_bleu(texts[4], [texts[5]]).score
+  assert 0 < found[2] < found[4] < 100
 
 
 # --- meteor

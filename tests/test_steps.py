@@ -160,7 +160,7 @@ class Runs:
       def sample(number, prompts):
         return found.evaluations['held_out'](state, jax.random.key(0), prompts)
 
-      metrics, rows = evaluate_held_out(
+      metrics, rows, *_ = evaluate_held_out(
         sample,
         judge,
         self.held_out,

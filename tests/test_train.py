@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from experiments import arithmetic
 from jaxrl_tok import rewards
 from jaxrl_tok.hub.directory import open_model
+from jaxrl_tok.hub.export import export_run
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.record import claim_output_dir
 from jaxrl_tok.run.settings import RunSettings
@@ -146,6 +147,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert row['sampler_logp_gap'] < 1e-5
     assert row['reward'] == pytest.approx(row['rewards/exact_match/mean'])
   assert ['kl' in row for row in steps] == [False, True] * 3
+  counts = np.array([row['completions/tokens'] for row in steps]).cumsum()
+  assert [row['sampled_tokens'] for row in steps] == counts.tolist()
+  assert [row['reward_calls'] for row in steps] == [32 * k for k in range(1, 7)]
   evals = [row for row in found if row['phase'] == 'eval']
   assert [row['step'] for row in evals] == [0, 2, 4, 6]
   for row in evals:
@@ -342,6 +346,65 @@ def test_a_file_in_the_way_is_named(tmp_path):
   assert path.read_text() == 'precious'
 
 
+# --- the best checkpoint
+
+BEST = {
+  'best_metric': 'eval/mean_length',
+  'best_mode': 'min',
+  'export': 'best',
+  'keep': 1,
+}
+
+
+def best_of(out: Path) -> int:
+  """Step of the first evaluation with the fewest tokens, while training."""
+  found = {
+    row['step']: row['eval/mean_length']
+    for row in rows(out / 'metrics.jsonl')
+    if row['step'] and 'eval/mean_length' in row
+  }
+  return min(found, key=found.get)
+
+
+def test_the_best_checkpoint_is_kept_exported_and_resumed(
+  cache, tmp_path, monkeypatch
+):
+  out, halted, calls = tmp_path / 'whole', tmp_path / 'halted', []
+  score = rewards.exact_match
+
+  def exact_match(*args, **columns):
+    calls.append(1)
+    return score(*args, **columns)
+
+  monkeypatch.setattr(rewards, 'exact_match', exact_match)
+  result = arithmetic.run(flags(out, **BEST))
+  monkeypatch.undo()
+  best = best_of(out)
+  assert {int(p.name) for p in (out / 'checkpoints').iterdir()} == {best, 6}
+  # one before, six steps, three evaluations, and the best one's rows if it is
+  # not the last: that of the last step is not made again
+  assert len(calls) == 1 + 6 + 3 + (best < 6)
+  assert result.summary['exported'].startswith(f'step {best}, chosen by its')
+  after = [r for r in rows(out / 'samples.jsonl') if r['split'] == 'after']
+  assert {r['step'] for r in after} == {best}
+  export_run(out, tmp_path / 'by_step', 'best')
+  one, two = (
+    load_file(x / 'model.safetensors')
+    for x in (out / 'export', tmp_path / 'by_step')
+  )
+  for name in one:
+    np.testing.assert_array_equal(one[name], two[name])
+  arithmetic.run(flags(halted, **BEST | {'max_steps': 4}))
+  arithmetic.run(flags(halted, **BEST, resume='auto'))
+  assert_same_run(halted, out)
+  metas = [
+    json.loads((x / 'checkpoints/6/meta/metadata').read_text())['progress']
+    for x in (out, halted)
+  ]
+  assert metas[0] == metas[1]
+  assert metas[0]['best_step'] == best
+
+
 # --- refusals
 
 
@@ -356,6 +419,9 @@ def test_a_file_in_the_way_is_named(tmp_path):
     ({'mesh': 'data=3'}, 'needs 3 devices and there are 8'),
     ({'max_prompt_length': 3}, 'more than max_prompt_length 3; pass'),
     ({'model': '/nonexistent'}, 'is no directory'),
+    ({'best_metric': 'reward'}, 'their names begin with eval/'),
+    ({'best_mode': 'min'}, 'is of a --best_metric, and there is none'),
+    ({'export': 'best', 'eval_every': 0}, 'held_out is made after the last'),
     ({'max_completion_length': 2}, 'cannot hold an answer of 2 tokens'),
     ({'d_model': 15}, 'divisible by --num_heads'),
     ({'resume': 'auto', 'baseline': 'ema'}, 'resume with the flags'),
@@ -516,7 +582,8 @@ def log_steps(rows, **config):
   counts = TokenCounts(np.full(len(rows), 2), None, np.full(len(rows), 3))
   batch = Batch(None, [], None, {}, counts, {})
   progress = log.hold(Progress(), batch, stacked)
-  assert progress == Progress(len(rows), 7 * len(rows))
+  n = len(rows)
+  assert progress == Progress(n, 7 * n, sampled_tokens=4 * n)
   assert logger.rows == []  # the caller's progress comes first
   try:
     log.flush()

@@ -1,18 +1,21 @@
-"""Comparison of all algorithms on arithmetic, from one warm start, over seeds.
+"""Comparison on arithmetic, from one warm start, over seeds: of all algorithms,
+or of ways to learn more from each completion.
 
   python -m experiments.studies.compare
-  python -m experiments.studies.compare --algorithms grpo dr_grpo --seeds 0
+  python -m experiments.studies.compare --rows reuse
+  python -m experiments.studies.compare --rows grpo dr_grpo --seeds 0
   python -m experiments.studies.compare --more --learning_rate 1e-3
 
-A run is `python -m experiments.arithmetic --algorithm A --seed S` with its
-default budget (600 steps of 128 x 8 completions, or 95 % held-out), evaluated
-every 10 steps. The numbers do not depend on the machine: held-out accuracy,
-and steps and tokens (prompt and completion) until it is 80 %. A run that is
-already in --output_dir is not made again.
+A run is `python -m experiments.arithmetic` with the flags of its row and
+`--seed S`, within the default budget (600 steps of 128 x 8 completions, or 95 %
+held-out), evaluated every 10 steps; of `reuse` 200 steps of 32 x 8. The numbers
+do not depend on the machine: held-out accuracy at the end and at equal sampled
+tokens (--budget), and steps, sampled tokens and reward calls until it is 80 %.
+A run that is already in --output_dir is not made again.
 
-On 2 CPU cores the 42 runs took 133 minutes of their own, two at a time. All
-rows ended at 95 % held-out or more; 80 % was reached in 60 to 160 steps, the
-mean over the seeds (measured before the order of the data changed).
+On 2 CPU cores the 42 runs of all algorithms took 133 minutes of their own, two
+at a time. All rows ended at 95 % held-out or more; 80 % was reached in 60 to
+160 steps, the mean over the seeds (measured before the data's order changed).
 """
 
 import concurrent.futures
@@ -40,18 +43,41 @@ from jaxrl_tok.run import flags as flag_layer
 PROG = 'python -m experiments.studies.compare'
 REACHED = 0.8
 # rows of the table: flags of arithmetic
-ROWS = {name: ('--algorithm', name) for name in ALGORITHMS}
-ROWS['reinforce, token rewards'] = (*ROWS['reinforce'], '--reward', 'digits')
+ALL = {name: ('--algorithm', name) for name in ALGORITHMS}
+ALL['reinforce, token rewards'] = (*ALL['reinforce'], '--reward', 'digits')
+SMALL = (
+  *('--num_prompts=32', '--max_steps=200', '--lr_schedule=constant'),
+  '--stop_at_reward=1',
+)
+CAPPED, REPLAYED = '--importance_cap=2', '--replay_groups=32'
+VTRACE = '--algorithm=a2c', '--gamma=1', '--credit=vtrace'
+REUSE = {
+  'on policy': (),
+  'ahead': ('--ahead', CAPPED),
+  'replay': (REPLAYED, CAPPED),
+  '2 epochs': ('--loss=clip', '--epochs=2'),
+  '4 epochs': ('--loss=clip', '--epochs=4'),
+  'replay, 2 epochs': ('--loss=clip', '--epochs=2', REPLAYED),
+  'critic': ('--algorithm=a2c', '--gamma=1'),
+  'V-trace, ahead': (*VTRACE, '--ahead'),
+  'V-trace, replay': (*VTRACE, REPLAYED),
+}
+GROUPS = {'algorithms': tuple(ALL), 'reuse': tuple(REUSE)}
+ROWS = ALL | {name: (*SMALL, *flags) for name, flags in REUSE.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
   """The comparison."""
 
-  algorithms: tuple[str, ...] = tuple(ROWS)
-  """Rows of the table."""
+  rows: tuple[str, ...] = ('algorithms',)
+  """Rows of the table, or groups of them: algorithms, reuse (replay, sampling
+  ahead, V-trace, several epochs)."""
   seeds: tuple[int, ...] = (0, 1, 2)
   """Seeds, with a run for each."""
+  budget: int = 0
+  """Sampled tokens at which rows are compared; 0: as many as every run has, or
+  its end at --stop_at_reward."""
   jobs: int = 2
   """Runs at a time."""
   output_dir: str = 'runs/compare'
@@ -63,26 +89,40 @@ class Flags:
 class Outcome(NamedTuple):
   """Outcome of a finished run."""
 
-  before: float  # held-out accuracy of the warm start
-  after: float
   steps: int | None  # until REACHED; None: never
-  tokens: int | None
-  all_steps: int
+  tokens: int | None  # sampled, until then
+  calls: int | None  # of rewards, until then
+  curve: list  # (step, sampled tokens, held-out accuracy) of each evaluation
+
+  @property
+  def before(self) -> float:
+    """Held-out accuracy of the warm start."""
+    return self.curve[0][2]
+
+  @property
+  def after(self) -> float:
+    return self.curve[-1][2]
+
+  def at(self, budget: int) -> float:
+    """Held-out accuracy of the last evaluation within sampled tokens."""
+    return [y for _, tokens, y in self.curve if tokens <= budget][-1]
 
 
 def outcome(run_dir: Path) -> Outcome:
   """Reads the outcome of a run from its metrics."""
   rows = read_metrics(run_dir)
-  tokens = {r['step']: r['num_tokens'] for r in rows if 'num_tokens' in r}
-  found = [
-    (r['step'], r['eval/reward'])
+  totals = {
+    r['step']: (r['sampled_tokens'], r['reward_calls'])
+    for r in rows
+    if 'sampled_tokens' in r
+  }
+  curve = [
+    (r['step'], totals.get(r['step'], (0, 0))[0], r['eval/reward'])
     for r in rows
     if r.get('phase') == 'eval' and 'eval/reward' in r
   ]
-  first = next((s for s, reward in found if s and reward >= REACHED), None)
-  return Outcome(
-    found[0][1], found[-1][1], first, tokens.get(first), found[-1][0]
-  )
+  first = next((s for s, _, y in curve if s and y >= REACHED), None)
+  return Outcome(first, *totals.get(first, (None, None)), curve)
 
 
 def directory(flags: Flags, row: str, seed: int) -> Path:
@@ -132,19 +172,38 @@ def spread(values: list, form: str) -> str:
   return text + (f' ({missing} never)' if missing else '')
 
 
-def table(found: dict[str, list[Outcome]]) -> list[tuple[str, ...]]:
+def common_budget(found: dict[str, list[Outcome]]) -> int:
+  """Sampled tokens that every run has, but for runs that ended as good as can
+  be asked for."""
+  runs = [o.curve[-1] for outcomes in found.values() for o in outcomes]
+  some = [tokens for _, tokens, y in runs if y < 0.95]
+  return min(some or [max(tokens for _, tokens, _ in runs)])
+
+
+def table(
+  found: dict[str, list[Outcome]], budget: int = 0
+) -> list[tuple[str, ...]]:
   """Header and rows."""
+  budget = budget or common_budget(found)
   lines = [
-    ('algorithm', 'held-out', 'steps to 80 %', 'thousand tokens to 80 %')
+    (
+      'row',
+      'held-out, end',
+      f'at {budget / 1e3:,.0f} thousand tokens',
+      'steps to 80 %',
+      'thousand sampled tokens to 80 %',
+      'thousand reward calls to 80 %',
+    )
   ]
   for row, outcomes in found.items():
-    tokens = [None if o.tokens is None else o.tokens / 1e3 for o in outcomes]
     lines.append(
       (
         row,
         spread([100 * o.after for o in outcomes], '.1f') + ' %',
+        spread([100 * o.at(budget) for o in outcomes], '.1f') + ' %',
         spread([o.steps for o in outcomes], '.0f'),
-        spread(tokens, ',.0f'),
+        spread([o.tokens and o.tokens / 1e3 for o in outcomes], ',.0f'),
+        spread([o.calls and o.calls / 1e3 for o in outcomes], ',.1f'),
       )
     )
   return lines
@@ -166,19 +225,19 @@ def picture(found: dict[str, list[Outcome]]) -> str:
       dots.append(Dot(row, statistics.mean(known), colour=ORANGE, bar=True))
     if len(known) < len(outcomes):
       notes[row] = f'{len(outcomes) - len(known)} of {len(outcomes)} never'
-  heading = 'million tokens to 80 % held-out'
+  heading = 'million sampled tokens to 80 % held-out'
   return row_chart(
     list(found),
     [Panel(heading, dots, width=500, origin=0)],
-    'Tokens until 80 % held-out accuracy by algorithm',
+    'Sampled tokens until 80 % held-out accuracy',
     notes,
   )
 
 
-def write(out: Path, found: dict[str, list[Outcome]]) -> None:
+def write(out: Path, found: dict[str, list[Outcome]], budget: int) -> None:
   """Writes compare.md, compare.svg and compare.json."""
   outcomes = {k: [o._asdict() for o in v] for k, v in found.items()}
-  atomic_write(out / 'compare.md', markdown(table(found)))
+  atomic_write(out / 'compare.md', markdown(table(found, budget)))
   atomic_write(out / 'compare.svg', picture(found) + '\n')
   atomic_write(out / 'compare.json', json.dumps(outcomes, indent=2) + '\n')
 
@@ -198,17 +257,18 @@ def parse(argv: list[str]) -> Flags:
   """Flags of a command line; --more takes what follows it as it is."""
   cut = argv.index('--more') if '--more' in argv else len(argv)
   flags = flag_layer.cli(Flags, Flags(), PROG, argv[:cut], __doc__)
-  return dataclasses.replace(flags, more=tuple(argv[cut + 1 :]))
+  rows = [row for word in flags.rows for row in GROUPS.get(word, (word,))]
+  more = tuple(argv[cut + 1 :])
+  return dataclasses.replace(flags, rows=tuple(rows), more=more)
 
 
 def check(flags: Flags) -> None:
   """Refuses flags that cannot be compared. Raises ValueError."""
-  unknown = [row for row in flags.algorithms if row not in ROWS]
+  unknown = [row for row in flags.rows if row not in ROWS]
   if unknown:
-    raise ValueError(
-      f'--algorithms {unknown[0]!r} is none of {", ".join(ROWS)}'
-    )
-  for name in ('algorithms', 'seeds'):
+    known = ', '.join((*GROUPS, *ROWS))
+    raise ValueError(f'--rows {unknown[0]!r} is none of {known}')
+  for name in ('rows', 'seeds'):
     values = getattr(flags, name)
     if not values or len(set(values)) < len(values):
       raise ValueError(f'--{name} must be different ones, one at least')
@@ -227,8 +287,8 @@ def compare(flags: Flags) -> dict[str, list[Outcome]]:
       f'--output_dir {out} cannot be made: {e.strerror}; give another'
     ) from None
   console, began = rich.console.Console(), time.monotonic()
-  # every algorithm once before the second seed: what is there is balanced
-  runs = [(r, s) for s in flags.seeds for r in flags.algorithms]
+  # every row once before the second seed: what is there is balanced
+  runs = [(r, s) for s in flags.seeds for r in flags.rows]
   found = {}
   with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
     making = [pool.submit(make_run, flags, *run) for run in runs]
@@ -239,14 +299,14 @@ def compare(flags: Flags) -> dict[str, list[Outcome]]:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
       found.setdefault(run[0], []).append(done)
-      write(out, found)
+      write(out, found, flags.budget)
       left = (time.monotonic() - began) / number * (len(runs) - number)
       console.print(
         f'{number} of {len(runs)}: {run[0]}, seed {run[1]}: '
-        f'{done.before:.1%} -> {done.after:.1%} in {done.all_steps} steps; '
+        f'{done.before:.1%} -> {done.after:.1%} in {done.curve[-1][0]} steps; '
         f'ETA {duration(left)}'
       )
-  show(console, table(found))
+  show(console, table(found, flags.budget))
   console.print(f'{len(runs)} runs in {duration(time.monotonic() - began)}')
   console.print(f'table: {out / "compare.md"}')
   console.print(f'picture: {out / "compare.svg"}')

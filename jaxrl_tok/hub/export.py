@@ -1,6 +1,6 @@
 """Export of a run's checkpoint as a Hugging Face directory.
 
-python -m jaxrl_tok.hub.export RUN_DIR OUT_DIR [--step N]
+python -m jaxrl_tok.hub.export RUN_DIR OUT_DIR [--step N|best]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from jaxrl_tok import sharding
-from jaxrl_tok.checkpoint import open_checkpoints
+from jaxrl_tok.checkpoint import best_step, open_checkpoints
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.model import Model
@@ -75,12 +75,19 @@ def trainable_of_run(model: Model, settings: dict) -> Trainable:
   return full(model, dtype or 'float32')
 
 
-def _restored_params(run_dir: Path, step: int | None, like, mesh):
+def _restored_params(run_dir: Path, step: int | str | None, like, mesh):
   """(step, the `params` of a checkpoint), replicated over the mesh."""
   import orbax.checkpoint as ocp
 
   manager = open_checkpoints(run_dir)
   steps = sorted(manager.all_steps())
+  if step == 'best':
+    step = best_step(manager)
+    if step not in steps:
+      raise ValueError(
+        f'{run_dir} has no checkpoint of a best evaluation; it keeps one with '
+        '--best_metric'
+      )
   if not steps or (step is not None and step not in steps):
     raise ValueError(
       f'{run_dir} has no checkpoint{"" if step is None else f" of step {step}"}'
@@ -112,12 +119,12 @@ def _restored_params(run_dir: Path, step: int | None, like, mesh):
 
 
 def export_run(
-  run_dir: str | Path, out: str | Path, step: int | None = None
+  run_dir: str | Path, out: str | Path, step: int | str | None = None
 ) -> Path:
   """Writes a checkpoint of a run as a Hugging Face directory.
 
   Adapters are merged with the model that the run began with, which must still
-  be where it was. step: None: the newest.
+  be where it was. step: 'best', or None: the newest.
   """
   run_dir = Path(run_dir)
   settings = read_settings(run_dir)
@@ -144,7 +151,12 @@ def main(argv=None) -> None:
   )
   parser.add_argument('run_dir')
   parser.add_argument('out_dir')
-  parser.add_argument('--step', type=int, help='default: the newest')
+  parser.add_argument(
+    '--step',
+    type=lambda word: word if word == 'best' else int(word),
+    metavar='N|best',
+    help='default: the newest',
+  )
   parser.add_argument('--push_to_hub', metavar='OWNER/NAME')
   given = parser.parse_args(argv)
   logging.getLogger('absl').setLevel(logging.ERROR)  # advice of Orbax

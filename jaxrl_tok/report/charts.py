@@ -284,10 +284,13 @@ def chart(
   large: bool = False,
   unit: str = '',
   caption: str = 'training step',
+  x_name: str = 'step',
 ) -> str:
   """Picture of curves over steps; a large one has a legend and a caption.
 
-  unit: '%' for shares, which are shown as per cent on an axis from 0 to 1.
+  Args:
+    unit: '%' for shares, which are shown as per cent on an axis from 0 to 1.
+    x_name: word before the value of x that the pointer rests on.
   """
   curves = [c for c in curves if c.points]
   if not curves:
@@ -313,7 +316,7 @@ def chart(
     middle = (frame.left + frame.right) / 2
     parts += legend(curves, frame.left)
     parts.append(words(middle, size[1] - 6, caption, 'middle'))
-  parts += hover_strips(curves, frame, 80 if large else 32, form)
+  parts += hover_strips(curves, frame, 80 if large else 32, form, x_name)
   ends = [
     (frame.y(c.points[-1][1]), f'{c.end}: {form(c.points[-1][1])}'.lstrip(': '))
     for c in curves
@@ -342,7 +345,7 @@ def draw(c: Curve, points: Points, dots: Points) -> list[str]:
 
 
 def hover_strips(
-  curves: list[Curve], frame: Frame, most: int, form=figure
+  curves: list[Curve], frame: Frame, most: int, form=figure, x_name='step'
 ) -> list[str]:
   """Invisible columns whose <title> holds the values there."""
   parts, tables = [], [(c.label, thin(c.points, most)) for c in curves]
@@ -350,10 +353,10 @@ def hover_strips(
   middles = [(a + b) / 2 for (a, _), (b, _) in pairwise(xs)]
   edges = [frame.x.low, *middles, frame.x.high]
   for (x, _), low, high in zip(xs, edges, edges[1:]):
-    lines = [f'step {x:.0f}']
+    lines = [f'{x_name} {x:,.0f}']
     for label, table in tables:
       at, y = min(table, key=lambda point: abs(point[0] - x))
-      there = '' if at == x else f' (step {at:.0f})'
+      there = '' if at == x else f' ({x_name} {at:,.0f})'
       lines.append(f'{label}: {form(y)}{there}')
     left, right = frame.x(low), frame.x(high)
     parts.append(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -24,6 +25,7 @@ PANELS = (  # phase, metric, heading, unit
   ('warm_start', 'loss', 'Warm-start loss', 'cross-entropy'),
 )
 MOST_PANELS = 30
+REWARD = 'reward', 'reward_low', 'reward_high'  # drawn in one picture
 HELD_OUT = 'held-out'  # name of the evaluation whose metrics have none
 
 
@@ -43,25 +45,64 @@ def metric_names(metrics: list[dict], phase: str) -> list[str]:
   return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def evaluation_rewards(metrics: list[dict]) -> dict[str, Points]:
-  """Reward of every evaluation: eval/reward, eval/NAME/reward."""
+class Axis(NamedTuple):
+  """Quantity that the reward is drawn over."""
+
+  total: str | None  # metric of training steps that has it; None: the step
+  name: str
+  caption: str
+
+
+AXES = (
+  Axis(None, 'step', 'training step'),
+  Axis('sampled_tokens', 'sampled tokens', 'tokens sampled in training'),
+  Axis('reward_calls', 'reward calls', 'completions that rewards judged'),
+)
+
+
+def totals(metrics: list[dict], axis: Axis) -> dict[float, float] | None:
+  """Place on an axis {step: total}; None where the run did not record it."""
+  if axis.total is None:
+    return {}
+  found = dict(curve(metrics, 'train', axis.total))
+  return {0.0: 0.0} | found if found else None
+
+
+def over(points: Points, axis: Axis, places: dict[float, float]) -> Points:
+  """Points by step, moved to an axis; steps without a place are left out."""
+  if axis.total is None:
+    return points
+  return [(places[x], y) for x, y in points if x in places]
+
+
+def evaluation_rewards(
+  metrics: list[dict], ending: str = ''
+) -> dict[str, Points]:
+  """Reward of every evaluation: eval/reward, eval/NAME/reward; ending: of its
+  interval, '_low' or '_high'."""
   found = {}
   for name in metric_names(metrics, 'eval'):
-    match = re.fullmatch(r'eval/(?:(.+)/)?reward', name)
+    match = re.fullmatch(rf'eval/(?:(.+)/)?reward{ending}', name)
     points = curve(metrics, 'eval', name) if match else []
     if points:
       found[match[1] or HELD_OUT] = points
   return found
 
 
-def reward_curves(metrics: list[dict]) -> list[Curve]:
-  """Curves of the reward: each step, its moving mean, every evaluation."""
-  reward = curve(metrics, 'train', 'reward')
+def reward_curves(metrics: list[dict], axis: Axis, places: dict) -> list[Curve]:
+  """Curves of the reward: each step, its moving mean, every evaluation with its
+  interval."""
+
+  def at(points: Points) -> Points:
+    return over(points, axis, places)
+
+  reward = at(curve(metrics, 'train', 'reward'))
   half, most = max(2, len(reward) // 30), 400
   runs = math.ceil(len(reward) / most)
   each = 'each step' if runs <= 1 else f'means of {runs} steps'
   mean = f'moving mean of {2 * half + 1} steps'
   colours = COLOURS[1:]
+  low, high = (evaluation_rewards(metrics, end) for end in ('_low', '_high'))
   return [
     Curve(
       f'training reward, {each}', thin(reward, most), width=1.2, opacity=0.5
@@ -70,20 +111,37 @@ def reward_curves(metrics: list[dict]) -> list[Curve]:
     *(
       Curve(
         f'{name} reward' if name == HELD_OUT else name,
-        thin(points),
+        thin(at(points)),
         colours[i % len(colours)],
         dots=True,
         end=name if len(name) <= 10 else f'{name[:9]}…',
+        band=(thin(at(low[name])), thin(at(high[name])))
+        if name in low and name in high
+        else None,
       )
       for i, (name, points) in enumerate(evaluation_rewards(metrics).items())
     ),
   ]
 
 
-def reward_curve_svg(metrics: list[dict], unit: str = '') -> str:
-  """Picture of the reward in training and in every evaluation."""
-  title = 'Training reward and held-out reward by step'
-  return chart(reward_curves(metrics), title, (920, 340), True, unit)
+def reward_pictures(metrics: list[dict], unit: str = '') -> list[dict]:
+  """Pictures of the reward in training and in every evaluation, over steps and
+  the other axes that the run recorded: name of the axis, svg."""
+  found = []
+  for axis in AXES:
+    places = totals(metrics, axis)
+    if places is not None:
+      drawn = chart(
+        reward_curves(metrics, axis, places),
+        f'Training reward and held-out reward by {axis.name}',
+        (920, 340),
+        True,
+        unit,
+        axis.caption,
+        axis.name,
+      )
+      found.append({'axis': axis.name, 'svg': Markup(drawn)})
+  return found
 
 
 def more_panels(metrics: list[dict]) -> list[tuple]:
@@ -94,7 +152,7 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   found = found if len(found) > 1 else []  # one is drawn above
   for name in sorted(held_out, key=lambda n: 'rewards' not in n.split('/')):
     parts = name.split('/')
-    drawn = parts[-1] == 'reward' or 'mismatch' in parts[:-1]  # elsewhere
+    drawn = parts[-1] in REWARD or 'mismatch' in parts[:-1]  # elsewhere
     if parts[0] != 'eval' or drawn:
       continue
     reward = re.fullmatch('eval/(?:(.+?)/)?rewards/(.+)/mean', name)

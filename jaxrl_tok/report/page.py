@@ -31,7 +31,7 @@ from jaxrl_tok.report.figures import (
   curve,
   evaluation_rewards,
   panels,
-  reward_curve_svg,
+  reward_pictures,
 )
 from jaxrl_tok.report.files import atomic_write, iterate_rows, number
 
@@ -41,6 +41,7 @@ DARKEST = 0.62  # opacity of the largest advantage; text stays readable on it
 COLUMNS = {  # of samples.jsonl; any other was logged by a reward
   *('step', 'time', 'split', 'evaluation', 'prompt', 'completion', 'answer'),
   *('reward', 'components', 'tokens', 'logp', 'rewards', 'advantage', 'extra'),
+  *('index', 'length', 'ended', 'metrics'),
 }
 
 
@@ -405,14 +406,15 @@ class Report:
 
 
 @cache
-def template() -> jinja2.Template:
-  """Template of the page, where every string is escaped."""
+def template(name: str = 'page.html.jinja') -> jinja2.Template:
+  """Template of a page, where every string is escaped."""
   return jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
-  ).from_string(Path(__file__).with_name('page.html.jinja').read_text('utf-8'))
+  ).get_template(name)
 
 
 def write_report(
@@ -436,11 +438,11 @@ def write_report(
   metrics = list(iterate_rows(run_dir / 'metrics.jsonl', skipped.append))
   samples = read_samples(run_dir / 'samples.jsonl', skipped.append)
   recorded = curve(metrics, 'train', 'reward') or evaluation_rewards(metrics)
-  drawn = reward_curve_svg(metrics, unit) if recorded else None
+  drawn = reward_pictures(metrics, unit) if recorded else []
   page = template().render(
     title=title,
     cards=headline(metrics, unit) if summary is None else summary,
-    reward=drawn and Markup(drawn),
+    rewards=drawn,
     panels=panels(metrics),
     times=time_split(metrics),
     comparisons=comparisons(samples, unit),
@@ -457,5 +459,5 @@ def write_report(
     skipped=len(skipped),
   )
   if drawn:
-    atomic_write(run_dir / 'reward.svg', drawn)
+    atomic_write(run_dir / 'reward.svg', str(drawn[0]['svg']))
   return atomic_write(run_dir / 'report.html', page)

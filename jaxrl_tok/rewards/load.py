@@ -47,7 +47,7 @@ def load_reward(word: str) -> tuple[str, Callable, float]:
       f'--reward {word}: {file} is no file; give its path, from the current '
       'directory'
     )
-  module = _import_file(path.resolve())
+  module = import_file(path.resolve())
   if not hasattr(module, name):
     raise ValueError(
       f'--reward {word}: {file} has no {name}; {_cure(module, name)}'
@@ -67,7 +67,7 @@ def _cure(module: ModuleType, name: str) -> str:
 
 
 @functools.cache
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
   """The module of a file, run once; files beside it may be imported."""
   name = f'reward_file_{path.stem}'
   spec = importlib.util.spec_from_file_location(name, path)

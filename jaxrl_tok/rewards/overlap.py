@@ -4,6 +4,7 @@
   rouge                            reward, of rouge-score
   corpus_bleu corpus_chrf          metrics, 0 to 100, with their signature
   corpus_ter corpus_rouge
+  self_bleu                        metric, how alike a prompt's completions are
 
 References are a column of the data: a text, or a list of several. A reward does
 not apply to a completion without a reference.
@@ -13,6 +14,7 @@ reference, and none of them knows whether a sentence is true or well formed:
 evaluate with a metric that is not the reward.
 """
 
+import itertools
 from collections.abc import Callable
 
 from jaxrl_tok.rewards.adapters import get_text
@@ -138,6 +140,7 @@ def _corpus(name: str, kind: str, column: str, settings: dict) -> Callable:
     return {name: value}
 
   corpus.signature = _signature(metric)
+  corpus.resampled = True
   return named(corpus, f'corpus_{name}', ['completions', column])
 
 
@@ -175,6 +178,34 @@ def corpus_ter(column: str = 'reference', **settings) -> Callable:
   """Metric 'ter': edits of all completions for 100 words of the references,
   with a `.signature`; less is better. Arguments are those of `ter`."""
   return _corpus('ter', 'TER', column, settings)
+
+
+def self_bleu(**settings) -> Callable:
+  """Metric 'self_bleu': BLEU of each completion against the other completions
+  of its prompt, 0 to 100; None of a single one. arXiv:1802.01886.
+
+  100: all samples of a prompt are one text. It says nothing of prompts whose
+  completions are like each other's; `distinct` does. Compare it between equal
+  numbers of samples only: more references match more.
+
+  Args:
+    settings: of sacrebleu.metrics.BLEU, as lowercase=True.
+  """
+  metric = _metric('BLEU', {'effective_order': True, **settings})
+
+  def self_bleu(prompts, completions) -> list[float | None]:
+    texts, found = list(map(get_text, completions)), []
+    for _, group in itertools.groupby(range(len(texts)), prompts.__getitem__):
+      rows = list(group)
+      for b in rows:
+        others = [texts[i] for i in rows if i != b]
+        found.append(
+          metric.sentence_score(texts[b], others).score if others else None
+        )
+    return found
+
+  self_bleu.signature = _signature(metric)
+  return self_bleu
 
 
 # --- rouge
@@ -242,14 +273,18 @@ def corpus_rouge(
   stem: bool = False,
   split: Callable | None = None,
 ) -> Callable:
-  """Metrics 'rouge1', 'rouge2', 'rougeL': means over completions, 0 to 1.
-  Arguments are those of `rouge`."""
+  """Metrics 'rouge1', 'rouge2', 'rougeL': a value for each completion, 0 to 1,
+  None without a reference; their means are the corpus's. Arguments are those of
+  `rouge`."""
   kinds = 'rouge1', 'rouge2', 'rougeL'
   score = _rouge(kinds, stem, split)
 
-  def corpus(completions, **given) -> dict[str, float]:
-    rows = zip(*_with_references(completions, given[column], column))
-    found = [score(text, references) for text, references in rows]
-    return {k: sum(row[k] for row in found) / len(found) for k in kinds}
+  def corpus(completions, **given) -> dict[str, list]:
+    texts = [
+      (get_text(c), [] if v is None else as_texts(v, column))
+      for c, v in zip(completions, given[column])
+    ]
+    found = [score(*pair) if pair[1] else {} for pair in texts]
+    return {k: [row.get(k) for row in found] for k in kinds}
 
   return named(corpus, 'corpus_rouge', ['completions', column])

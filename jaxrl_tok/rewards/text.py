@@ -85,3 +85,6 @@ def perplexity(ref_logps, **columns) -> float:
   logps = list(itertools.chain(*ref_logps))
   surprise = -math.fsum(logps) / max(len(logps), 1)
   return math.exp(surprise) if surprise < 700 else math.inf
+
+
+perplexity.resampled = True  # its interval is by the bootstrap

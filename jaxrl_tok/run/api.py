@@ -136,6 +136,21 @@ def name_of(module: ModuleType) -> str:
   return Path(file).stem if file and Path(file).is_file() else 'run'
 
 
+def task_of(module: ModuleType, function: Callable | None) -> str | None:
+  """Name of the function that makes the task, MODULE:NAME or FILE:NAME; None
+  without one, or where it is no name of the module."""
+  name = getattr(function, '__name__', None)
+  if name is None or getattr(module, name, None) is not function:
+    return None
+  spec, file = (
+    getattr(module, '__spec__', None),
+    getattr(module, '__file__', ''),
+  )
+  if spec is not None and spec.name != '__main__':
+    return f'{spec.name}:{name}'
+  return f'{Path(file).resolve()}:{name}' if file else None
+
+
 # --- train, main -------------------------------------------------------------
 
 
@@ -223,7 +238,11 @@ def main(
     argv,
     inspect.getdoc(module),
   )
-  caller = Caller(name_of(module), shlex.join([*shlex.split(command), *argv]))
+  caller = Caller(
+    name_of(module),
+    shlex.join([*shlex.split(command), *argv]),
+    task_of(module, function),
+  )
   try:
     check_replaced(given.own, {*given.words, *parsed.typed})
     found = function(**parsed.own) if function else task

@@ -19,6 +19,7 @@ from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import packages
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.policy import evaluate as evaluate_rollout
+from jaxrl_tok.progress import Progress, from_saved
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import record
 from jaxrl_tok.run.prepare import Setup
@@ -28,7 +29,6 @@ from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.train import Progress
 from jaxrl_tok.types import Scored
 
 DATA = 'data_fingerprint'  # in a checkpoint's settings
@@ -96,9 +96,7 @@ def restore(setup: Setup, run_dir: Path, checkpoints):
       )
     frozen = setup.trainable.load_frozen(setup.mesh)
     state = state.replace(frozen=frozen)
-  saved = meta['progress']  # of an older version, without `evaluated`
-  progress = Progress(**{'evaluated': saved['step']} | saved)
-  return state, cursor, progress, meta['settings']
+  return state, cursor, from_saved(meta['progress']), meta['settings']
 
 
 def begin(setup: Setup, run_dir: Path, checkpoints):

@@ -152,6 +152,16 @@ def check_run(settings: Settings) -> None:
         f'--{name} {getattr(run, name)} must be a multiple of --steps_per_call '
         f'{n}; pass --{name} {fit}'
       )
+  if run.best_metric is None and run.best_mode != 'max':
+    raise ValueError(
+      f'--best_mode {run.best_mode} is of a --best_metric, and there is none; '
+      'pass --best_metric eval/reward, or leave it out'
+    )
+  if run.best_metric is not None and not run.best_metric.startswith('eval/'):
+    raise ValueError(
+      f'--best_metric {run.best_metric} is no metric of an evaluation; their '
+      'names begin with eval/, as eval/reward'
+    )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise ValueError(f'--resume {run.resume!r} is none of never, auto, a step')
   if run.resume != 'never' and run.output_dir is None:

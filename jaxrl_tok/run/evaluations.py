@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from jaxrl_tok.evaluation import (
   Due,
+  Evaluated,
   credit_rows,
   due,
   evaluate_held_out,
@@ -45,7 +47,7 @@ def run_evaluation(
   mismatch: Callable | None = None,
   reference: Callable | None = None,
 ):
-  """Runs an evaluation by any sampler: (metrics, rows).
+  """Runs an evaluation by any sampler: Evaluated.
 
   Args:
     sample: (key, Prompts) -> Rollout.
@@ -68,6 +70,26 @@ def run_evaluation(
   )
 
 
+def evaluate_params(
+  setup: Setup,
+  e: EvalSetup,
+  params,
+  draw: Callable,
+  reference: Callable | None = None,
+) -> Evaluated:
+  """Runs an evaluation of parameters, as after step 0.
+
+  Args:
+    draw: sampler of e.sampler's choices, compiled when it is used.
+    reference: see evaluate_held_out.
+  """
+
+  def sample(key, prompts):
+    return draw(params, key, prompts, setup.rule)
+
+  return run_evaluation(setup, e, sample, jit_scorer(e), reference=reference)
+
+
 def jit_scorer(e: EvalSetup) -> Callable | None:
   """Scorer of an evaluation's rewards on the device, compiled when it is used;
   None without any."""
@@ -77,8 +99,52 @@ def jit_scorer(e: EvalSetup) -> Callable | None:
   return functools.partial(score, None)
 
 
-def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
-  """Runs an evaluation by the run's programs: (metrics, rows)."""
+class Latest(NamedTuple):
+  """Evaluation that was made, of the policy after a step."""
+
+  step: int
+  found: Evaluated
+
+
+def evaluate(
+  setup: Setup,
+  programs: Programs,
+  e: EvalSetup,
+  state,
+  step: int,
+  made: dict[str, Latest],
+) -> Evaluated:
+  """Runs an evaluation by the run's programs, unless it was the last one that
+  was made, and notes it in `made`, by name."""
+  name = e.evaluation.name
+  if name not in made or made[name].step != step:
+    found = run_by_programs(setup, programs, e, state, step)
+    check_best_metric(setup, e, found.metrics)
+    made[name] = Latest(step, found)
+  return made[name].found
+
+
+def check_best_metric(setup: Setup, e: EvalSetup, metrics: dict) -> None:
+  """Refuses a --best_metric that its evaluation does not give."""
+  name = setup.settings.run.best_metric
+  if name is None or name in metrics or evaluation_of(setup, name) is not e:
+    return
+  raise ValueError(
+    f'--best_metric {name} is no metric of the evaluation '
+    f'{e.evaluation.name}, which has {", ".join(sorted(metrics))}'
+  )
+
+
+def evaluation_of(setup: Setup, metric: str) -> EvalSetup:
+  """Evaluation that a metric, eval/... or eval/NAME/..., is of."""
+  by_name = {e.evaluation.name: e for e in setup.evaluations}
+  return by_name.get(metric.split('/')[1], setup.evaluations[0])
+
+
+def run_by_programs(
+  setup: Setup, programs: Programs, e: EvalSetup, state, step: int
+) -> Evaluated:
+  """Runs an evaluation by the run's programs."""
   name = e.evaluation.name
   sample = functools.partial(programs.evaluations[name], state)
   device = programs.evaluation_scores.get(name)
@@ -89,8 +155,9 @@ def evaluate(setup: Setup, programs: Programs, e: EvalSetup, state, step: int):
   return run_evaluation(setup, e, sample, device, step, mismatch, reference)
 
 
-def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
-  """Evaluations while training: the step's batch by token, and the task's."""
+def due_evaluations(setup: Setup, programs: Programs, made: dict) -> list[Due]:
+  """Evaluations while training: the step's batch by token, and the task's,
+  which are noted in `made`."""
   every = setup.settings.run.eval_every
 
   def own_batch(state, step, batch, last):
@@ -103,8 +170,7 @@ def due_evaluations(setup: Setup, programs: Programs) -> list[Due]:
 
   def of(e: EvalSetup) -> Due:
     def run(state, step, batch, last):
-      metrics, _ = evaluate(setup, programs, e, state, step)
-      return metrics, []
+      return evaluate(setup, programs, e, state, step, made).metrics, []
 
     return Due(e.evaluation.name, every_steps(setup, e), run)
 
@@ -147,18 +213,20 @@ def evaluate_all(
   step: int,
   split: str,
   logged: set[str],
-):
+  made: dict,
+) -> Evaluated:
   """Evaluates everything, and records samples as 'before' or 'after' and the
-  metrics of the evaluations named in `logged`. Returns the (metrics, rows) of
-  the task's held-out data."""
+  metrics of the evaluations named in `logged`. Evaluations of this step that
+  are in `made` are not made again. Returns that of the task's held-out data."""
   first = None
   for e in setup.evaluations:
-    metrics, rows = evaluate(setup, programs, e, state, step)
+    found = evaluate(setup, programs, e, state, step, made)
+    metrics, rows = found.metrics, found.rows
     if line := mismatch_warning(metrics):
       setup.logger.warn(line)
     at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
     setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
     if e.evaluation.name in logged:
       setup.logger.metrics('eval', step, metrics)
-    first = first or (metrics, rows)
+    first = first or found
   return first

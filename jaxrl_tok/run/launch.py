@@ -22,6 +22,7 @@ from jaxrl_tok import Interrupted, checkpoint, finite
 from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.progress import BEST_METRIC, Progress, known_best
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
@@ -62,7 +63,6 @@ from jaxrl_tok.train import (
   DeviceRewardError,
   LoopConfig,
   NotFinite,
-  Progress,
   train,
 )
 
@@ -116,6 +116,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
       sampling.num_prompts,
       run.steps_per_call,
       sampling.num_generations,
+      setup.algorithm.greedy,
     )
   scorer = setup.scorer(setup.rewards, programs.device_score, training=True)
   collector = single_turn(
@@ -249,18 +250,23 @@ class Finished(NamedTuple):
   programs: Programs
   state: Any
   progress: Progress
+  exported: int  # step of `state`: the last, or the best
   reward: float  # held-out, after it
-  rows: list  # held-out completions of the last state
+  rows: list  # held-out completions of the state
 
 
 def learn(setup: Setup, run_dir: Path) -> Finished:
   """Begins, compiles, evaluates, trains and evaluates again. Must run under
   jax.set_mesh."""
   run = setup.settings.run
-  checkpoints = checkpoint.open_checkpoints(run_dir, run.keep)
+  config, best, made = loop_config(run), {}, {}
+  checkpoints = checkpoint.open_checkpoints(
+    run_dir, run.keep, lambda: best.get('step')
+  )
   settings = saved_settings(setup)
 
   def save(state, cursor, progress):
+    best['step'] = progress.best_step if config.keep_best else None
     found = dataclasses.asdict(progress)
     checkpoint.save(checkpoints, state, cursor, found, settings)
 
@@ -273,10 +279,14 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   collector = make_collector(setup, programs)
   cursor = collector.init() if cursor is None else cursor
   check_cursor(setup, collector, cursor, progress.step)
+  there = checkpoints.all_steps()
+  progress, line = known_best(progress, config, there)
+  if line:
+    setup.logger.warn(line)
   if progress.step == 0:
     names = {e.evaluation.name for e in setup.evaluations}
-    metrics, _ = evaluate_all(setup, programs, state, 0, 'before', names)
-    first = metrics['eval/reward']
+    found = evaluate_all(setup, programs, state, 0, 'before', names, made)
+    first = found.metrics['eval/reward']
     setup.logger.message(f'held-out reward before: {first:.3f}')
     progress = dataclasses.replace(progress, first_reward=first)
   evaluated = progress.evaluated
@@ -287,8 +297,8 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       progress,
       collector,
       programs.update,
-      due_evaluations(setup, programs),
-      loop_config(run),
+      due_evaluations(setup, programs, made),
+      config,
       setup.logger,
       save,
     )
@@ -303,10 +313,32 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
   step = progress.step
   logged = not_logged(setup, step) if step > evaluated else set()
-  metrics, rows = evaluate_all(setup, programs, state, step, 'after', logged)
-  check_last(metrics, step, int(state.skipped))
-  reward = metrics['eval/reward']
-  return Finished(setup, programs, state, progress, reward, rows)
+  if run.export == 'best':
+    step, state = best_state(setup, run_dir, state, progress)
+    logged = logged if step == progress.step else set()
+  found = evaluate_all(setup, programs, state, step, 'after', logged, made)
+  check_last(found.metrics, step, int(state.skipped))
+  reward = found.metrics['eval/reward']
+  return Finished(setup, programs, state, progress, step, reward, found.rows)
+
+
+def best_state(
+  setup: Setup, run_dir: Path, state, progress: Progress
+) -> tuple[int, Any]:
+  """(step, state) of the best evaluation, from its checkpoint; the last ones,
+  and a warning, without it."""
+  best = progress.best_step
+  if best == progress.step:
+    return best, state
+  with checkpoint.open_checkpoints(run_dir) as checkpoints:
+    if best not in checkpoints.all_steps():
+      setup.logger.warn(
+        'no evaluation while training was the best, or its checkpoint is not '
+        'there; the last policy is exported'
+      )
+      return progress.step, state
+    found, _, _ = checkpoint.restore(checkpoints, best, state)
+  return best, found.replace(frozen=state.frozen)
 
 
 def loop_config(run: RunSettings) -> LoopConfig:
@@ -318,6 +350,9 @@ def loop_config(run: RunSettings) -> LoopConfig:
     run.patience,
     run.max_nonfinite,
     run.reward_on_error,
+    run.best_metric or BEST_METRIC,
+    run.best_mode,
+    run.keeps_best,
   )
 
 
@@ -373,6 +408,11 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
     'tokens': f'{progress.num_tokens:,}',
     'time': duration(seconds),
   }
+  if setup.settings.run.export == 'best':
+    summary['exported'] = (
+      f'step {done.exported}, chosen by its {progress.best_metric}, which is '
+      'optimistic'
+    )
   out = export(setup, run_dir, done.state, summary)
   setup.logger.close()
   title = f'{setup.caller.name}: reinforcement learning on tokens'

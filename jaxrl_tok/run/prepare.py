@@ -12,6 +12,7 @@ from jaxrl_tok import data, distribution, rewards, sharding
 from jaxrl_tok.evaluation import reads_reference
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
+from jaxrl_tok.progress import BEST_METRIC
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import build, cache, models
 from jaxrl_tok.run.build import Own
@@ -282,6 +283,26 @@ def check_reference(evaluations: list, settings: Settings, algorithm) -> None:
       )
 
 
+def check_best(evaluations: list, settings: Settings) -> None:
+  """Refuses a best evaluation where there is only one, after the last step."""
+  run = settings.run
+  asked = {
+    '--best_metric': run.best_metric,
+    '--export best': run.export == 'best',
+    '--patience': run.patience,
+  }
+  flag = next((name for name, value in asked.items() if value), None)
+  names = [e.evaluation.name for e in evaluations]
+  part = (run.best_metric or BEST_METRIC).split('/')[1]
+  chosen = evaluations[names.index(part) if part in names else 0].evaluation
+  every = run.eval_every if chosen.every is None else chosen.every
+  if flag and not every:
+    raise ValueError(
+      f'{flag} compares evaluations, and {chosen.name} is made after the last '
+      'step only; pass --eval_every 50'
+    )
+
+
 def make_evaluations(
   task: Task, settings: Settings, model, held_out, config: ProgramConfig, mesh
 ) -> list[EvalSetup]:
@@ -366,6 +387,7 @@ def prepare(
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )
+  check_best(evaluations, settings)
   check_reference(evaluations, settings, algorithm)
   check_chat_used(chat, [train, *(e.data for e in evaluations)])
   P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
@@ -374,9 +396,8 @@ def prepare(
   if reward_model is not None:
     models.check_context(reward_model, P, T)
   optimizer = make_optimizer(settings, own, algorithm)
-  logger = Logger(is_main=jax.process_index() == 0)
-  asked = settings.run.held_out
-  message_counts(logger, asked, split, train, evaluations[0].data)
+  logger, held_out = Logger(is_main=jax.process_index() == 0), evaluations[0]
+  message_counts(logger, settings.run.held_out, split, train, held_out.data)
   for note in model.notes:
     logger.warn(note)
   return Setup(

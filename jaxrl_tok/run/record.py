@@ -107,6 +107,7 @@ def settings_of_run(setup: Setup) -> dict:
   own = isinstance(setup.model, models.OwnModel)
   return {
     'experiment': setup.caller.name,
+    'task_function': setup.caller.task,
     **setup.task_flags,
     **flatten(setup.settings),
     'max_completion_length': setup.config.max_completion_length,

@@ -15,7 +15,7 @@ from jaxrl_tok import data, sharding
 from jaxrl_tok.data.chat import content_text
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
-from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
+from jaxrl_tok.run.evaluations import evaluate_params
 from jaxrl_tok.run.inputs import chat_of, renames
 from jaxrl_tok.run.prepare import Setup, make_evaluations
 from jaxrl_tok.run.task import Task
@@ -30,8 +30,8 @@ class Result:
     run_dir: directory of the run.
     summary: {label: text}, as the console shows it.
     report: page report.html; shows itself in a notebook.
-    state: TrainState after the last step.
-    rows: held-out completions after the last step.
+    state: TrainState after the last step; with --export best of the best one.
+    rows: held-out completions of that policy.
   """
 
   def __init__(
@@ -127,14 +127,9 @@ class Result:
     with jax.set_mesh(s.mesh):
       for e in evaluations:
         draw = self._sampler(e.sampler)
-
-        def sample(key, prompts, draw=draw):
-          return draw(self.params, key, prompts, s.rule)
-
-        metrics, _ = run_evaluation(
-          s, e, sample, jit_scorer(e), reference=self._reference_logp
-        )
-        found |= metrics
+        found |= evaluate_params(
+          s, e, self.params, draw, self._reference_logp
+        ).metrics
     return found
 
   def export(self, out: str | Path) -> Path:

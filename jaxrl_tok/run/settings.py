@@ -25,8 +25,18 @@ class RunSettings:
   stop_at_reward: float | None = None
   """Stop when the held-out reward (greedy) is this or more."""
   patience: int = 0
-  """Evaluations in a row without a better held-out reward that end the run; 0:
-  no limit."""
+  """Evaluations in a row without a better --best_metric that end the run; 0: no
+  limit."""
+  best_metric: str | None = None
+  """Metric of evaluations, as eval/reward or eval/NAME/reward, whose best
+  checkpoint is kept beside the newest ones; default: none is kept, and
+  --patience and --export best go by eval/reward. The best of many noisy
+  evaluations is too good to be true: judge what is exported on other data."""
+  best_mode: Literal['max', 'min'] = 'max'
+  """Whether more of --best_metric is better, or less."""
+  export: Literal['last', 'best'] = 'last'
+  """Policy in export/: that of the last step, or of the best evaluation while
+  training."""
   eval_every: int = 50
   """Steps between evaluations on held-out data; 0: only before the first step
   and after the last."""
@@ -35,7 +45,7 @@ class RunSettings:
   save_every: int = 200
   """Steps between checkpoints; 0: only the last."""
   keep: int = 2
-  """Checkpoints on disk, the newest ones."""
+  """Checkpoints on disk, the newest ones; with --best_metric also the best."""
   resume: str = 'never'
   """Checkpoint of output_dir to go on from: never, auto (the newest, if any) or
   a step."""
@@ -58,6 +68,10 @@ class RunSettings:
   """Writer of metrics, beside metrics.jsonl."""
   print_config: bool = False
   """Print every setting, the parameters and their placement, and exit."""
+
+  @property
+  def keeps_best(self) -> bool:
+    return self.best_metric is not None or self.export == 'best'
 
 
 @dataclasses.dataclass(frozen=True)

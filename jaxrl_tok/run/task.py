@@ -10,6 +10,7 @@ class Caller(NamedTuple):
 
   name: str  # of the experiment
   command: str
+  task: str | None = None  # function that makes it, MODULE:NAME or FILE:NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Evaluation:
   """Takes the most likely tokens; False: samples as in training."""
   metrics: Sequence[Callable] = ()
   """Functions of all completions, never optimised:
-  metric(prompts, completions, **columns) -> float | {name: float}. One that
-  names ref_logps gets, for each completion, the list of its tokens' log-probs
-  under the reference, the starting policy (rewards.perplexity)."""
+  metric(prompts, completions, **columns) -> float | {name: float}. A list of a
+  float or None for each completion, as a reward function's, is averaged. One
+  that names ref_logps gets, for each completion, the list of its tokens'
+  log-probs under the reference, the starting policy (rewards.perplexity)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,8 @@ class TokenCounts(NamedTuple):
   prompts: Any  # taken from the data
   generated: Any  # completion tokens; None: the update's metrics have them
   read: Any  # prompt tokens, a group's counted G times
+  greedy: Any = 0  # tokens of greedy completions, where they are the baseline
+  scored: Any = 0  # completions that rewards judged, greedy ones included
 
 
 class Batch(NamedTuple):
@@ -229,15 +231,19 @@ def single_turn(
     if examples is None:
       examples = examples_at(data, seed, p.positions)
     found = score(scorer, p.rollout, p.device, examples, step)
-    scored, metrics = found.scored, found.metrics
+    scored, metrics, greedy_tokens = found.scored, found.metrics, 0
     if p.greedy is not None:
       best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
       mesh = jax.sharding.get_mesh()
       known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
       scored = scored._replace(greedy_reward=put_rows(mesh, known))
+      greedy_tokens = int(jax.device_get(p.greedy.mask).sum())
     mask, length = jax.device_get((p.rollout.mask, p.rollout.prompts.length))
     read = int(length.sum()) * (len(mask) // len(length))
-    counts = TokenCounts(len(length), int(mask.sum()), read)
+    judged = len(mask) + len(length) * (p.greedy is not None)
+    counts = TokenCounts(
+      len(length), int(mask.sum()), read, greedy_tokens, judged
+    )
     metrics['time/score'] = time.monotonic() - began
     batch = Batch(scored, examples, p.positions, metrics, counts, found.extra)
     return batch, p.cursor

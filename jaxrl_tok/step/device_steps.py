@@ -22,6 +22,8 @@ from jaxrl_tok.step.collectors import (
 )
 from jaxrl_tok.types import Prompts, Scored, TrainState
 
+GREEDY_TOKENS = 'completions/greedy_tokens'  # metric, of a greedy baseline
+
 
 class Table(NamedTuple):
   """Prompts and columns of all the data, on the device."""
@@ -83,6 +85,7 @@ def make_device_steps(
         best, _ = scored_of(params, greedy(*given), rows.columns)
         known = jnp.where(best.valid, best.reward.sum(1), jnp.nan)
         scored = scored._replace(greedy_reward=known)
+        errors |= {GREEDY_TOKENS: best.rollout.mask.sum().astype(jnp.float32)}
       state, metrics, advantage = update(state, scored, rule)
       return state, metrics | errors, StepBatch(scored, advantage)
 
@@ -105,11 +108,13 @@ def table_rows(
   num_prompts: int,
   steps: int,
   samples_per_prompt: int,
+  greedy: bool = False,
 ) -> Collector:
   """Collector of indices: `finish` gives the rows of a Table for `steps` steps,
   which the update of make_device_steps samples, scores and learns from.
 
   lengths: int [n] of the table's prompts.
+  greedy: each prompt has a greedy completion, too, which is scored.
   """
 
   def start(state: TrainState, key, cursor: dict):
@@ -127,6 +132,7 @@ def table_rows(
       np.full(steps, num_prompts),
       None,
       lengths[index].sum(1) * samples_per_prompt,
+      scored=num_prompts * (samples_per_prompt + greedy),
     )
     last = positions[-num_prompts:]
     examples = examples_at(data, seed, last)
