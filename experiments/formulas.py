@@ -97,12 +97,13 @@ def remembered(judge: Callable) -> Callable:
   and not at all where they are one text."""
   known = {}
 
-  def reward(completions, answer):
+  def reward(completions, answer, log_metric=None):
     pairs = list(zip(completions, answer))
     new = [p for p in dict.fromkeys(pairs) if p[0] != p[1] and p not in known]
     if new:
       texts, answers = map(list, zip(*new))
-      known.update(zip(new, judge(completions=texts, answer=answers)))
+      found = judge(completions=texts, answer=answers, log_metric=log_metric)
+      known.update(zip(new, found))
     return [1.0 if c == a else known[c, a] for c, a in pairs]
 
   reward.__name__ = judge.__name__
@@ -135,6 +136,10 @@ def formulas(
     eval_rewards=equal,
     answers='answer',
     tokenizer=functools.partial(word_tokenizer, texts),
+    description=(
+      f'{len(train):,} formulas in words, of {depth} operations inside each '
+      f'other at most; {len(tests)} others held out'
+    ),
     reward_unit='%',
   )
 

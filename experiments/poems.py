@@ -128,6 +128,10 @@ def poems(
     greedy=False,
     answers='answer',
     tokenizer=functools.partial(word_tokenizer, texts),
+    description=(
+      f'{num_openings:,} first lines in iambic pentameter; {count} others held '
+      'out'
+    ),
   )
 
 
@@ -142,9 +146,9 @@ def run(argv=None):
     lr_schedule='linear',
     entropy_coef=0.01,
     length_buckets=1,
-    warm_start_stop_at=3.4,
-    warm_start_check_every=50,
-    warm_start_max_steps=300,
+    warm_start_stop_at=10.0,
+    warm_start_check_every=100,
+    warm_start_max_steps=100,
     eval_every=50,
     save_every=0,
   )

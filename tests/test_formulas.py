@@ -51,7 +51,7 @@ def test_latex_is_what_the_words_say():
 def test_a_judge_is_asked_once():
   asked = []
 
-  def judge(completions, answer):
+  def judge(completions, answer, log_metric):
     asked.extend(zip(completions, answer))
     return [float(len(c) == len(a)) for c, a in zip(completions, answer)]
 

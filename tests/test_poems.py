@@ -57,7 +57,8 @@ def test_a_poem_is_judged_with_its_first_line(task):
   good = values(task, GOOD)
   assert good['rhyme'] == good['no_copy'] == good['grammar'] == 1
   assert 0.9 < good['metre'] < 1  # for the umbrella
-  assert values(task, GOOD.replace('umbrella waits', 'moon begins'))['metre'] == 1
+  mended = GOOD.replace('umbrella waits', 'moon begins')
+  assert values(task, mended)['metre'] == 1
   other = values(task, GOOD.replace('upon', 'with'))
   assert other['grammar'] == pytest.approx(14 / 21)
   swapped = '\n'.join(reversed(GOOD.splitlines()))

@@ -36,7 +36,7 @@ def byte_tokenizer():
   )
 
 
-WORD = r' ?\p{L}+|(?m:.)'  # letters with the space before them, or one character
+WORD = r' ?\p{L}+|(?m:.)'  # letters with a space before them; a character
 
 
 def word_tokenizer(texts: Iterable[str]):
