@@ -4,8 +4,11 @@ import os
 import signal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxrl_tok import rewards
+from jaxrl_tok.rewards import math_worker
 from jaxrl_tok.rewards.worker import Worker
 
 HANGS = '$10^{10^{10^{10}}}$'
@@ -37,6 +40,29 @@ def equal():
 )
 def test_answers_by_hand(equal, text, answer, value):
   assert equal(completions=[text], answer=[answer]) == [value]
+
+
+FORMULAS = st.recursive(
+  st.sampled_from(['x', 'y', '3', r'\frac{1}{2}', '0.5', 'x^2', '(x+y)^2']),
+  lambda inner: st.builds(
+    str.format,
+    st.sampled_from(['{}+{}', '({})-({})', r'({})\cdot({})', '({})/2+{}']),
+    inner,
+    inner,
+  ),
+  max_leaves=3,
+)
+
+
+@settings(max_examples=15)
+@given(FORMULAS, FORMULAS, st.sampled_from(['+0x', '+x', '-1', '']))
+def test_polynomials_are_decided_as_math_verify_does(a, b, rest):
+  from math_verify import verify
+
+  for text in (b, f'(1+{a}){rest}-1'):
+    gold, said = (math_worker.read(f'${x}$') for x in (a, text))
+    want = verify(gold, said, timeout_seconds=None)
+    assert math_worker.same(gold, said) == want
 
 
 def test_a_deadline_concerns_one_completion(equal):

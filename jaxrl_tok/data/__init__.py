@@ -40,6 +40,7 @@ from jaxrl_tok.data.tokenizers import (
   encode_prompts,
   prompt_ids,
   text_ids,
+  word_tokenizer,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
   'split',
   'stop_automaton',
   'text_ids',
+  'word_tokenizer',
 ]

@@ -5,7 +5,7 @@
 3. `stop_ids` finds the tokens that --stop_token names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxrl_tok.data.chat import Chat, render
 
@@ -30,6 +30,38 @@ def byte_tokenizer():
   tokenizer.add_special_tokens(['<pad>', '<eos>'])
   return PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,
+    pad_token='<pad>',
+    eos_token='<eos>',
+    clean_up_tokenization_spaces=False,
+  )
+
+
+WORD = r' ?\p{L}+|(?m:.)'  # letters with a space before them; a character
+
+
+def word_tokenizer(texts: Iterable[str]):
+  """A tokenizer with one id for each piece of the texts, then <unk>, <pad> and
+  <eos>. A piece is a word with the space before it, or one character that is no
+  letter.
+
+  # 'sum(x*x for x in xs)' -> 'sum', '(', 'x', '*', 'x', ' for', ...
+
+  Returns a transformers tokenizer, which saves Hugging Face files. A word that
+  is in none of the texts is <unk>.
+  """
+  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+  from transformers import PreTrainedTokenizerFast
+
+  cut = pre_tokenizers.Split(Regex(WORD), 'isolated')
+  pieces = {piece for t in texts for piece, _ in cut.pre_tokenize_str(t)}
+  vocab = {piece: i for i, piece in enumerate([*sorted(pieces), '<unk>'])}
+  tokenizer = Tokenizer(models.WordLevel(vocab, '<unk>'))
+  tokenizer.pre_tokenizer = cut
+  tokenizer.decoder = decoders.Fuse()
+  tokenizer.add_special_tokens(['<pad>', '<eos>'])
+  return PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    unk_token='<unk>',
     pad_token='<pad>',
     eos_token='<eos>',
     clean_up_tokenization_spaces=False,
