@@ -6,12 +6,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.rewards import accepted, get_name
 from jaxrl_tok.rewards.functions import own_lists
 from jaxrl_tok.rewards.scoring import as_reward_error, quote_samples
 from jaxrl_tok.sharding import put_rows
 from jaxrl_tok.step.collectors import (
+  Score,
   Scorer,
   score,
   token_rewards,
@@ -97,12 +99,11 @@ def evaluate_held_out(
   jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
-  lengths, ended, rows, examples_of, gaps = [], [], [], [], {}
-  logps, parts = [], []
+  judged, gaps = [], {}
+  own = processes.own_rows(mesh, num_prompts)
   for number, start in enumerate(range(0, n, num_prompts)):
-    index = np.arange(start, start + num_prompts) % n
-    real = min(num_prompts, n - start)
-    examples = [data.records[int(i)] for i in index]
+    index = start + own
+    examples = [data.records[int(i % n)] for i in index]
     prompts, columns = data.batch(examples, prompt_length)
     rollout = sample(number, put_rows(mesh, prompts))
     if mismatch is not None and number == 0:
@@ -110,24 +111,26 @@ def evaluate_held_out(
     on_device = ({}, {})
     if scorer.device is not None:
       on_device = scorer.device(rollout, put_rows(mesh, columns))
-    found = score(scorer, rollout, on_device, examples, step)
-    G = len(rollout.mask) // num_prompts
-    keep = real * G
-    total = total_reward(found.scored)[:keep].tolist()
-    valid = valid_rows(found.scored)[:keep].tolist()
-    mask, over = jax.device_get((rollout.mask, rollout.ended))
-    if reference is not None:
-      logp = jax.device_get(reference(rollout))[:keep]
-      logps += [row[on].tolist() for row, on in zip(logp, mask)]
-    parts += components(found.scored)[:keep]
-    lengths.extend(mask[:keep].sum(1).tolist())
-    ended.extend(over[:keep].tolist())
-    repeated = [e for e in examples[:real] for _ in range(G)]
-    examples_of += repeated
-    rows += [
-      {**describe(e), 'completion': text, 'reward': reward if on else None}
-      for e, text, reward, on in zip(repeated, found.texts, total, valid)
-    ]
+    found, _ = processes.together(
+      lambda s=scorer, r=rollout, d=on_device, e=examples: score(
+        s, r, d, e, step
+      )
+    )
+    logp = None if reference is None else reference(rollout)
+    judged += [row for row in judge(found, logp, index) if row['index'] < n]
+  judged = [row for rows in processes.exchange(judged) for row in rows]
+  # equal rows are of processes that a tensor axis spans
+  judged = list({(row['index'], row['sample']): row for row in judged}.values())
+  judged.sort(key=lambda row: (row['index'], row['sample']))
+  examples_of = [data.records[row['index']] for row in judged]
+  lengths, ended, parts, logps = (
+    [row[name] for row in judged]
+    for name in ('length', 'ended', 'parts', 'logp')
+  )
+  rows = [
+    {**describe(e), 'completion': row['completion'], 'reward': row['reward']}
+    for e, row in zip(examples_of, judged)
+  ]
   means = component_means(parts)
   if means:
     rows = [{**row, 'components': part} for row, part in zip(rows, parts)]
@@ -148,9 +151,35 @@ def evaluate_held_out(
   return {prefix + name: value for name, value in found.items()}, rows
 
 
+def judge(found: Score, logp, index: np.ndarray) -> list[dict]:
+  """Completions of this process's rows, judged: a dict of plain values each.
+
+  Args:
+    logp: float32 [B, T] under the reference, or None.
+    index: number of the record of each of its prompts, int [n].
+  """
+  rollout = found.scored.rollout
+  mask, over, logp = processes.local((rollout.mask, rollout.ended, logp))
+  total, valid = total_reward(found.scored), valid_rows(found.scored)
+  G = len(mask) // len(index)
+  return [
+    {
+      'index': int(index[b // G]),
+      'sample': b % G,
+      'completion': found.texts[b],
+      'reward': float(total[b]) if valid[b] else None,
+      'length': int(mask[b].sum()),
+      'ended': bool(over[b]),
+      'parts': part,
+      'logp': None if logp is None else logp[b][mask[b]].tolist(),
+    }
+    for b, part in enumerate(components(found.scored))
+  ]
+
+
 def components(scored: Scored) -> list[dict]:
   """Values {reward: float} of each row, of the rewards that apply to it."""
-  values, applies, mask = jax.device_get(
+  values, applies, mask = processes.local(
     (scored.rewards, scored.applies, scored.rollout.mask)
   )
   sums = {k: np.where(mask, v, 0).sum(1).tolist() for k, v in values.items()}
@@ -229,7 +258,7 @@ def credit_rows(
     decode: lists of ids -> texts.
   """
   examples, C = batch.examples, len(batch.examples)
-  scored, advantage = jax.device_get(last)
+  scored, advantage = processes.local(last)
   rollout, reward = scored.rollout, token_rewards(scored)
   largest = np.abs(advantage).reshape(C, -1).max(axis=1)
   G, rows, parts = len(rollout.tokens) // C, [], components(scored)

@@ -6,7 +6,8 @@
    so one rule places both.
 3. `born_sharded(make, mesh, rules)` creates a state on its devices: none of
    them ever holds all of it.
-4. `put_rows` splits host arrays by prompt over `data` and `fsdp`.
+4. `put_rows` splits host arrays by prompt over `data` and `fsdp`; those of a
+   process are its own rows (processes.py).
 """
 
 import math
@@ -133,10 +134,22 @@ def born_sharded(make, mesh, rules, *args, compiler_options=None):
 
 
 def put_rows(mesh, tree):
-  """Splits host arrays [C, ...] by row over data and fsdp."""
+  """Splits host arrays [C, ...] by row over data and fsdp; of several processes
+  each gives the rows that lie on its devices."""
   sharding = NamedSharding(mesh, PartitionSpec(ROWS))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    tree,
+  )
+
+
+def put_whole(mesh, tree):
+  """Splits host arrays [C, ...] by row, which every process has all of."""
+  sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      np.shape(x), sharding, np.asarray(x).__getitem__
+    ),
     tree,
   )
 

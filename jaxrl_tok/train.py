@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxrl_tok import Interrupted, finite
+from jaxrl_tok import Interrupted, finite, processes
 from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.rewards.functions import shorten
@@ -66,7 +66,10 @@ class NotFinite(ValueError):
     by_policy: the policy is spoilt: the sampler's log-probs were the first
       tensor, or the gradient's are not finite.
     by_reward: the reward was the first tensor; the policy has no part in it.
+    agreed: every process knows, by the numbers of the update.
   """
+
+  agreed = True
 
   def __init__(
     self, message: str, since: int, first: str, spoilt: bool = False
@@ -78,7 +81,9 @@ class NotFinite(ValueError):
 
 class DeviceRewardError(ValueError):
   """Reward on the device that was not finite. It is known when its step is
-  over, and state and cursor have passed it."""
+  over, and state and cursor have passed it; every process knows."""
+
+  agreed = True
 
 
 def stop_reason(progress: Progress, config: LoopConfig) -> str | None:
@@ -370,9 +375,9 @@ def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   nothing is saved. Batches whose updates were not finite are not repeated.
   Updates that were not finite leave the policy that they began from. It is
   saved where the rewards are at fault, and where there is no checkpoint unless
-  it is spoilt. On several processes nothing is saved: the others do not know.
+  it is spoilt. Several processes save what all of them know to have failed.
   """
-  if at.progress.step in (begun, at.saved) or jax.process_count() > 1:
+  if at.progress.step in (begun, at.saved) or not processes.is_agreed(error):
     return
   if isinstance(error, DeviceRewardError):
     return
@@ -431,7 +436,8 @@ def train(
         run_evaluations(at, known, config, log)
       while not (reason := stop_reason(at.progress, config)):
         run_step(at, collector, update, evaluations, config, log)
-        if (stop := asked()) or is_due(config.save_every, at.progress.step):
+        stop = processes.on_any(asked())
+        if stop or is_due(config.save_every, at.progress.step):
           log.flush()
           if not log.in_a_row or (stop and not log.spoilt):
             at.save(save)
