@@ -213,6 +213,33 @@ def on_each_device(function, spec, *args):
   return split(*args)
 
 
+def on_own_rows(function, whole, rows):
+  """Calls function(whole, rows) on every device with its rows, split over data
+  and fsdp; what is `whole` is gathered over them once before, and its gradient
+  summed once after. A loop in the function has no collective but those of
+  tensor.
+
+  Args:
+    function: (whole, rows) -> arrays of rows.
+    whole, rows: trees of arrays.
+
+  Without a mesh, and where the devices cannot share the rows equally, it is
+  function(whole, rows).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else num_shards(mesh, ROWS)
+  if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
+    return function(whole, rows)
+  call = jax.shard_map(
+    function,
+    in_specs=(PartitionSpec(), PartitionSpec(ROWS)),
+    out_specs=PartitionSpec(ROWS),
+    axis_names=set(ROWS),
+    check_vma=False,
+  )
+  return call(whole, rows)
+
+
 def gathered_for_rollout(params, rules):
   """Gathers params over fsdp, inside jit, once before a token loop.
 
