@@ -176,6 +176,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain_caches(caches):
+  """Constrains dimension 0 of arrays [B, ...], inside jit, as constrain_rows;
+  the others stay as they are, so that no cache that is split over tensor is
+  gathered."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return caches
+
+  def one(x):
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *free))
+
+  return jax.tree.map(one, caches)
+
+
 def constrain(x: jax.Array, *spec) -> jax.Array:
   """Constrains, inside jit, how x lies on the mesh. Axes that do not divide
   their dimension are dropped. Without a mesh it returns x."""
