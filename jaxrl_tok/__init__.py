@@ -34,7 +34,10 @@ __all__ = sorted([*_HOMES, 'Interrupted', 'train'])
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop; its state is saved."""
+  """A signal asked the run to stop; its state is saved. Every process of the
+  run knows."""
+
+  agreed = True
 
 
 class _Package(types.ModuleType):

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_tok import processes
 from jaxrl_tok.sharding import is_stacked, path_name
 from jaxrl_tok.types import TrainState
 
@@ -79,7 +80,7 @@ def save(
     'leaves': _leaves(state),
   }
   step = int(state.step)
-  cursor = jax.tree.map(np.asarray, jax.device_get(cursor))
+  cursor = jax.tree.map(np.asarray, processes.whole(cursor))
   saved = manager.save(
     step,
     args=ocp.args.Composite(

@@ -1,11 +1,13 @@
 """Evaluation on held-out prompts, and samples that show credit by token."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet
 from jaxrl_tok.report.evaluated import OWN_METRICS, estimates
 from jaxrl_tok.report.statistics import draws
@@ -14,6 +16,7 @@ from jaxrl_tok.rewards.functions import own_lists
 from jaxrl_tok.rewards.scoring import as_reward_error, quote_samples
 from jaxrl_tok.sharding import put_rows
 from jaxrl_tok.step.collectors import (
+  Score,
   Scorer,
   score,
   token_rewards,
@@ -106,11 +109,11 @@ def evaluate_held_out(
   reward_high, by the bootstrap of prompts. Must run under jax.set_mesh.
   """
   mesh, n = jax.sharding.get_mesh(), data.num_records
-  rows, examples_of, gaps, logps = [], [], {}, []
+  own = processes.own_rows(mesh, num_prompts)
+  judged, gaps = [], {}
   for number, start in enumerate(range(0, n, num_prompts)):
-    index = np.arange(start, start + num_prompts) % n
-    real = min(num_prompts, n - start)
-    examples = [data.records[int(i)] for i in index]
+    index = start + own
+    examples = [data.records[int(i % n)] for i in index]
     prompts, columns = data.batch(examples, prompt_length)
     rollout = sample(number, put_rows(mesh, prompts))
     if mismatch is not None and number == 0:
@@ -118,30 +121,16 @@ def evaluate_held_out(
     on_device = ({}, {})
     if scorer.device is not None:
       on_device = scorer.device(rollout, put_rows(mesh, columns))
-    found = score(scorer, rollout, on_device, examples, step)
-    G = len(rollout.mask) // num_prompts
-    keep = real * G
-    total = total_reward(found.scored)[:keep].tolist()
-    valid = valid_rows(found.scored)[:keep].tolist()
-    mask, over = jax.device_get((rollout.mask, rollout.ended))
-    if reference is not None:
-      logp = jax.device_get(reference(rollout))[:keep]
-      logps += [row[on].tolist() for row, on in zip(logp, mask)]
-    lengths = mask[:keep].sum(1).tolist()
-    repeated = [e for e in examples[:real] for _ in range(G)]
-    examples_of += repeated
-    rows += [
-      {
-        **describe(e),
-        'completion': found.texts[b],
-        'reward': total[b] if valid[b] else None,
-        'index': start + b // G,
-        'length': lengths[b],
-        'ended': bool(over[b]),
-        'components': part,
-      }
-      for b, (e, part) in enumerate(zip(repeated, components(found.scored)))
-    ]
+    scoring = functools.partial(
+      score, scorer, rollout, on_device, examples, step
+    )
+    found, _ = processes.together(scoring)
+    logp = None if reference is None else reference(rollout)
+    judged += [row for row in judge(found, logp, index) if row['index'] < n]
+  judged = gathered(judged)
+  examples_of = [data.records[row['index']] for row in judged]
+  logps = [row.pop('logp') for row in judged]
+  rows = [describe(e) | row for e, row in zip(examples_of, judged)]
   measured = {} if reference is None else {REF_LOGPS: logps}
   numbers = add_metrics(rows, examples_of, metrics, scorer, measured)
   numbers |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
@@ -185,9 +174,46 @@ def summary(rows: list[dict]) -> dict[str, float]:
   return {'reward': found['reward'].value} | values
 
 
+def judge(found: Score, logp, index: np.ndarray) -> list[dict]:
+  """Completions of this process's rows, judged: a dict of plain values each.
+
+  Args:
+    logp: float32 [B, T] under the reference, or None.
+    index: number of the record of each of its prompts, int [n].
+  """
+  rollout = found.scored.rollout
+  mask, over, logp = processes.local((rollout.mask, rollout.ended, logp))
+  total, valid = total_reward(found.scored), valid_rows(found.scored)
+  G = len(mask) // len(index)
+  return [
+    {
+      'completion': found.texts[b],
+      'reward': float(total[b]) if valid[b] else None,
+      'index': int(index[b // G]),
+      'length': int(mask[b].sum()),
+      'ended': bool(over[b]),
+      'components': part,
+      'logp': None if logp is None else logp[b][mask[b]].tolist(),
+    }
+    for b, part in enumerate(components(found.scored))
+  ]
+
+
+def gathered(rows: list[dict]) -> list[dict]:
+  """Judged completions of all processes, in the order of their records; those
+  of processes with equal rows once."""
+  by_prompt = {}
+  for process, found in enumerate(processes.exchange(rows)):
+    for row in found:
+      first = by_prompt.setdefault(row['index'], (process, []))
+      if first[0] == process:
+        first[1].append(row)
+  return [row for i in sorted(by_prompt) for row in by_prompt[i][1]]
+
+
 def components(scored: Scored) -> list[dict]:
   """Values {reward: float} of each row, of the rewards that apply to it."""
-  values, applies, mask = jax.device_get(
+  values, applies, mask = processes.local(
     (scored.rewards, scored.applies, scored.rollout.mask)
   )
   sums = {k: np.where(mask, v, 0).sum(1).tolist() for k, v in values.items()}
@@ -293,7 +319,7 @@ def credit_rows(
     decode: lists of ids -> texts.
   """
   examples, C = batch.examples, len(batch.examples)
-  scored, advantage = jax.device_get(last)
+  scored, advantage = processes.local(last)
   rollout, reward = scored.rollout, token_rewards(scored)
   largest = np.abs(advantage).reshape(C, -1).max(axis=1)
   G, rows, parts = len(rollout.tokens) // C, [], components(scored)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import distribution
+from jaxrl_tok.sharding import on_own_rows
 from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule, TokenStats
 
 # Logits alive at once: 4 MiB of float32, or more where that is few tokens: the
@@ -83,6 +84,18 @@ def values(policy: Policy, params, rollout: Rollout) -> jax.Array:
   return policy.value(params, _states(policy, params, rollout))
 
 
+def read_by(function: Callable, params, *args) -> list[bool]:
+  """Tells for each leaf of params whether function(params, *args) reads it;
+  arguments may be ShapeDtypeStructs."""
+  jaxpr = jax.make_jaxpr(function)(params, *args).jaxpr
+  read = {id(v) for v in jaxpr.outvars}
+  for equation in reversed(jaxpr.eqns):
+    if any(id(v) in read for v in equation.outvars):
+      read |= {id(v) for v in equation.invars}
+  count = len(jax.tree.leaves(params))
+  return [id(v) in read for v in jaxpr.invars[:count]]
+
+
 def head_is_frozen(policy: Policy, params, fixed, prompts: Prompts) -> bool:
   """Tells whether logits read no trained parameter, as under adapters of the
   blocks; arguments may be ShapeDtypeStructs.
@@ -96,14 +109,7 @@ def head_is_frozen(policy: Policy, params, fixed, prompts: Prompts) -> bool:
   def logits(params, hidden):
     return policy.logits(policy.merge_params(params, fixed), hidden)
 
-  hidden = jax.eval_shape(hidden_of, params)
-  jaxpr = jax.make_jaxpr(logits)(params, hidden).jaxpr
-  read = {id(v) for v in jaxpr.outvars}
-  for equation in reversed(jaxpr.eqns):
-    if any(id(v) in read for v in equation.outvars):
-      read |= {id(v) for v in equation.invars}
-  count = len(jax.tree.leaves(params))
-  return not any(id(v) in read for v in jaxpr.invars[:count])
+  return not any(read_by(logits, params, jax.eval_shape(hidden_of, params)))
 
 
 def _shaped_logits(policy: Policy, params, rule: SamplingRule, part):
@@ -212,6 +218,42 @@ def _in_chunks(stats: Callable, chunk: int, part):
   return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in found)
 
 
+def _token_stats(
+  policy: Policy,
+  params,
+  rule: SamplingRule,
+  chunk: int | None,
+  frozen_head: bool,
+  part,
+):
+  """(log-prob, entropy) [B, T] of part, see _shaped_logits; each device has its
+  own rows and, of params, what logits read."""
+
+  def all_logits(params, hidden):
+    rank = policy.rank_logits
+    found = policy.logits(params, hidden)
+    return found if rank is None else (found, rank(params, hidden))
+
+  leaves, tree = jax.tree.flatten(params)
+  is_read = read_by(all_logits, params, part[0][:, :1])
+
+  def stats_of_rows(whole, part):
+    rule, read = whole
+    read = iter(read)
+    filled = [
+      next(read) if on else jnp.zeros(x.shape, x.dtype)
+      for x, on in zip(leaves, is_read)
+    ]
+    make = _stats_of_frozen if frozen_head else _stats_of
+    stats = make(policy, jax.tree.unflatten(tree, filled), rule)
+    B, T = part[1].shape
+    wanted = chunk or max(1, tokens_at_once(policy.vocab_size) // B)
+    return _in_chunks(stats, min(wanted, T), part)
+
+  read = [x for x, on in zip(leaves, is_read) if on]
+  return on_own_rows(stats_of_rows, (rule, read), part)
+
+
 def evaluate(
   policy: Policy,
   params,
@@ -242,16 +284,11 @@ def evaluate(
       f'{rollout.prompts.tokens.shape[0]} prompts do not divide'
     )
   hidden = completion_hidden(policy, params, rollout)
-  if chunk is None:
-    chunk = max(1, tokens_at_once(policy.vocab_size) // B)
-  chunk = min(chunk, T)
-  make = _stats_of_frozen if frozen_head else _stats_of
-  stats = make(policy, params, rule)
   num_kept = rollout.num_kept
   if num_kept is not None:  # 0 off-mask; any legal number will do there
     num_kept = jnp.maximum(num_kept, 1)
   part = hidden, rollout.tokens, num_kept
-  logp, entropy = _in_chunks(stats, chunk, part)
+  logp, entropy = _token_stats(policy, params, rule, chunk, frozen_head, part)
   value = None
   if policy.value is not None:
     value = policy.value(params, hidden)

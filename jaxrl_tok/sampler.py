@@ -30,7 +30,11 @@ import jax.numpy as jnp
 
 from jaxrl_tok import distribution
 from jaxrl_tok.policy import check_array, check_prompts
-from jaxrl_tok.sharding import constrain_rows, gathered_for_rollout
+from jaxrl_tok.sharding import (
+  constrain_caches,
+  constrain_rows,
+  gathered_for_rollout,
+)
 from jaxrl_tok.types import Policy, Prefix, Prompts, Rollout, SamplingRule
 
 # Tokens: a cache that much shorter is worth a program of its own for 8 layers,
@@ -341,7 +345,7 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     for end in ends:
       shapes = jax.eval_shape(lambda end=end: policy.init_cache(B, end * chunk))
       cache = grow_cache(carry.rows.cache, shapes)
-      cache = jax.tree.map(constrain_rows, cache)
+      cache = constrain_caches(cache)
       carry = carry._replace(rows=carry.rows._replace(cache=cache))
       prompt_rows = PromptRows(prefix, row_keys)
       carry = run_to(end, advance, prompt_rows, carry, config.compact_levels)

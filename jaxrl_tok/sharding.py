@@ -6,7 +6,8 @@
    so one rule places both.
 3. `born_sharded(make, mesh, rules)` creates a state on its devices: none of
    them ever holds all of it.
-4. `put_rows` splits host arrays by prompt over `data` and `fsdp`.
+4. `put_rows` splits host arrays by prompt over `data` and `fsdp`; those of a
+   process are its own rows (processes.py).
 """
 
 import math
@@ -133,10 +134,22 @@ def born_sharded(make, mesh, rules, *args, compiler_options=None):
 
 
 def put_rows(mesh, tree):
-  """Splits host arrays [C, ...] by row over data and fsdp."""
+  """Splits host arrays [C, ...] by row over data and fsdp; of several processes
+  each gives the rows that lie on its devices."""
   sharding = NamedSharding(mesh, PartitionSpec(ROWS))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    tree,
+  )
+
+
+def put_whole(mesh, tree):
+  """Splits host arrays [C, ...] by row, which every process has all of."""
+  sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      np.shape(x), sharding, np.asarray(x).__getitem__
+    ),
     tree,
   )
 
@@ -161,6 +174,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return x
   spec = PartitionSpec(ROWS, *(None,) * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_caches(caches):
+  """Constrains dimension 0 of arrays [B, ...], inside jit, as constrain_rows;
+  the others stay as they are, so that no cache that is split over tensor is
+  gathered."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return caches
+
+  def one(x):
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *free))
+
+  return jax.tree.map(one, caches)
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:
@@ -198,6 +226,33 @@ def on_each_device(function, spec, *args):
     function, in_specs=specs, out_specs=specs[0], check_vma=False
   )
   return split(*args)
+
+
+def on_own_rows(function, whole, rows):
+  """Calls function(whole, rows) on every device with its rows, split over data
+  and fsdp; what is `whole` is gathered over them once before, and its gradient
+  summed once after. A loop in the function has no collective but those of
+  tensor.
+
+  Args:
+    function: (whole, rows) -> arrays of rows.
+    whole, rows: trees of arrays.
+
+  Without a mesh, and where the devices cannot share the rows equally, it is
+  function(whole, rows).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else num_shards(mesh, ROWS)
+  if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
+    return function(whole, rows)
+  call = jax.shard_map(
+    function,
+    in_specs=(PartitionSpec(), PartitionSpec(ROWS)),
+    out_specs=PartitionSpec(ROWS),
+    axis_names=set(ROWS),
+    check_vma=False,
+  )
+  return call(whole, rows)
 
 
 def gathered_for_rollout(params, rules):

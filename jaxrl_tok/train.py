@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxrl_tok import Interrupted, finite
+from jaxrl_tok import Interrupted, finite, processes
 from jaxrl_tok.evaluation import Due, due
 from jaxrl_tok.progress import (
   LoopConfig,
@@ -50,7 +50,10 @@ class NotFinite(ValueError):
     by_policy: the policy is spoilt: the sampler's log-probs were the first
       tensor, or the gradient's are not finite.
     by_reward: the reward was the first tensor; the policy has no part in it.
+    agreed: every process knows, by the numbers of the update.
   """
+
+  agreed = True
 
   def __init__(
     self, message: str, since: int, first: str, spoilt: bool = False
@@ -62,7 +65,9 @@ class NotFinite(ValueError):
 
 class DeviceRewardError(ValueError):
   """Reward on the device that was not finite. It is known when its step is
-  over, and state and cursor have passed it."""
+  over, and state and cursor have passed it; every process knows."""
+
+  agreed = True
 
 
 @contextlib.contextmanager
@@ -336,9 +341,9 @@ def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   nothing is saved. Batches whose updates were not finite are not repeated.
   Updates that were not finite leave the policy that they began from. It is
   saved where the rewards are at fault, and where there is no checkpoint unless
-  it is spoilt. On several processes nothing is saved: the others do not know.
+  it is spoilt. Several processes save what all of them know to have failed.
   """
-  if at.progress.step in (begun, at.saved) or jax.process_count() > 1:
+  if at.progress.step in (begun, at.saved) or not processes.is_agreed(error):
     return
   if isinstance(error, DeviceRewardError):
     return
@@ -398,7 +403,7 @@ def train(
         run_evaluations(at, known, config, log)
       while not (reason := stop_reason(at.progress, config)):
         run_step(at, collector, update, evaluations, config, log)
-        step, stop = at.progress.step, asked()
+        step, stop = at.progress.step, processes.on_any(asked())
         best = config.keep_best and at.progress.best_step == step
         if stop or best or is_due(config.save_every, step):
           log.flush()

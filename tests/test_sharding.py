@@ -1,5 +1,7 @@
 """The mesh changes no number; rules place parameters and moments alike."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 
@@ -14,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_tok import distribution, mesh_spec, sharding
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
+from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import Carry, Scored
+from jaxrl_tok.types import Carry, Prompts, Rollout, Scored
 
 ALGORITHM = algorithms.reinforce(advantages.leave_one_out())
 # sizes that tensor=2 and fsdp=2 divide, an odd vocabulary that they do not
@@ -198,3 +201,80 @@ def test_a_cpu_that_was_counted_cannot_be_split(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '')
   with pytest.raises(ValueError, match='--cpu_devices 3 comes after'):
     sharding.split_cpu(3)
+
+
+COLLECTIVE = r' (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\('
+
+
+def collectives(compiled, in_loops: bool) -> list[str]:
+  """Lists collectives of a compiled program, or those in its loops alone, as
+  its text has them."""
+  text, found, inside = compiled.as_text(), [], ''
+  bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
+  for line in text.splitlines():
+    if start := re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line):
+      inside = start[1]
+    if re.search(COLLECTIVE, line) and (inside in bodies or not in_loops):
+      found.append(line.strip())
+  return found
+
+
+def structs(policy, mesh):
+  """Parameters as ShapeDtypeStructs, and their places on a mesh."""
+  shapes = jax.eval_shape(policy.init, jax.random.key(0))
+  places = sharding.tree_shardings(mesh, shapes, policy.partition_rules)
+
+  def one(x, place):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+  return jax.tree.map(one, shapes, places), places
+
+
+def test_the_cache_is_never_gathered(tiny):
+  config = dataclasses.replace(tiny.config, max_completion_length=41, chunk=8)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+  with jax.set_mesh(mesh):
+    params, _ = structs(POLICY, mesh)
+    prompts = sharding.put_rows(mesh, random_prompts(8))
+    sample = jax.jit(make_sampler(POLICY, config))
+    compiled = sample.lower(params, jax.random.key(0), prompts, RULE).compile()
+  found = collectives(compiled, in_loops=False)
+  assert found
+  K, H = CONFIG.num_kv_heads, CONFIG.head_dim
+  caches = rf'\[\d+,{K},({H},\d+|\d+,{H})\]'
+  assert not [line for line in found if re.search(caches, line)]
+
+
+@pytest.mark.parametrize(
+  ('spec', 'allowed'), [('fsdp=8', 0), ('data=2,fsdp=2,tensor=2', 3)]
+)
+def test_the_head_is_gathered_and_its_gradient_summed_once(spec, allowed):
+  config = changed(CONFIG, vocab_size=96, layers=CONFIG.layers[:1])
+  policy, rule = make_policy(config), distribution.make_rule(96, [END])
+  C, P_, B, T = 8, 4, 16, 32
+  mesh = sharding.make_mesh(f'data=-1,{spec}' if 'data' not in spec else spec)
+  with jax.set_mesh(mesh):
+    rows = jax.sharding.NamedSharding(mesh, P(sharding.ROWS))
+    params, places = structs(policy, mesh)
+    rollout = Rollout(
+      Prompts(np.zeros((C, P_), np.int32), np.zeros(C, np.int32)),
+      np.zeros((B, T), np.int32),
+      np.zeros((B, T), bool),
+      np.zeros((B, T), np.float32),
+      None,
+      np.zeros(B, bool),
+      np.zeros(B, np.int32),
+    )
+
+    def loss(params, rollout):
+      return evaluate(policy, params, rollout, rule, chunk=4).logp.sum()
+
+    rollout = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), rollout
+    )
+    grad = jax.jit(jax.grad(loss), out_shardings=places)
+    compiled = grad.lower(params, rollout).compile()
+  found = collectives(compiled, in_loops=True)
+  assert len(found) <= allowed  # activations over tensor
+  heads = rf'\[(96|48),({config.d_model}|{config.d_model // 2})\]'
+  assert not [line for line in found if re.search(heads, line)]

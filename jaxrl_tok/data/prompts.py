@@ -403,8 +403,25 @@ def columns_of(data: PromptSet, examples: Sequence[dict]) -> dict:
   return found
 
 
-def batch_at(data: PromptSet, seed: int, position: int, count: int):
-  """The `count` prompts from a position on -> (examples, Prompts, columns)."""
+def batch_at(
+  data: PromptSet,
+  seed: int,
+  position: int,
+  count: int,
+  own: np.ndarray | None = None,
+  longest: Callable = int,
+):
+  """Reads `count` prompts from a position on: (examples, Prompts, columns).
+
+  Args:
+    own: those of them, int [n], that this process has; None: all.
+    longest: length of its longest prompt -> that of all processes.
+  """
   numbers = record_indices(data.num_records, seed, position, count)
+  numbers = numbers if own is None else numbers[own]
   examples, rows = rows_at(data, numbers)
-  return examples, pad(data, rows), columns_of(data, examples)
+  P = data.buckets[-1]
+  if len(data.buckets) > 1:
+    need = longest(max(map(len, rows)))
+    P = next(b for b in data.buckets if b >= need)
+  return examples, pad(data, rows, P), columns_of(data, examples)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import jinja2
 
+from jaxrl_tok import processes
 from jaxrl_tok.hub import families, fetch, gguf
 from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.seq2seq_families import with_generation
@@ -198,7 +199,12 @@ def save(
   Args:
     card: title, base_model, data, algorithm (text) and metrics (a dict).
     part_of: as write_weights takes it.
+
+  Every process must call it; process 0 writes.
   """
+  if not processes.is_main():
+    write_weights(None, model, params, shard_bytes, part_of)
+    return Path(out)
   with atomic_directory(out, replace) as part:
     write_weights(part, model, params, shard_bytes, part_of)
     widest = jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))

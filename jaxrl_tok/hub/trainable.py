@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrl_tok import sharding
+from jaxrl_tok import processes, sharding
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import adapters as peft
 from jaxrl_tok.hub.directory import atomic_directory, save, write_card
@@ -155,10 +155,11 @@ def adapted(
     check_export(trained)
     run_dir, family = Path(run_dir), model.family
     task = family.architecture.peft_task
-    with atomic_directory(run_dir / 'adapter', replace=True) as part:
-      alone = lora.by_module(trained, modules)
-      peft.save(part, config, alone, model.origin, family.transposed, task)
-      write_card(part, card, library='peft')
+    alone = processes.whole(lora.by_module(trained, modules))
+    if processes.is_main():
+      with atomic_directory(run_dir / 'adapter', replace=True) as part:
+        peft.save(part, config, alone, model.origin, family.transposed, task)
+        write_card(part, card, library='peft')
     out = run_dir / 'export'
     return save_as(out, trained, frozen, card, dtype, replace=True)
 

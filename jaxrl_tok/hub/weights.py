@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok import sharding
+from jaxrl_tok import processes, sharding
 from jaxrl_tok.hub import fetch, gguf
 from jaxrl_tok.hub.model import Model, TensorInfo
 from jaxrl_tok.models import quantize
@@ -303,6 +303,8 @@ def _flattened(views: tuple, shape: tuple, dtype) -> np.ndarray:
 def _on_host(leaf) -> np.ndarray:
   """Copies an array to the host through another jax.Array of its buffers: jax
   keeps a copy as long as the array that it was read through."""
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return processes.whole(leaf)
   if isinstance(leaf, jax.Array):
     leaf = jax.make_array_from_single_device_arrays(
       leaf.shape, leaf.sharding, [s.data for s in leaf.addressable_shards]
@@ -340,7 +342,7 @@ def _is_written(model: Model, mapping) -> bool:
 
 
 def write_weights(
-  out: Path,
+  out: Path | None,
   model: Model,
   params,
   shard_bytes: int,
@@ -349,8 +351,10 @@ def write_weights(
   """model.safetensors, or shards of about shard_bytes and their index; the
   tensors of one shard at a time are on the host.
 
-  part_of: ParamMapping -> array, its parameter or row of one; params may then
-    be structs. None: those of params.
+  Args:
+    out: None: write nothing, on a process that others read its part from.
+    part_of: ParamMapping -> array, its parameter or row of one; params may then
+      be structs. None: those of params.
   """
   from safetensors.numpy import save_file
 
@@ -380,8 +384,9 @@ def write_weights(
       part = part_of(mapping)
       content |= _tensors_of(mapping, _on_host(part), model)
       gc.collect(0)  # of what jax read
-    save_file(content, out / file, metadata={'format': 'pt'})
+    if out is not None:
+      save_file(content, out / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(content, file)
-  if len(shards) > 1:
+  if len(shards) > 1 and out is not None:
     content = {'metadata': {'total_size': total}, 'weight_map': index}
     (out / fetch.INDEX).write_text(json.dumps(content, indent=2) + '\n')

@@ -207,6 +207,13 @@ def wait_for_devices() -> None:
         array.block_until_ready()
 
 
+def fails_alone(error: Exception) -> bool:
+  """Tells whether this process fails where others, which do not know, go on;
+  they end when its heartbeat is missed."""
+  processes = sys.modules.get('jaxrl_tok.processes')
+  return processes is not None and not processes.is_agreed(error)
+
+
 def main(
   task: Task | Callable, argv: list[str] | None = None, /, **defaults
 ) -> 'Result | None':
@@ -251,7 +258,12 @@ def main(
     wait_for_devices()
     raise SystemExit(TRY_AGAIN) from None
   except (ValueError, OSError) as e:
-    wait_for_devices()
+    alone = fails_alone(e)
+    if not alone:
+      wait_for_devices()
     if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
       print(e.traceback, file=sys.stderr)
-    flags.fail(e)
+    flags.show_fault(e)
+    if alone:  # jax would wait for the other processes, which wait for it
+      os._exit(2)
+    raise SystemExit(2) from None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from jaxrl_tok import checkpoint
+from jaxrl_tok import checkpoint, processes
 from jaxrl_tok.credit import losses
 from jaxrl_tok.data import data_fingerprint
 from jaxrl_tok.finite import check_finite
@@ -103,20 +103,20 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
   """Begins or resumes: (setup with the run's logger, state, cursor or None,
   progress)."""
   restored = restore(setup, run_dir, checkpoints)
-  if restored is None and jax.process_index() == 0:
+  if restored is None and processes.is_main():
     for name in ('metrics', 'samples'):  # of a run without a checkpoint
       (run_dir / f'{name}.jsonl').unlink(missing_ok=True)
   logger = Logger(
     run_dir,
     setup.settings.run.report_to,
     restored[2].step if restored else None,
-    is_main=jax.process_index() == 0,
+    is_main=processes.is_main(),
     evaluated=restored[2].evaluated if restored else None,
   )
   logger.message(f'run directory: {run_dir}')
   setup = setup._replace(logger=logger)
   if restored is None:
-    record.write_run_files(setup, run_dir)
+    processes.main_only(lambda: record.write_run_files(setup, run_dir))
     state = new_state(setup, *first_params(setup))
     check_state(setup, state)
     return setup, state, None, Progress()

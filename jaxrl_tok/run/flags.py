@@ -48,12 +48,16 @@ class Parsed(NamedTuple):
   typed: frozenset  # names of the flags that argv gives
 
 
-def fail(message) -> None:
-  """Prints one line on stderr, an error's notes included, and exits with status
-  2."""
+def show_fault(message) -> None:
+  """Prints one line on stderr, an error's notes included."""
   notes = getattr(message, '__notes__', ())
   lines = [str(message), *(n for n in notes if '\n' not in n)]  # not jax's
   print(f'error: {"; ".join(lines)}', file=sys.stderr)
+
+
+def fail(message) -> None:
+  """Prints one line on stderr, and exits with status 2."""
+  show_fault(message)
   raise SystemExit(2)
 
 

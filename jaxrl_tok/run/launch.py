@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrl_tok import Interrupted, checkpoint, finite
+from jaxrl_tok import Interrupted, checkpoint, finite, processes
 from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
@@ -127,6 +127,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
     sampling.num_prompts,
     programs.greedy,
   )
+  records_at = functools.partial(examples_at, setup.data, run.seed)
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
     choices = setup.algorithm.settings
@@ -135,13 +136,13 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
       by_reward=normalizes_each(choices),
       ended_only=choices.get('mask_truncated_completions', False),
     )
-    collector = dynamic(collector, rounds, varied)
+    collector = dynamic(collector, rounds, varied, records_at)
   if sampling.replay_groups:
     collector = off_policy.replayed(
       collector,
       sampling.replay_capacity,
       sampling.replay_groups,
-      lambda positions: examples_at(setup.data, run.seed, positions),
+      records_at,
       setup.data.buckets[-1],
       run.seed,
     )
@@ -174,7 +175,8 @@ def close(setup: Setup, checkpoints, error: BaseException) -> None:
   """Closes a run that an error ends, once its checkpoint is on disk; a note on
   the error tells where that fails."""
   try:
-    checkpoints.close()
+    if processes.is_agreed(error):
+      checkpoints.close()
   except Exception as failed:
     error.add_note(f'the checkpoint cannot be written ({shorten(failed)})')
   setup.logger.close()
@@ -391,6 +393,8 @@ def run(setup: Setup) -> Result | None:
     except Interrupted:
       raise
     except Exception as e:
+      if not processes.is_agreed(e):
+        raise
       dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
       if note := resume_note(run_dir, e, dropped):
         e.add_note(note)
@@ -416,7 +420,9 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
   out = export(setup, run_dir, done.state, summary)
   setup.logger.close()
   title = f'{setup.caller.name}: reinforcement learning on tokens'
-  page = write_report(run_dir, title, summary)
+  page = run_dir / 'report.html'
+  if processes.is_main():
+    page = write_report(run_dir, title, summary)
   show_samples(setup.logger.console, done.rows)
   for name, text in summary.items():
     setup.logger.message(f'{name}: {text}')
@@ -438,7 +444,7 @@ def export(setup: Setup, run_dir: Path, state, summary: dict) -> Path:
     run_dir, state.params, state.frozen, card, setup.dtype
   )
   repository = setup.settings.run.push_to_hub
-  if repository and jax.process_index() == 0:
+  if repository and processes.is_main():
     try:  # a failed upload loses nothing of the run
       with setup.logger.doing(f'uploading to {repository}'):
         setup.logger.message(fetch.push(out, repository))

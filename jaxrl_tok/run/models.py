@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_tok import sharding
+from jaxrl_tok import processes, sharding
 from jaxrl_tok.data.tokenizers import stop_ids
 from jaxrl_tok.hub import adapters, families
 from jaxrl_tok.hub.directory import atomic_directory, open_model
@@ -72,10 +72,12 @@ def own_trainable(model: OwnModel, seed: int) -> Trainable:
   def save(out, trained, frozen, card=None, dtype='float32', replace=False):
     from safetensors.numpy import save_file
 
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trained))
+    leaves = jax.tree_util.tree_leaves_with_path(processes.whole(trained))
     tensors = {
       sharding.path_name(path): np.ascontiguousarray(x) for path, x in leaves
     }
+    if not processes.is_main():
+      return Path(out)
     with atomic_directory(out, replace) as part:
       save_file(tensors, part / 'params.safetensors')
       model.tokenizer.save_pretrained(part)

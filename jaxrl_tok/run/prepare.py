@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_tok import data, distribution, rewards, sharding
+from jaxrl_tok import data, distribution, processes, rewards, sharding
 from jaxrl_tok.evaluation import reads_reference
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
@@ -367,6 +367,7 @@ def prepare(
   build.check_own(own)
   cache.keep_programs()
   sharding.split_cpu(settings.model.cpu_devices)
+  processes.start(**dataclasses.asdict(settings.process))
   mesh = sharding.make_mesh(settings.model.mesh)
   found = rewards_of(task, settings)
   tokenizer = task.tokenizer or data.byte_tokenizer
@@ -396,7 +397,7 @@ def prepare(
   if reward_model is not None:
     models.check_context(reward_model, P, T)
   optimizer = make_optimizer(settings, own, algorithm)
-  logger, held_out = Logger(is_main=jax.process_index() == 0), evaluations[0]
+  logger, held_out = Logger(is_main=processes.is_main()), evaluations[0]
   message_counts(logger, settings.run.held_out, split, train, held_out.data)
   for note in model.notes:
     logger.warn(note)

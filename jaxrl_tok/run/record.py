@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import yaml
 
-from jaxrl_tok import data, sharding
+from jaxrl_tok import data, processes, sharding
 from jaxrl_tok.credit import compose
 from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
@@ -25,8 +25,12 @@ from jaxrl_tok.run.settings import RunSettings, flatten
 def claim_output_dir(
   run: RunSettings, name: str, resumable: bool = True
 ) -> Path:
-  """Makes the run's directory. Raises ValueError for one that is not empty, or
-  cannot be written."""
+  """Makes the run's directory, which is the one of process 0. Raises ValueError
+  for one that is not empty, or cannot be written."""
+  return Path(processes.main_only(lambda: _claim(run, name, resumable)))
+
+
+def _claim(run: RunSettings, name: str, resumable: bool) -> str:
   name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
   path = Path(run.output_dir or Path('runs') / name)
   if path.exists() and not path.is_dir():
@@ -45,7 +49,7 @@ def claim_output_dir(
     raise ValueError(
       f'--output_dir {path} cannot be written: {e.strerror}; give another'
     ) from None
-  return path
+  return str(path)
 
 
 def environment() -> dict:
@@ -65,6 +69,7 @@ def environment() -> dict:
     'platform': platform.platform(),
     'backend': jax.default_backend(),
     'devices': [str(d) for d in jax.devices()],
+    'processes': jax.process_count(),
   }
 
 

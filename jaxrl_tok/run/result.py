@@ -11,7 +11,7 @@ import jax
 import rich.table
 import rich.text
 
-from jaxrl_tok import data, sharding
+from jaxrl_tok import data, processes, sharding
 from jaxrl_tok.data.chat import content_text
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
@@ -95,9 +95,9 @@ class Result:
     )
     shards = sharding.row_shards(s.mesh)
     more = -len(records) % shards
-    batch, _ = found.batch(
-      [*records, *([records[0]] * more)], found.buckets[-1]
-    )
+    asked = [*records, *([records[0]] * more)]
+    own = processes.own_rows(s.mesh, len(asked))
+    batch, _ = found.batch([asked[i] for i in own], found.buckets[-1])
     config = s.config.greedy if greedy else s.config.sampler
     with jax.set_mesh(s.mesh):
       rollout = self._sampler(
@@ -108,7 +108,7 @@ class Result:
         sharding.put_rows(s.mesh, batch),
         s.rule,
       )
-      tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+      tokens, mask = processes.whole((rollout.tokens, rollout.mask))
     ids = [row[m].tolist() for row, m in zip(tokens, mask)]
     return s.decode(ids[: len(records)])
 

@@ -262,6 +262,23 @@ class WarmStartSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessSettings:
+  """Several processes, one for each machine; found by themselves on Cloud TPU,
+  GKE, SLURM and Open MPI."""
+
+  coordinator_address: str | None = None
+  """HOST:PORT of process 0."""
+  num_processes: int | None = None
+  """Processes of the run; 1: this one alone, whatever the cluster says."""
+  process_id: int | None = None
+  """Number of this process, from 0."""
+  start_timeout: int = 300
+  """Seconds to wait for the other processes at the start."""
+  heartbeat_timeout: int = 60
+  """Seconds without a sign of life from a process before the others end."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """Settings of a run, all groups."""
 
@@ -273,6 +290,7 @@ class Settings:
   optimizer: OptimizerSettings = OptimizerSettings()
   size: SizeSettings = SizeSettings()
   warm_start: WarmStartSettings = WarmStartSettings()
+  process: ProcessSettings = ProcessSettings()
 
 
 # old names of flags

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxrl_tok import __version__, data, sharding
+from jaxrl_tok import __version__, data, processes, sharding
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
@@ -108,9 +108,16 @@ def target_ids(setup: Setup, example: dict) -> list[int]:
 def batch_at(setup: Setup, number: int) -> tuple:
   """Batch of a step: (Prompts, answers int32 [n, T], mask bool [n, T])."""
   n = setup.settings.warm_start.warm_start_batch_size
+  own = processes.own_rows(setup.mesh, n)
   examples, prompts, _ = data.batch_at(
-    setup.data, setup.settings.run.seed, number * n, n
+    setup.data,
+    setup.settings.run.seed,
+    number * n,
+    n,
+    own,
+    processes.largest,
   )
+  n = len(own)
   P = setup.data.buckets[-1]
   more = ((0, 0), (0, P - prompts.tokens.shape[1]))
   prompts = prompts._replace(tokens=np.pad(prompts.tokens, more))
@@ -194,7 +201,7 @@ def learn(setup: Setup):
 def warm_start(setup: Setup):
   """Parameters after the warm start, from the cache if it has them."""
   where, keep = cache_dir(setup), setup.settings.warm_start.cache
-  if keep and where.is_dir():
+  if keep and all(processes.exchange(where.is_dir())):
     try:
       params = read_params(directory.open_model(where), setup.mesh)
       setup.logger.message(
@@ -209,7 +216,7 @@ def warm_start(setup: Setup):
     params, 'the supervised start', 'lower --warm_start_learning_rate'
   )
   setup.logger.message(f'supervised start: {steps} steps, held-out {score:.3f}')
-  if keep and jax.process_index() == 0:
+  if keep:
     save_start(setup, params, where)
   return params
 
@@ -221,7 +228,8 @@ def save_start(setup: Setup, params, where: Path) -> None:
   card = {'title': 'supervised start', 'data': setup.task.description}
   try:
     directory.save(own, setup.model, params, card)
-    os.replace(own, where)
+    if processes.is_main():
+      os.replace(own, where)
   except OSError as e:
     if not where.is_dir():  # else another run was first
       setup.logger.warn(f'the supervised start cannot be kept: {e}')

@@ -14,6 +14,10 @@ Batch.metrics are of all completions that a step samples: counts, as
 rewards/NAME/errors, are sums over its rollouts, and what functions log is the
 mean. The update's rewards/NAME/mean and std are of the batch that is trained
 (step/metrics.py); a collector has no metrics of those names.
+
+Of several processes each reads and scores the prompts whose rows lie on its
+devices (processes.py); Batch.examples and .extra are those, counts and metrics
+are of all.
 """
 
 import time
@@ -23,10 +27,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet, batch_at
 from jaxrl_tok.rewards.functions import weight_at
 from jaxrl_tok.rewards.scoring import merge_metrics, quote_samples
-from jaxrl_tok.sharding import put_replicated, put_rows
+from jaxrl_tok.sharding import put_replicated, put_rows, put_whole
 from jaxrl_tok.types import Rollout, Scored, TrainState
 
 # folded into a step's key by later rounds; below B are the sampler's rows
@@ -47,11 +52,11 @@ class Batch(NamedTuple):
   """A finished batch: `scored` is all that an update is given."""
 
   scored: Any  # Scored, or the indices that device_steps' update takes
-  examples: list  # C records
-  positions: np.ndarray  # int64 [C] of the records, in the data's order
+  examples: list  # records of this process's prompts, all C of a single one
+  positions: np.ndarray  # int64 [C] of all records, in the data's order
   metrics: dict  # numbers on the host, of all that the step sampled
   counts: TokenCounts
-  extra: dict  # {column: B values} that reward functions logged
+  extra: dict  # {column: values of own rows} that reward functions logged
 
 
 class Pending(NamedTuple):
@@ -61,8 +66,8 @@ class Pending(NamedTuple):
   device: tuple  # (rewards, applies) of rewards on the device
   greedy: Rollout | None
   greedy_device: tuple
-  positions: np.ndarray  # int64 [C] of the records, in the data's order
-  examples: list | None  # C records; None: read again by position
+  positions: np.ndarray  # int64 [C] of all records, in the data's order
+  examples: list | None  # of this process; None: read again by position
   version: jax.Array  # int32 []  updates before this step
   started: tuple  # (state, key), for a collector that samples again
   cursor: dict
@@ -91,8 +96,9 @@ class Scorer(NamedTuple):
 
 
 def token_rewards(scored: Scored) -> np.ndarray:
-  """Rewards of tokens float32 [B, T]: Scored.reward, on the host."""
-  rewards, applies, weights, mask = jax.device_get(
+  """Rewards of tokens float32 [B, T]: Scored.reward, on the host, of the rows
+  that are here."""
+  rewards, applies, weights, mask = processes.local(
     (scored.rewards, scored.applies, scored.weights, scored.rollout.mask)
   )
   total = np.zeros(mask.shape, np.float32)
@@ -108,7 +114,7 @@ def total_reward(scored: Scored) -> np.ndarray:
 
 def valid_rows(scored: Scored) -> np.ndarray:
   """Scored.valid, bool [B], on the host."""
-  return np.any(list(jax.device_get(scored.applies).values()), axis=0)
+  return np.any(list(processes.local(scored.applies).values()), axis=0)
 
 
 class Score(NamedTuple):
@@ -125,7 +131,7 @@ def score(
 ) -> Score:
   """Scores a rollout; waits for it. device: (rewards, applies) found there."""
   mesh = jax.sharding.get_mesh()
-  tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
+  tokens, mask = processes.local((rollout.tokens, rollout.mask))
   trainer_state = scorer.trainer_state(step)
   host = scorer.host(tokens, mask, examples, trainer_state)
   samples = quote_samples(examples, host.texts)
@@ -155,7 +161,7 @@ def check_device(
   samples: completions, quoted, for the error.
   """
   mesh, errors = jax.sharding.get_mesh(), {}
-  for name, values in jax.device_get(rewards).items():
+  for name, values in processes.local(rewards).items():
     failed = ~np.isfinite(values).all(axis=1)
     if scorer.on_error != 'raise':
       errors[f'rewards/{name}/errors'] = float(failed.sum())
@@ -176,7 +182,7 @@ def check_device(
     fixed = np.where(failed[:, None], np.float32(0), values)
     rewards = rewards | put_rows(mesh, {name: fixed})
     if scorer.on_error == 'mask':
-      on = jax.device_get(applies[name]) & ~failed
+      on = processes.local(applies[name]) & ~failed
       applies = applies | put_rows(mesh, {name: on})
   return rewards, applies, errors
 
@@ -198,9 +204,12 @@ def single_turn(
   """
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
-    position = int(cursor['position'])
-    examples, prompts, columns = batch_at(data, seed, position, num_prompts)
-    placed, columns = put_rows(jax.sharding.get_mesh(), (prompts, columns))
+    position, mesh = int(cursor['position']), jax.sharding.get_mesh()
+    own = processes.own_rows(mesh, num_prompts)
+    examples, prompts, columns = batch_at(
+      data, seed, position, num_prompts, own, processes.largest
+    )
+    placed, columns = put_rows(mesh, (prompts, columns))
 
     def dispatch(by):
       rollout = by(state, key, placed)
@@ -223,32 +232,51 @@ def single_turn(
       {'position': np.int64(position + num_prompts)},
     )
 
+  def score_both(p: Pending, examples: list) -> Score:
+    step = int(np.ravel(processes.local(p.version))[0])
+    found = score(scorer, p.rollout, p.device, examples, step)
+    if p.greedy is None:
+      return found
+    best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
+    known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
+    placed = put_rows(jax.sharding.get_mesh(), known)
+    return found._replace(scored=found.scored._replace(greedy_reward=placed))
+
   def finish(p: Pending):
     jax.block_until_ready(p.rollout.mask)
     began = time.monotonic()
-    step = int(np.ravel(jax.device_get(p.version))[0])
     examples = p.examples
     if examples is None:
-      examples = examples_at(data, seed, p.positions)
-    found = score(scorer, p.rollout, p.device, examples, step)
-    scored, metrics, greedy_tokens = found.scored, found.metrics, 0
-    if p.greedy is not None:
-      best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
-      mesh = jax.sharding.get_mesh()
-      known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
-      scored = scored._replace(greedy_reward=put_rows(mesh, known))
-      greedy_tokens = int(jax.device_get(p.greedy.mask).sum())
-    mask, length = jax.device_get((p.rollout.mask, p.rollout.prompts.length))
-    read = int(length.sum()) * (len(mask) // len(length))
-    judged = len(mask) + len(length) * (p.greedy is not None)
-    counts = TokenCounts(
-      len(length), int(mask.sum()), read, greedy_tokens, judged
+      own = processes.own_rows(jax.sharding.get_mesh(), num_prompts)
+      examples = examples_at(data, seed, p.positions[own])
+    found, told = processes.together(
+      lambda: score_both(p, examples),
+      lambda found: [found.metrics, *count_tokens(p.rollout, p.greedy)],
     )
+    once = processes.each_row_once(jax.sharding.get_mesh(), num_prompts)
+    metrics, *counts = zip(*(told[i] for i in once))
+    metrics = merge_metrics(metrics)
     metrics['time/score'] = time.monotonic() - began
-    batch = Batch(scored, examples, p.positions, metrics, counts, found.extra)
+    counts = TokenCounts(num_prompts, *map(sum, counts))
+    batch = Batch(
+      found.scored, examples, p.positions, metrics, counts, found.extra
+    )
     return batch, p.cursor
 
   return Collector(lambda: {'position': np.int64(0)}, start, finish)
+
+
+def count_tokens(
+  rollout: Rollout, greedy: Rollout | None
+) -> tuple[int, int, int, int]:
+  """Counts (generated, read, greedy, scored) of the rows that are here, see
+  TokenCounts."""
+  mask, length = processes.local((rollout.mask, rollout.prompts.length))
+  read = int(length.sum()) * (len(mask) // len(length))
+  if greedy is None:
+    return int(mask.sum()), read, 0, len(mask)
+  drawn = int(processes.local(greedy.mask).sum())
+  return int(mask.sum()), read, drawn, len(mask) + len(length)
 
 
 def examples_at(data: PromptSet, seed: int, positions: np.ndarray) -> list:
@@ -274,7 +302,7 @@ def has_reward_variance(
   """
   C = len(scored.rollout.prompts.length)
   valid = valid_rows(scored)
-  some = valid & jax.device_get(scored.rollout.ended) if ended_only else valid
+  some = valid & processes.local(scored.rollout.ended) if ended_only else valid
   some = some.reshape(C, -1).any(axis=1)
 
   def varies(rows, on):
@@ -284,7 +312,7 @@ def has_reward_variance(
 
   if not by_reward:
     return some & varies(total_reward(scored), valid)
-  applies = jax.device_get(scored.applies)
+  applies = processes.local(scored.applies)
   alone = (
     scored._replace(
       rewards={name: reward},
@@ -300,7 +328,7 @@ def has_reward_variance(
 def padded_prompts(scored: list[Scored], length: int = 0) -> list[Scored]:
   """Copies records to the host and pads their prompts to one length, at least
   `length`."""
-  scored = jax.device_get(scored)
+  scored = processes.whole(scored)
   P = max(length, *(s.rollout.prompts.tokens.shape[1] for s in scored))
 
   def longer(s: Scored) -> Scored:
@@ -331,7 +359,7 @@ def take_scored(
 def place(scored: Scored) -> Scored:
   """Places a record of the host on the mesh's devices, split by row."""
   mesh, weights = jax.sharding.get_mesh(), scored.weights
-  placed = put_rows(mesh, scored._replace(weights={}))
+  placed = put_whole(mesh, scored._replace(weights={}))
   return placed._replace(weights=put_replicated(mesh, weights))
 
 
@@ -339,22 +367,29 @@ def place(scored: Scored) -> Scored:
 
 
 def dynamic(
-  collector: Collector, rounds: int, varied: Callable = has_reward_variance
+  collector: Collector,
+  rounds: int,
+  varied: Callable = has_reward_variance,
+  examples: Callable | None = None,
 ) -> Collector:
   """Dynamic sampling: replaces groups of equal rewards, which have no
   advantage, by groups of the next prompts. After `rounds` rollouts they fill
   what is missing. DAPO, arXiv:2503.14476.
 
-  varied: Scored -> groups bool [C] that are kept.
+  Args:
+    varied: Scored -> groups bool [C] that are kept.
+    examples: positions int64 [n] -> their records, which several processes
+      read again, as groups move between them; what functions log by completion
+      is then left out.
   """
 
   def finish(pending: Pending):
     (state, key), batches, good, rest = pending.started, [], [], []
     while True:
       batch, cursor = collector.finish(pending)
-      number, C = len(batches), len(batch.examples)
+      number, C = len(batches), len(batch.positions)
       batches.append(batch)
-      for group, fine in enumerate(varied(batch.scored)):
+      for group, fine in enumerate(varied(processes.whole(batch.scored))):
         (good if fine else rest).append((number, group))
       if len(good) >= C or len(batches) >= rounds:
         break
@@ -367,17 +402,22 @@ def dynamic(
       'dynamic_sampling/missing': max(0, C - len(good)),
       'time/score': sum(b.metrics['time/score'] for b in batches),
     }
-    chosen = select_groups(batches, (good + rest)[:C])
+    chosen = select_groups(batches, (good + rest)[:C], examples)
     return chosen._replace(metrics=metrics, counts=counts), cursor
 
   return collector._replace(finish=finish)
 
 
-def select_groups(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
-  """Gathers groups (index of a batch, of its prompt) in one batch."""
+def select_groups(
+  batches: list[Batch],
+  groups: list[tuple[int, int]],
+  examples: Callable | None = None,
+) -> Batch:
+  """Gathers groups (index of a batch, of its prompt) in one batch; `examples`
+  as in `dynamic`."""
   if len(batches) == 1:
     return batches[0]
-  C = len(batches[0].examples)
+  C = len(batches[0].positions)
   scored = take_scored(padded_prompts([b.scored for b in batches]), groups, C)
   G = len(scored.rollout.mask) // len(groups)
 
@@ -385,9 +425,12 @@ def select_groups(batches: list[Batch], groups: list[tuple[int, int]]) -> Batch:
     found = [b.extra.get(name, [None] * (C * G)) for b in batches]
     return [x for b, c in groups for x in found[b][c * G : (c + 1) * G]]
 
-  return batches[0]._replace(
-    scored=place(scored),
+  positions = np.array([batches[b].positions[c] for b, c in groups])
+  chosen = batches[0]._replace(scored=place(scored), positions=positions)
+  if processes.count() > 1:
+    own = processes.own_rows(jax.sharding.get_mesh(), C)
+    return chosen._replace(examples=examples(positions[own]), extra={})
+  return chosen._replace(
     examples=[batches[b].examples[c] for b, c in groups],
-    positions=np.array([batches[b].positions[c] for b, c in groups]),
     extra={name: rows(name) for b in batches for name in b.extra},
   )

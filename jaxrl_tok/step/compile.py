@@ -39,7 +39,7 @@ def compile_all(jobs: dict) -> dict:
   """Compiles {name: Job} to {name: compiled}, a job for each two cores at a
   time: a compilation uses about two. Must run under jax.set_mesh."""
   mesh = jax.sharding.get_mesh()
-  device = mesh.devices.flat[0]
+  device = mesh.local_devices[0]
   usual = usual_options(device.platform)
 
   def build(job: Job):

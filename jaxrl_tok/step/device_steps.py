@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet, record_indices
 from jaxrl_tok.sharding import constrain_rows, put_replicated
 from jaxrl_tok.step.collectors import (
@@ -135,7 +136,8 @@ def table_rows(
       scored=num_prompts * (samples_per_prompt + greedy),
     )
     last = positions[-num_prompts:]
-    examples = examples_at(data, seed, last)
+    own = processes.own_rows(jax.sharding.get_mesh(), num_prompts)
+    examples = examples_at(data, seed, last[own])
     return Batch(placed, examples, last, {}, counts, {}), cursor
 
   return Collector(lambda: {'position': np.int64(0)}, start, finish)

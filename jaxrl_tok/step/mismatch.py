@@ -21,6 +21,7 @@ from jaxrl_tok import distribution
 from jaxrl_tok.policy import completion_hidden
 from jaxrl_tok.sampler import begin, grow_cache
 from jaxrl_tok.sharding import (
+  constrain_caches,
   constrain_rows,
   row_shards,
 )
@@ -85,7 +86,7 @@ def make_mismatch(policy: Policy, rows: int = MISMATCH_ROWS) -> Callable:
     first = jnp.repeat(prefix.hidden, B // prefix.length.shape[0], axis=0)
     grown = jax.eval_shape(lambda: policy.init_cache(B, T))
     cache = grow_cache(policy.init_cache(B, 0), grown)  # as the sampler's is
-    cache = jax.tree.map(constrain_rows, cache)
+    cache = constrain_caches(cache)
 
     def logits(params, hidden_BxD):
       return distribution.shape_logits(policy.logits(params, hidden_BxD), rule)

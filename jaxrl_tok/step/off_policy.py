@@ -10,9 +10,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxrl_tok.sharding import put_rows
+from jaxrl_tok import processes
+from jaxrl_tok.sharding import put_whole
 from jaxrl_tok.step.collectors import (
   ROUNDS,
+  Batch,
   Collector,
   Pending,
   padded_prompts,
@@ -119,7 +121,7 @@ def replayed(
     pending = pending._replace(started=pending.started[:-1])
     batch, inner = collector.finish(pending)
     (new,) = padded_prompts([batch.scored], prompt_length)
-    C, now = len(batch.examples), int(pending.version)
+    C, now = len(batch.positions), int(pending.version)
     into = (count + np.arange(C)) % capacity
     drawn = np.random.default_rng((seed, now)).integers(
       0, min(max(count, 1), capacity), groups
@@ -144,10 +146,11 @@ def replayed(
       lambda x, y: np.concatenate([x, y]) if is_by_group(x) else x, new, old
     )
     age = now - old.rollout.version if count else np.zeros(1)
+    positions = np.concatenate([batch.positions, positions])
     batch = batch._replace(
       scored=place(both),
-      examples=batch.examples + examples(positions),
-      positions=np.concatenate([batch.positions, positions]),
+      examples=own_examples(batch, positions, examples),
+      positions=positions,
       metrics=batch.metrics | {'replay/age': float(age.mean())},
     )
     return batch, cursor
@@ -156,6 +159,14 @@ def replayed(
     return {'inner': collector.init(), 'count': np.int64(0)}
 
   return Collector(init, start, finish)
+
+
+def own_examples(batch: Batch, positions, examples: Callable) -> list:
+  """Records of a batch with groups added to it: those of this process."""
+  if processes.count() == 1:
+    return batch.examples + examples(positions[len(batch.positions) :])
+  mesh = jax.sharding.get_mesh()
+  return examples(positions[processes.own_rows(mesh, len(positions))])
 
 
 def ahead(collector: Collector) -> Collector:
@@ -198,7 +209,7 @@ def place_pending(pending: Pending) -> Pending:
   mesh = jax.sharding.get_mesh()
 
   def one(x):
-    return x if isinstance(x, jax.Array) else put_rows(mesh, x)
+    return x if isinstance(x, jax.Array) else put_whole(mesh, x)
 
   names = 'rollout', 'device', 'greedy', 'greedy_device'
   placed = {n: jax.tree.map(one, getattr(pending, n)) for n in names}

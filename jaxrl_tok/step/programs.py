@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet, batch_at
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
@@ -204,7 +205,7 @@ def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
   if wanted is not None:
     return [wanted]
   mesh = run.shapes.rows.mesh
-  shards, device = row_shards(mesh), mesh.devices.flat[0]
+  shards, device = row_shards(mesh), mesh.local_devices[0]
   each = memory.bytes_a_prompt(
     n.policy, run.state.policy_params, rollout, n.rule, shards
   )
@@ -476,7 +477,9 @@ def bound_update(n: Networks, updates: dict) -> Callable:
 
   def update(state: TrainState, scored: Scored):
     rollout = scored.rollout
-    needed = columns_needed(jax.device_get(rollout.mask))
+    needed = columns_needed(processes.local(rollout.mask))
+    if len(updates) > 1:
+      needed = processes.largest(needed)
     P = rollout.prompts.tokens.shape[1]
     length = min(T for p, T in updates if p == P and needed <= T)
     state, metrics, advantage = updates[P, length](state, scored, n.rule)

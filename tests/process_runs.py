@@ -1,0 +1,69 @@
+"""Program of test_processes.py: runs by name, on one or several processes.
+
+python process_runs.py OUT NAMES [--num_processes ... further flags]
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from jaxrl_tok import Task, main
+
+SIZE = {
+  'd_model': 16,
+  'num_layers': 1,
+  'num_prompts': 8,
+  'num_generations': 2,
+  'max_completion_length': 4,
+  'max_steps': 4,
+  'eval_every': 2,
+  'save_every': 2,
+  'report_to': 'none',
+}
+RUNS = {
+  'plain': {},
+  'supervised': {
+    'algorithm': 'grpo',
+    'ahead': True,
+    'warm_start_max_steps': 8,
+    'warm_start_batch_size': 16,
+  },
+  'groups': {'algorithm': 'dapo', 'replay_groups': 8},
+  'tensor': {'mesh': 'data=1,fsdp=2,tensor=4', 'd_ff': 32, 'max_steps': 2},
+}
+SIGNALS = {'term': signal.SIGTERM, 'kill': signal.SIGKILL}
+
+
+def digits(prompts, completions, trainer_state, log_metric, **columns):
+  """Share of digits. Where DIES is 'PROCESS STEP term|kill|raise' this process
+  is ended there."""
+  import jax
+
+  log_metric('longest', max(map(len, completions)))
+  process, step, how = os.environ.get('DIES', '-1 -1 -').split()
+  here = jax.process_index(), trainer_state.global_step
+  if (int(process), int(step)) == here:
+    if how == 'raise':
+      raise KeyError('boom')
+    os.kill(os.getpid(), SIGNALS[how])
+  return [sum(map(str.isdigit, c)) / (1 + len(c)) for c in completions]
+
+
+def task(name: str) -> Task:
+  records = [
+    {'prompt': f'{i}' + 'x' * (i % 3), 'answer': f'{i % 10}'} for i in range(60)
+  ]
+  answers = 'answer' if name == 'supervised' else None
+  return Task(records, digits, held_out=11, answers=answers)
+
+
+if __name__ == '__main__':
+  out, names, *flags = sys.argv[1:]
+  for name in names.split(','):
+    settings = SIZE | RUNS[name]
+    main(
+      task(name),
+      ['--output_dir', str(Path(out) / name), '--no_cache', *flags],
+      **settings,
+    )

@@ -1,0 +1,147 @@
+"""Several processes do what one does, stop together, and resume."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from process_runs import RUNS, SIZE, task
+from safetensors.numpy import load_file
+
+from jaxrl_tok import main
+
+PROGRAM = Path(__file__).with_name('process_runs.py')
+HEARTBEAT = 10
+TIMES = ('time', 'step_time', 'tokens_per_second')
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def start(count: int, devices: int, out: Path, names: str, *flags, dies=None):
+  """Starts the processes of a run; each writes OUT.log.N."""
+  env = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
+  env['PYTHONPATH'] = os.pathsep.join([str(PROGRAM.parent.parent), *sys.path])
+  if dies:
+    env['DIES'] = dies
+  joined = (
+    *('--coordinator_address', f'127.0.0.1:{free_port()}'),
+    *('--num_processes', f'{count}'),
+    *('--heartbeat_timeout', f'{HEARTBEAT}'),
+  )
+  found = []
+  for number in range(count):
+    which = (*joined, '--process_id', f'{number}') if count > 1 else ()
+    command = [sys.executable, PROGRAM, out, names, *which, *flags]
+    with open(f'{out}.log.{number}', 'a') as log:
+      found.append(
+        subprocess.Popen(
+          list(map(str, command)), env=env, stdout=log, stderr=log
+        )
+      )
+  return found
+
+
+def wait(found: list, seconds: float = 300) -> list[int]:
+  """Exit statuses of all."""
+  end = time.monotonic() + seconds
+  try:
+    return [p.wait(max(0, end - time.monotonic())) for p in found]
+  finally:
+    for p in found:
+      p.kill()
+
+
+def rows(out: Path, name: str) -> list[dict]:
+  lines = (out / f'{name}.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def log_of(out: Path, number: int) -> str:
+  return Path(f'{out}.log.{number}').read_text()
+
+
+def check_same(a: Path, b: Path) -> None:
+  """Two runs: equal tokens, other numbers but for rounding."""
+  before, after = (rows(out, 'metrics') for out in (a, b))
+  assert len(before) == len(after)
+  for x, y in zip(before, after):
+    assert x.keys() == y.keys()
+    for name in x.keys() - {'phase'}:
+      if not name.startswith(TIMES):
+        assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-5), name
+
+  def held_out(out):
+    found = [r for r in rows(out, 'samples') if r['split'] != 'train']
+    return [(r['split'], r['prompt'], r['completion']) for r in found]
+
+  assert held_out(a) == held_out(b)
+  a, b = (load_file(out / 'export/model.safetensors') for out in (a, b))
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """Directories of all runs on this process, which has 8 devices."""
+  out = tmp_path_factory.mktemp('alone')
+  for name, settings in RUNS.items():
+    flags = ['--output_dir', str(out / name), '--no_cache']
+    main(task(name), flags, **SIZE | settings)
+  return out
+
+
+def test_two_processes_are_one(alone, tmp_path):
+  out = tmp_path / 'two'
+  assert wait(start(2, 4, out, ','.join(RUNS))) == [0, 0], log_of(out, 1)
+  for name in RUNS:
+    check_same(alone / name, out / name)
+
+
+def test_four_processes_are_one(alone, tmp_path):
+  out = tmp_path / 'four'
+  assert wait(start(4, 2, out, 'plain')) == [0] * 4, log_of(out, 1)
+  check_same(alone / 'plain', out / 'plain')
+
+
+def test_what_fails_on_one_process_stops_all_and_is_resumed(tmp_path):
+  whole, out = tmp_path / 'whole', tmp_path / 'out'
+  assert wait(start(2, 1, whole, 'plain')) == [0, 0]
+  # a reward that fails: one line on each, and the step before is saved
+  assert wait(start(2, 1, out, 'plain', dies='1 1 raise')) == [2, 2]
+  assert "process 1: reward digits raised KeyError: 'boom'" in log_of(out, 0)
+  assert (out / 'plain/checkpoints/1').is_dir()
+  resume = ('--resume', 'auto')
+  # a signal to one of them: all save and exit with 75
+  assert wait(start(2, 1, out, 'plain', *resume, dies='1 2 term')) == [75, 75]
+  assert 'stopped by a signal after step 2' in log_of(out, 0)
+  # a process that dies: the other ends soon
+  found = start(2, 1, out, 'plain', *resume, dies='1 3 kill')
+  assert found[1].wait(120) == -9
+  died = time.monotonic()
+  assert found[0].wait(120) not in (0, 2, 75)
+  assert time.monotonic() - died < HEARTBEAT + 10
+  assert wait(start(2, 1, out, 'plain', *resume)) == [0, 0], log_of(out, 0)
+  a, b = (load_file(x / 'plain/export/model.safetensors') for x in (whole, out))
+  assert all(np.array_equal(a[name], b[name]) for name in a)
+  assert [r['completion'] for r in rows(whole / 'plain', 'samples')] == [
+    r['completion'] for r in rows(out / 'plain', 'samples')
+  ]
+
+
+def test_processes_that_cannot_be_joined_are_refused_in_one_line(tmp_path):
+  out = tmp_path / 'none'
+  found = start(1, 1, out, 'plain', '--num_processes', 2, '--process_id', 5)
+  assert wait(found) == [2]
+  (line,) = [x for x in log_of(out, 0).splitlines() if 'error' in x]
+  assert line.startswith('error: the processes cannot be joined')
+  assert '--coordinator_address' in line
