@@ -59,9 +59,9 @@ class EvaluateSettings:
   comes last, its function's flags."""
   samples: int = 1
   """Completions of each prompt."""
-  greedy: bool | None = None
-  """Take the most likely tokens, or sample; default: as the task's evaluation
-  does, and sample with --samples or a --temperature."""
+  decode: Literal['auto', 'greedy', 'sample'] = 'auto'
+  """Take the most likely tokens (greedy), or sample; auto: as the task's
+  evaluation does, and sample with --samples 2 or more or a --temperature."""
   slice: tuple[str, ...] = ()
   """Columns of the data whose values are told apart."""
   references: str | None = None
@@ -384,7 +384,8 @@ def plan_of(settings: Flags, typed, sources: list[Source]):
   f = settings.evaluate
   if f.samples < 1 or f.batch < 1:
     raise ValueError(f'--samples {f.samples} and --batch {f.batch} must be 1+')
-  greedy = False if f.greedy is None and 'temperature' in typed else f.greedy
+  greedy = {'auto': None, 'greedy': True, 'sample': False}[f.decode]
+  greedy = False if greedy is None and 'temperature' in typed else greedy
   reference = f.reference or reference_of(sources[0])
   return Plan(
     f.evaluation,
@@ -406,7 +407,7 @@ def evaluate(
   settings = parsed.settings
   f, first = settings.evaluate, sources[0]
   word = f.task or recorded_task(first)
-  recorded = first.config if f.task is None else {}
+  recorded = first.config.get('task_flags', {}) if f.task is None else {}
   task = make_task(find_task(word), task_argv, recorded, settings)
   from jaxrl_tok.run import judge
   from jaxrl_tok.run.record import claim_output_dir

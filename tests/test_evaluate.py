@@ -129,7 +129,7 @@ def test_no_file_is_run_that_only_a_run_names():
     ('MODEL --task arithmetic:sum', 'there is no function sum'),
     ('RUN --sample 2', 'did you mean --samples?'),
     ('RUN --samples 0', '--samples 0 and --batch 256 must be 1+'),
-    ('RUN --samples 2 --greedy', 'all the same; pass --no_greedy'),
+    ('RUN --samples 2 --decode greedy', 'all the same; pass --decode sample'),
     ('RUN --slice sign', '--slice sign is no column'),
     ('RUN --references text', '--references text is no column'),
     ('RUN --evaluation hard', 'is none of the task, which has held_out'),

@@ -367,7 +367,7 @@ def best_of(out: Path) -> int:
 
 
 def test_the_best_checkpoint_is_kept_exported_and_resumed(
-  cache, tmp_path, monkeypatch
+  whole, tmp_path, monkeypatch
 ):
   out, halted, calls = tmp_path / 'whole', tmp_path / 'halted', []
   score = rewards.exact_match

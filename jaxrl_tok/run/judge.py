@@ -147,7 +147,7 @@ def choose_evaluation(setup: Setup, plan: Plan, metrics: Callable) -> EvalSetup:
   if greedy and plan.samples > 1:
     raise ValueError(
       f'the {plan.samples} greedy completions of a prompt are all the same; '
-      'pass --no_greedy, or --samples 1'
+      'pass --decode sample, or --samples 1'
     )
   own = dataclasses.replace(
     e.evaluation,

@@ -113,6 +113,7 @@ def settings_of_run(setup: Setup) -> dict:
   return {
     'experiment': setup.caller.name,
     'task_function': setup.caller.task,
+    'task_flags': setup.task_flags,
     **setup.task_flags,
     **flatten(setup.settings),
     'max_completion_length': setup.config.max_completion_length,
