@@ -17,6 +17,7 @@ both sides, so that every translation is exact.
 import json
 import random
 import re
+import string
 import subprocess
 import tempfile
 import zlib
@@ -52,19 +53,25 @@ def number_pairs(
 ) -> tuple[list[dict], list[dict]]:
   """(training, held-out) pairs {'text', 'answer', 'to'} of numbers in words.
 
-  As many numbers have one digit as have two, and so on. A number is held out in
-  all languages; there are `count` and `held_out` pairs.
+  Training has all numbers below 100; of larger ones, as many have three digits
+  as have four, and so on. A number is held out in all languages; there are
+  `count` and `held_out` pairs.
   """
   rng, n = random.Random(seed), len(languages)
-  kept, train = set(), []
-  most = (10**digits - SMALLEST_HELD_OUT) // 5  # a fifth at most
+  kept, train = set(), list(range(SMALLEST_HELD_OUT))
+
+  def draw() -> int:
+    size = rng.randint(3, digits)
+    return rng.randrange(10 ** (size - 1), 10**size)
+
+  most = 9 * 10 ** (digits - 1) // 5  # a fifth of the longest
   while len(kept) < min(-(-held_out // n), most):
-    number = rng.randrange(10 ** rng.randrange(2, digits), 10**digits)
-    kept.add(number)
+    kept.add(draw())
   while len(train) < -(-count // n):
-    number = rng.randrange(10 ** rng.randint(1, digits))
+    number = draw()
     if number not in kept:
       train.append(number)
+  rng.shuffle(train)
 
   def pairs(numbers: Iterable[int]) -> list[dict]:
     return [
@@ -177,6 +184,21 @@ def fetch_to(path: Path, languages: list[str]) -> None:
 # --- the task
 
 
+def check_form(form: str, languages: list[str]) -> None:
+  """Refuses a form without the text, with other names than it has, or without
+  the language where there are several. Raises ValueError."""
+  try:
+    names = {name for _, name, _, _ in string.Formatter().parse(form)}
+  except ValueError as e:
+    raise ValueError(f'--form {form!r} is no format ({e})') from None
+  wanted = {'text', 'to'} if len(languages) > 1 else {'text'}
+  if not wanted <= names or names - {'text', 'to', None}:
+    needs = ' and '.join(f'{{{name}}}' for name in sorted(wanted))
+    raise ValueError(
+      f'--form {form!r} must hold {needs}, and no other name in braces'
+    )
+
+
 def prompts_of(pairs: Iterable[dict], form: str) -> list[dict]:
   """Records {'prompt', 'answer', 'to'} of pairs."""
   return [
@@ -243,6 +265,7 @@ def translate(
     pairs, test = number_pairs(languages, digits, num_pairs, held_out or 512)
     said = f'{len(pairs):,} numbers below 10^{digits} in words, en to {to}'
   form = form or ('{text}' if model else FORM)
+  check_form(form, languages)
   train = prompts_of(pairs, form)
   return Task(
     train,

@@ -70,9 +70,13 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.compat',
   'jaxrl_tok.run.api',
   'experiments.arithmetic',
+  'experiments.news',
   'experiments.reasoning',
+  'experiments.sentences',
   'experiments.stories',
+  'experiments.summarize',
   'experiments.text',
+  'experiments.translate',
 )
 FILES = sorted(
   p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE

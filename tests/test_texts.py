@@ -163,12 +163,12 @@ def test_a_number_is_held_out_in_all_languages(digits, count, held_out):
 def test_numbers_are_right():
   assert translate.words_of_number(207, 'en') == 'two hundred and seven'
   assert translate.words_of_number(207, 'fr') == 'deux cent sept'
-  task = translate.translate(num_pairs=40, held_out=8)
+  task = translate.translate(num_pairs=300, held_out=8)
   for record in (*task.train, *task.held_out):
     assert re.fullmatch(r'(fr|de): [a-z ,-]+ =', record['prompt'])
   answers = [r['answer'] for r in task.train]
   for reward in (task.rewards.outcome, task.eval_rewards):
-    assert call(reward, completions=answers, answer=answers) == [1.0] * 40
+    assert call(reward, completions=answers, answer=answers) == [1.0] * 300
 
   def of(metric):
     return metric(completions=answers, answer=answers).items()
@@ -183,6 +183,9 @@ def test_numbers_are_right():
   [
     ({'to': 'xx'}, '--to xx is no language of num2words; pass fr'),
     ({'digits': 2}, '--digits 2 must be in 3..12'),
+    ({'model': 'x'}, r"--form '\{text\}' must hold \{text\} and \{to\}"),
+    ({'form': '{to} {it}'}, 'must hold .*, and no other name in braces'),
+    ({'form': '{to'}, "--form '{to' is no format"),
     ({'data': 'none.jsonl'}, 'none.jsonl: no such file'),
   ],
 )
