@@ -74,16 +74,11 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.flags',
   'jaxrl_tok.run.compat',
   'jaxrl_tok.run.api',
-  'experiments.arithmetic',
-  'experiments.code',
-  'experiments.evaluate',
-  'experiments.formulas',
-  'experiments.gsm8k',
-  'experiments.imdb',
-  'experiments.poems',
-  'experiments.reasoning',
-  'experiments.stories',
-  'experiments.text',
+  *(
+    f'experiments.{path.stem}'
+    for path in (PACKAGE.parent / 'experiments').glob('*.py')
+    if path.stem != '__init__'
+  ),
 )
 FILES = sorted(
   p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE

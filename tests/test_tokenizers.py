@@ -595,3 +595,34 @@ def test_an_export_reads_back_the_ids(tmp_path, family):
 
   generic = PreTrainedTokenizerFast.from_pretrained(out)
   assert [generic(text)['input_ids'] for text in many] == want
+
+
+# --- tokenizers of own texts
+
+
+def test_a_frequent_word_becomes_a_token(tmp_path):
+  """The order of the texts changes nothing, and every text is read back."""
+  found = data.bpe_tokenizer(
+    ['deux cent un', 'cent deux', 'mille cent'] * 3, 300
+  )
+  other = data.bpe_tokenizer(
+    ['cent deux', 'mille cent', 'deux cent un'] * 3, 300
+  )
+  assert found.get_vocab() == other.get_vocab()
+  assert len(found) <= 300
+  ids = data.text_ids(found, 'mille cent deux')
+  assert len(ids) == 3
+  for text in (*CORPUS, '日本語 <b>', ' a\n b  c', ''):
+    assert data.decode_all(found, [data.text_ids(found, text)]) == [text]
+  assert found.eos_token_id != found.pad_token_id
+  found.save_pretrained(tmp_path)
+  again, notes = read_tokenizer(tmp_path, len(found))
+  assert not notes
+  assert data.text_ids(again, 'mille cent deux') == ids
+
+
+def test_every_byte_has_a_token():
+  assert len(data.bpe_tokenizer([], 258)) == 258
+  with pytest.raises(ValueError, match='cannot hold every byte') as e:
+    data.bpe_tokenizer(['a'], 257)
+  assert '\n' not in str(e.value)

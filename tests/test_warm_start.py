@@ -6,6 +6,7 @@ import pytest
 from test_train import flags as tiny
 
 from experiments import arithmetic
+from jaxrl_tok import data
 from jaxrl_tok.run import cache, flags, warm_start
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.prepare import prepare
@@ -139,6 +140,17 @@ def test_a_cached_one_is_of_the_same_distribution(setup_of):
   assert where(seed=1) != plain
   assert where(warm_start_learning_rate=0.5) != plain
   assert where(algorithm='nlpo', learning_rate=0.1) == plain
+
+
+def test_a_cached_one_is_of_the_same_tokenizer(setup_of):
+  """Two with equally many ids give the same text other ids."""
+  setup = setup_of()
+  found = set()
+  for texts in (['ab ab', 'ab'], ['ba ba', 'ba']):
+    model = setup.model._replace(tokenizer=data.bpe_tokenizer(texts, 259))
+    found.add(warm_start.cache_dir(setup._replace(model=model)))
+  assert len(model.tokenizer) == 259
+  assert len(found) == 2
 
 
 def test_what_cannot_be_kept_is_a_warning(setup_of, tmp_path, capsys):

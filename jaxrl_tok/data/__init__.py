@@ -31,10 +31,11 @@ from jaxrl_tok.data.records import (
   Records,
   data_fingerprint,
 )
-from jaxrl_tok.data.sources import open_records, read_jsonl
+from jaxrl_tok.data.sources import open_records, read_jsonl, read_pairs
 from jaxrl_tok.data.stops import end_at_stop, stop_automaton
 from jaxrl_tok.data.tokenizers import (
   answer_ids,
+  bpe_tokenizer,
   byte_tokenizer,
   decode_all,
   encode_prompts,
@@ -53,6 +54,7 @@ __all__ = [
   'Split',
   'answer_ids',
   'batch_at',
+  'bpe_tokenizer',
   'byte_tokenizer',
   'choose_buckets',
   'data_fingerprint',
@@ -64,6 +66,7 @@ __all__ = [
   'prompt_ids',
   'prompt_set',
   'read_jsonl',
+  'read_pairs',
   'record_index',
   'record_indices',
   'split',

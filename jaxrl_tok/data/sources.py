@@ -96,6 +96,25 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
   return list(open_jsonl(Path(path), {}, str(path)))
 
 
+def read_pairs(source, text: str, answer: str) -> list[dict]:
+  """All records of a source, with `text` and `answer` in place of the columns
+  of these names; its other columns stay. Raises ValueError for a record that
+  lacks one, or has no text there."""
+  rows = open_records(
+    source, columns={text: 'prompt'} if text != 'prompt' else {}
+  )
+  found = []
+  for i, row in enumerate(rows):
+    if not isinstance(row.get(answer), str):
+      raise ValueError(
+        f'{rows.where(i)}: no text in column {answer}; it has '
+        f'{", ".join(text if k == "prompt" else k for k in row)}'
+      )
+    pair = {'text': row.pop('prompt'), 'answer': row.pop(answer)}
+    found.append({**row, **pair})
+  return found
+
+
 def as_list(source) -> list:
   """Records of a finite iterable."""
   if isinstance(source, dict):

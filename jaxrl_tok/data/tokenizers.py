@@ -18,7 +18,6 @@ def byte_tokenizer():
   Returns a transformers tokenizer, which saves Hugging Face files.
   """
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-  from transformers import PreTrainedTokenizerFast
 
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {symbol: i for i, symbol in enumerate(alphabet)}
@@ -27,6 +26,49 @@ def byte_tokenizer():
     add_prefix_space=False, use_regex=False
   )
   tokenizer.decoder = decoders.ByteLevel()
+  return _finish(tokenizer)
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
+  """Tokenizer of byte pairs that are frequent in texts; Sennrich et al.,
+  arXiv:1508.07909. A word and the space before it become one token where
+  vocab_size allows, and any other text still becomes bytes.
+
+  It depends on the texts' words and their counts alone, not on their order.
+  Returns a transformers tokenizer, which saves Hugging Face files.
+
+  Args:
+    texts: text of the kind to be read and written.
+    vocab_size: tokens at most, 258 of them bytes, <pad> and <eos>; it has fewer
+      where the texts have no further pair that comes twice.
+
+  Raises ValueError for a vocab_size that cannot hold every byte.
+  """
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  if vocab_size < len(alphabet) + 2:
+    raise ValueError(
+      f'a vocab_size of {vocab_size} cannot hold every byte, <pad> and <eos>; '
+      f'pass {len(alphabet) + 2} or more'
+    )
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - 2,
+    min_frequency=2,
+    initial_alphabet=alphabet,
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  return _finish(tokenizer)
+
+
+def _finish(tokenizer):
+  """Tokenizer of transformers of one of tokenizers, with <pad> and <eos>."""
+  from transformers import PreTrainedTokenizerFast
+
   tokenizer.add_special_tokens(['<pad>', '<eos>'])
   return PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,

@@ -41,6 +41,14 @@ def digest(records) -> str:
   return found.hexdigest()
 
 
+def tokenizer_text(tokenizer) -> str:
+  """Text that tells tokenizers apart: tokenizer.json, or the vocabulary."""
+  backend = getattr(tokenizer, 'backend_tokenizer', None)
+  if backend is not None:
+    return backend.to_str()
+  return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+
+
 def cache_dir(setup: Setup) -> Path:
   """Directory of this warm start in the cache."""
   rule = jax.device_get(setup.rule)
@@ -54,6 +62,7 @@ def cache_dir(setup: Setup) -> Path:
     'length': setup.config.max_completion_length,
     'dtype': setup.dtype,
     'model': setup.model.hf_config,
+    'tokenizer': tokenizer_text(setup.model.tokenizer),
     # the parts of the rule that evaluate and greedy completions read
     'temperature': rule.temperature.item(),
     'end_tokens': rule.end_tokens.tolist(),
