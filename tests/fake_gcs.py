@@ -13,8 +13,8 @@ import urllib.parse
 
 
 class Store:
-  """Objects {(bucket, name): (bytes, generation)}; refuse(method, name) makes
-  a request fail with 503."""
+  """Objects {(bucket, name): (bytes, generation)}; where refuse(method, name)
+  is true a request fails with 403."""
 
   def __init__(self):
     self.objects, self.uploads, self.generation = {}, {}, 0
@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def refused(self, name) -> bool:
     if self.store.refuse(self.command, name):
-      self.answer(503, {'error': {'code': 503, 'message': 'try again'}})
+      self.answer(403, {'error': {'code': 403, 'message': 'not yours'}})
       return True
     return False
 

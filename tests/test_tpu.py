@@ -40,7 +40,7 @@ class Cloud:
     }
     for folder in ('bin', 'host_bin'):
       (self.place / folder).mkdir(parents=True)
-    self.script('sleep_little', f'echo "$1" >>"{self.place}/slept"; sleep 0.02')
+    self.script('sleep_little', f'echo "$1" >>"{self.place}/slept"; sleep 0.15')
     shutil.copy(FAKES / 'gcloud', self.place / 'bin')
     for name in ('uv', 'hostname', 'trainer'):
       shutil.copy(FAKES / name, self.place / 'host_bin')
@@ -309,9 +309,10 @@ def test_the_readme_leads_to_a_resumed_run_in_six_commands(cloud):
     )
     if command.startswith('cp'):  # and the user writes into it
       file = cloud.clone / 'tpu/env'
-      text = file.read_text().replace('gs://', 'gs://b', 1)
-      text = text.replace('TPU_PROJECT=', 'TPU_PROJECT=p', 1)
-      file.write_text(text.replace('TPU_RUN=', 'TPU_RUN=first', 1))
+      text = file.read_text()
+      for name, value in (('PROJECT', 'p'), ('BUCKET', 'gs://b')):
+        text = re.sub(rf'(?m)^TPU_{name}=\S*', f'TPU_{name}={value}', text)
+      file.write_text(re.sub('(?m)^TPU_RUN=', 'TPU_RUN=first', text))
     if ' run ' in command:
       cloud.wait_steps(7)
     if command.endswith('stop'):

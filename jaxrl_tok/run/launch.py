@@ -22,6 +22,7 @@ from jaxrl_tok import Interrupted, checkpoint, finite
 from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
@@ -181,7 +182,7 @@ def close(setup: Setup, checkpoints, error: BaseException) -> None:
 
 def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
   """Sentence with the flags that go on with a run."""
-  return f'go on with --output_dir {run_dir} --resume {step}'
+  return f'go on with --output_dir {mirror.name_of(run_dir)} --resume {step}'
 
 
 def drop_spoilt(
@@ -261,6 +262,8 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   settings = saved_settings(setup)
 
   def save(state, cursor, progress):
+    if jax.process_index() == 0:
+      mirror.push(run_dir)  # rows first: a resumed run reads them
     found = dataclasses.asdict(progress)
     checkpoint.save(checkpoints, state, cursor, found, settings)
 
@@ -377,10 +380,13 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
   setup.logger.close()
   title = f'{setup.caller.name}: reinforcement learning on tokens'
   page = write_report(run_dir, title, summary)
+  if jax.process_index() == 0:
+    mirror.push(run_dir)
   show_samples(setup.logger.console, done.rows)
   for name, text in summary.items():
     setup.logger.message(f'{name}: {text}')
-  setup.logger.message(f'policy: {out}{os.sep}\nreport: {page}')
+  policy, report = mirror.name_of(out), mirror.name_of(page)
+  setup.logger.message(f'policy: {policy}{os.sep}\nreport: {report}')
   return Result(run_dir, summary, Report(page), setup, done.state, done.rows)
 
 
