@@ -209,7 +209,8 @@ class Server:
     }
 
   def __enter__(self) -> 'Server':
-    threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    serve = self._server.serve_forever
+    threading.Thread(target=serve, args=(0.01,), daemon=True).start()
     return self
 
   def __exit__(self, *error) -> None:

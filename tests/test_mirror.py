@@ -52,31 +52,28 @@ STEPS = st.lists(
 )
 
 
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(
+  max_examples=15,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(st.lists(STEPS, max_size=3))
-def test_another_machine_reads_what_was_written(between):
+def test_another_machine_reads_what_was_written(store, between):
   """Whatever is written, added to and deleted between copies."""
-  with fake_gcs.Server() as server, pytest.MonkeyPatch.context() as patch:
-    for name, value in server.environment.items():
-      patch.setenv(name, value)
-    import gcsfs
-
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    forget()
-    run_dir = mirror.local(RUN)
-    for number, steps in enumerate(between):
-      for name, action in steps:
-        file = run_dir / name
-        file.parent.mkdir(exist_ok=True)
-        if action == 'delete':
-          file.unlink(missing_ok=True)
-        else:
-          with file.open('w' if action == 'write' else 'a') as opened:
-            opened.write(f'{name} {number}\n')
-      mirror.push(run_dir)
-    forget()
-    assert contents(mirror.local(RUN)) == contents(run_dir)
-    forget()
+  store.objects.clear()
+  forget()
+  run_dir = mirror.local(RUN)
+  for number, steps in enumerate(between):
+    for name, action in steps:
+      file = run_dir / name
+      file.parent.mkdir(exist_ok=True)
+      if action == 'delete':
+        file.unlink(missing_ok=True)
+      else:
+        with file.open('w' if action == 'write' else 'a') as opened:
+          opened.write(f'{name} {number}\n')
+    mirror.push(run_dir)
+  forget()
+  assert contents(mirror.local(RUN)) == contents(run_dir)
 
 
 def test_only_what_changed_is_copied(store):

@@ -40,7 +40,8 @@ class Cloud:
     }
     for folder in ('bin', 'host_bin'):
       (self.place / folder).mkdir(parents=True)
-    self.script('sleep_little', f'echo "$1" >>"{self.place}/slept"; sleep 0.15')
+    slow = '! [ "$1" = 1 ] || sleep 0.1'  # TPU_POLL
+    self.script('sleep_little', f'echo "$1" >>"{self.place}/slept"; {slow}')
     shutil.copy(FAKES / 'gcloud', self.place / 'bin')
     for name in ('uv', 'hostname', 'trainer'):
       shutil.copy(FAKES / name, self.place / 'host_bin')
@@ -190,6 +191,7 @@ def test_quoted_words_are_read_as_they_were():
     ('TPU_CAPACITY', 'cheap', 'spot, flex-start'),
     ('TPU_TYPE', 'v9-8', 'set TPU_RUNTIME'),
     ('TPU_SLICES', '0', '1 or more'),
+    ('TPU_POLL', 'often', 'whole number'),
     ('TPU_SECRETS', '/no/file', 'is no file'),
     ('TPU_DELETE_WHEN_DONE', 'other', 'exact name'),
   ],
@@ -408,9 +410,9 @@ def test_supervise_goes_on_when_the_cloud_takes_the_tpu(cloud):
 
 def test_supervise_resumes_and_restarts(cloud):
   cloud.set_up()
-  cloud.plan('crash', 75, 1, 75)
+  cloud.plan('crash', 75, 1)
   text = cloud.run('supervise', 'x', TPU_DELETE_WHEN_DONE='jaxrl')
-  assert text.count('resumed') == 2
+  assert text.count('resumed') == 1
   assert 'exit status 1 (failure 1;' in text
   assert cloud.steps()[-1] == 20
   assert cloud.calls('queued-resources', 'delete')  # asked for by its name
@@ -419,9 +421,9 @@ def test_supervise_resumes_and_restarts(cloud):
 
 def test_supervise_gives_up(cloud):
   cloud.set_up()
-  cloud.plan('crash', 3, 3, 3, 3)
-  text = cloud.run('supervise', 'x', status=1)
-  assert text.count('exit status 3') == 3
+  cloud.plan('crash', 3, 3, 3)
+  text = cloud.run('supervise', 'x', TPU_MAX_FAILURES='2', status=1)
+  assert text.count('exit status 3') == 2
   assert 'given up; the TPU may still cost' in text
 
 

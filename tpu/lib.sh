@@ -90,8 +90,10 @@ check_settings() {
     *) fail "TPU_CAPACITY '$TPU_CAPACITY' must be spot, flex-start, on-demand or reserved" ;;
   esac
   form='^[1-9][0-9]*$'
-  [[ $TPU_SLICES =~ $form ]] ||
-    fail "TPU_SLICES '$TPU_SLICES' must be a number of slices, 1 or more"
+  for name in TPU_SLICES TPU_TRIES TPU_POLL TPU_GRACE TPU_STOP_WAIT \
+    TPU_MAX_FAILURES TPU_MAX_LOSSES; do
+    [[ ${!name} =~ $form ]] || fail "$name '${!name}' must be a whole number, 1 or more"
+  done
   [ -z "$TPU_SECRETS" ] || [ -f "$TPU_SECRETS" ] ||
     fail "TPU_SECRETS '$TPU_SECRETS' is no file; leave it empty or write one"
   case $TPU_DELETE_WHEN_DONE in

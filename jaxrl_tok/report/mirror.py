@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 EVERY = 60.0  # seconds between copies while a run goes on
-# directories that no resumed run reads, and Orbax's
-NOT_READ = ('export', 'adapter', 'tb', 'checkpoints')
+# directories that no resumed run reads: written anew as a whole, and others
+REPLACED = ('export', 'adapter')
+NOT_READ = (*REPLACED, 'tb', 'checkpoints')
 # files that make a directory one that can be opened: the last to be copied
 LAST = ('config.json', 'adapter_config.json', 'report.html')
 
@@ -188,8 +189,8 @@ def push(path: str | Path, every: float = 0.0) -> None:
         mirror.copied[name] = version
     for name in sorted(mirror.copied.keys() - {name for name, _ in here}):
       top = name.partition('/')[0]
-      replaced = any(other.startswith(f'{top}/') for other, _ in here)
-      if top not in NOT_READ or (top != 'checkpoints' and replaced):
+      written = any(other.startswith(f'{top}/') for other, _ in here)
+      if top not in NOT_READ or (top in REPLACED and written):
         files.rm_file(f'{root}/{name}')
         del mirror.copied[name]
 
