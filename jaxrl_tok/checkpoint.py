@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import processes
+from jaxrl_tok.report import mirror
 from jaxrl_tok.sharding import is_stacked, path_name
 from jaxrl_tok.types import TrainState
 
@@ -50,7 +51,7 @@ def open_checkpoints(
       'enable_async_checkpointing': True,
     }
   return ocp.CheckpointManager(
-    Path(run_dir).absolute() / 'checkpoints',
+    mirror.checkpoints(run_dir),
     options=ocp.CheckpointManagerOptions(**options),
   )
 
@@ -107,7 +108,10 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 def saved_steps(run_dir: str | Path) -> list[int]:
   """Steps of a run's checkpoints on disk, ascending."""
-  found = (Path(run_dir) / 'checkpoints').glob('[0-9]*')
+  place = mirror.checkpoints(run_dir)
+  if not isinstance(place, Path):  # a bucket, where half of one has its name
+    return sorted(ocp.utils.checkpoint_steps(place))
+  found = place.glob('[0-9]*')
   return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 

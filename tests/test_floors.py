@@ -67,6 +67,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.report.figures',
   'jaxrl_tok.report.files',
   'jaxrl_tok.report.logger',
+  'jaxrl_tok.report.mirror',
   'jaxrl_tok.report.page',
   'jaxrl_tok.run.task',
   'jaxrl_tok.run.settings',

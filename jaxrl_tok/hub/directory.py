@@ -37,6 +37,7 @@ from jaxrl_tok.hub.weights import (
   stored_tensors,
   write_weights,
 )
+from jaxrl_tok.report import mirror
 
 CARD = Path(__file__).with_name('card.md.jinja')
 
@@ -171,6 +172,7 @@ def atomic_directory(out: str | Path, replace: bool = False):
 
   replace: an `out` that is there goes when the new one is whole.
   """
+  mirror.check_local(out, 'the directory')
   out = Path(out)
   if out.exists() and not replace:
     raise FileExistsError(f'{out} exists; give another directory')

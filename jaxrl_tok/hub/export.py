@@ -17,6 +17,7 @@ from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.trainable import Trainable, adapted, full
 from jaxrl_tok.models.lora import LoraConfig
+from jaxrl_tok.report import mirror
 
 # settings of config.yaml that an export reads
 RUN_SETTINGS = (
@@ -121,12 +122,15 @@ def _restored_params(run_dir: Path, step: int | str | None, like, mesh):
 def export_run(
   run_dir: str | Path, out: str | Path, step: int | str | None = None
 ) -> Path:
-  """Writes a checkpoint of a run as a Hugging Face directory.
+  """Writes a checkpoint of a run, which may be in a bucket, as a local Hugging
+  Face directory.
 
   Adapters are merged with the model that the run began with, which must still
   be where it was. step: 'best', or None: the newest.
   """
-  run_dir = Path(run_dir)
+  mirror.check_address(run_dir, 'RUN_DIR')
+  mirror.check_local(out, 'OUT_DIR')
+  run_dir = mirror.local(run_dir)
   settings = read_settings(run_dir)
   if Path(out).exists():
     raise FileExistsError(f'{out} exists; give another directory')

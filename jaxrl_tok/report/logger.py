@@ -16,6 +16,7 @@ import rich.console
 import rich.progress
 import rich.text
 
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.files import (
   atomic_write,
   number,
@@ -97,9 +98,10 @@ class Logger:
     self._said = set()
     self._files = {}
     self._board = None
+    self._run_dir = None
     if run_dir is None or not is_main:
       return
-    run_dir = Path(run_dir)
+    self._run_dir = run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ('metrics', 'samples'):
       path = run_dir / f'{name}.jsonl'
@@ -130,6 +132,16 @@ class Logger:
       for name, value in values.items():
         if value is not None and math.isfinite(value):
           self._board.add_scalar(prefix + name, value, step)
+    self._push(mirror.EVERY)
+
+  def _push(self, every: float = 0.0) -> None:
+    """Copies the files to the run's bucket, if it has one; what fails is tried
+    again before the next checkpoint, where it ends the run."""
+    try:
+      if self._run_dir is not None:
+        mirror.push(self._run_dir, every)
+    except OSError as e:
+      self.warn(f'{e}; the files are in {self._run_dir}')
 
   def samples(self, rows: list[dict]) -> None:
     """Writes recorded completions, each with its step and split."""
@@ -210,8 +222,9 @@ class Logger:
       yield show
 
   def close(self) -> None:
-    """Closes the files; the console stays."""
+    """Closes the files, and copies them to a bucket; the console stays."""
     for file in self._files.values():
       file.close()
     if self._board is not None:
       self._board.close()
+    self._push()

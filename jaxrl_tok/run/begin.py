@@ -20,6 +20,7 @@ from jaxrl_tok.hub import packages
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.progress import Progress, from_saved
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run import record
 from jaxrl_tok.run.prepare import Setup
@@ -113,7 +114,7 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
     is_main=processes.is_main(),
     evaluated=restored[2].evaluated if restored else None,
   )
-  logger.message(f'run directory: {run_dir}')
+  logger.message(f'run directory: {mirror.name_of(run_dir)}')
   setup = setup._replace(logger=logger)
   if restored is None:
     processes.main_only(lambda: record.write_run_files(setup, run_dir))

@@ -12,6 +12,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxrl_tok import mesh_spec
 from jaxrl_tok.credit.names import check_kl
+from jaxrl_tok.report import mirror
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
 from jaxrl_tok.run.settings import DataSettings, Settings, flatten
@@ -164,6 +165,7 @@ def check_run(settings: Settings) -> None:
     )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise ValueError(f'--resume {run.resume!r} is none of never, auto, a step')
+  mirror.check_address(run.output_dir)
   if run.resume != 'never' and run.output_dir is None:
     raise ValueError('--resume needs the --output_dir of the run to go on with')
   if run.push_to_hub:

@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Callable
 from numbers import Integral
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import yaml
 from jaxrl_tok import data, rewards
 from jaxrl_tok.data.chat import asks_date
 from jaxrl_tok.data.records import has_messages, select
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run.settings import DataSettings, Settings, with_values
 from jaxrl_tok.run.task import Task
@@ -156,7 +156,7 @@ def with_chat_date(settings: Settings, tokenizer) -> Settings:
     return settings
   date = None
   if run.resume != 'never':
-    file = Path(run.output_dir) / 'config.yaml'
+    file = mirror.local(run.output_dir) / 'config.yaml'
     begun = yaml.safe_load(file.read_text()) if file.is_file() else {}
     date = begun.get('chat_date')
   today = datetime.date.today().isoformat()

@@ -23,6 +23,7 @@ from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.progress import BEST_METRIC, Progress, known_best
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
@@ -184,7 +185,7 @@ def close(setup: Setup, checkpoints, error: BaseException) -> None:
 
 def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
   """Sentence with the flags that go on with a run."""
-  return f'go on with --output_dir {run_dir} --resume {step}'
+  return f'go on with --output_dir {mirror.name_of(run_dir)} --resume {step}'
 
 
 def drop_spoilt(
@@ -268,6 +269,8 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   settings = saved_settings(setup)
 
   def save(state, cursor, progress):
+    if processes.is_main():
+      mirror.push(run_dir)  # rows first: a resumed run reads them
     best['step'] = progress.best_step if config.keep_best else None
     found = dataclasses.asdict(progress)
     checkpoint.save(checkpoints, state, cursor, found, settings)
@@ -423,10 +426,12 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
   page = run_dir / 'report.html'
   if processes.is_main():
     page = write_report(run_dir, title, summary)
+    mirror.push(run_dir)
   show_samples(setup.logger.console, done.rows)
   for name, text in summary.items():
     setup.logger.message(f'{name}: {text}')
-  setup.logger.message(f'policy: {out}{os.sep}\nreport: {page}')
+  policy, report = mirror.name_of(out), mirror.name_of(page)
+  setup.logger.message(f'policy: {policy}{os.sep}\nreport: {report}')
   return Result(run_dir, summary, Report(page), setup, done.state, done.rows)
 
 

@@ -14,6 +14,7 @@ from jaxrl_tok import data, processes, sharding
 from jaxrl_tok.credit import compose
 from jaxrl_tok.hub import directory, fetch
 from jaxrl_tok.hub.weights import fingerprint
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.files import atomic_write
 from jaxrl_tok.rewards.functions import describe_weights, get_name
 from jaxrl_tok.run import models
@@ -25,31 +26,40 @@ from jaxrl_tok.run.settings import RunSettings, flatten
 def claim_output_dir(
   run: RunSettings, name: str, resumable: bool = True
 ) -> Path:
-  """Makes the run's directory, which is the one of process 0. Raises ValueError
-  for one that is not empty, or cannot be written."""
-  return Path(processes.main_only(lambda: _claim(run, name, resumable)))
-
-
-def _claim(run: RunSettings, name: str, resumable: bool) -> str:
+  """Makes the run's directory, which process 0 names; of a bucket, the local
+  one that stands for it. Raises ValueError or OSError for one that is not
+  empty, or cannot be written."""
   name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
-  path = Path(run.output_dir or Path('runs') / name)
+  given = processes.from_main(str(run.output_dir or Path('runs') / name))
+  if not resumable:
+    mirror.check_local(given, '--output_dir')
+  path = mirror.local(given)
+  processes.main_only(lambda: claim(path, run, resumable))
+  return path
+
+
+def claim(path: Path, run: RunSettings, resumable: bool) -> None:
+  """Makes a run's directory; see claim_output_dir."""
   if path.exists() and not path.is_dir():
     raise ValueError(f'--output_dir {path} is a file; give a directory')
   if run.resume == 'never' and path.is_dir() and any(path.iterdir()):
     cure = 'pass --resume auto to go on with it, or ' if resumable else 'give '
     raise ValueError(
-      f'--output_dir {path} is not empty; {cure}another directory'
+      f'--output_dir {mirror.name_of(path)} is not empty; {cure}another '
+      'directory'
     )
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / '.writable'
     probe.touch()
     probe.unlink()
+    mirror.probe(path)
   except OSError as e:
+    if e.strerror is None:  # a bucket's, which says it all
+      raise
     raise ValueError(
       f'--output_dir {path} cannot be written: {e.strerror}; give another'
     ) from None
-  return str(path)
 
 
 def environment() -> dict:

@@ -13,6 +13,7 @@ import rich.text
 
 from jaxrl_tok import data, processes, sharding
 from jaxrl_tok.data.chat import content_text
+from jaxrl_tok.report import mirror
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
 from jaxrl_tok.run.evaluations import evaluate_params
@@ -27,7 +28,8 @@ class Result:
   """Result of a finished run.
 
   Attributes:
-    run_dir: directory of the run.
+    run_dir: directory of the run; of one in a bucket, its local copy, which
+      is there as long as this process.
     summary: {label: text}, as the console shows it.
     report: page report.html; shows itself in a notebook.
     state: TrainState after the last step; with --export best of the best one.
@@ -49,7 +51,7 @@ class Result:
 
   def __repr__(self) -> str:
     lines = (f'{name}: {text}' for name, text in self.summary.items())
-    return '\n'.join([f'run {self.run_dir}', *lines])
+    return '\n'.join([f'run {mirror.name_of(self.run_dir)}', *lines])
 
   @property
   def metrics(self) -> list[dict]:

@@ -17,7 +17,8 @@ class RunSettings:
   """The run: where it writes, how long it lasts."""
 
   output_dir: str | None = None
-  """Directory of the run; default: runs/EXPERIMENT-TIME."""
+  """Directory of the run, or gs://BUCKET/RUN (extra [gcs]); default:
+  runs/EXPERIMENT-TIME."""
   seed: int = 0
   """Seed of the data's order, the parameters and the sampling."""
   max_steps: int = 1000
