@@ -218,7 +218,7 @@ class StepLog:
     for i in range(n):
       row = {name: value[i] for name, value in metrics.items()}
       generated = round(float(row['completions/tokens']))
-      greedy = round(float(row.get(GREEDY_TOKENS, 0)))
+      greedy = round(float(row.pop(GREEDY_TOKENS, 0)))
       progress = dataclasses.replace(
         progress,
         step=progress.step + 1,

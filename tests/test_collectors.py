@@ -189,7 +189,7 @@ def test_batches_follow_the_order_of_the_data():
     assert int(cursor['position']) == (k + 1) * C
     assert batch.metrics['seen_step'] == k
     length = batch.scored.rollout.prompts.length
-    assert batch.counts == (C, C * G * T, length.sum() * G)
+    assert batch.counts == (C, C * G * T, length.sum() * G, 0, C * G)
     assert (batch.scored.rollout.version == k).all()
   noise = [step.batch.scored.rollout.tokens[:, 2].tolist() for step in steps]
   assert len(set(map(tuple, noise))) == 3, 'a key was used twice'
