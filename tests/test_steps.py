@@ -143,7 +143,7 @@ class Runs:
   def collector(self, n: int, found: programs.Programs):
     if n:
       _, lengths, _ = self.records.table()
-      return table_rows(self.records, lengths, 0, C, n, G)
+      return table_rows(self.records, lengths, 0, C, n, G, greedy=True)
     by = scorer({}, WEIGHTS, found.device_score)
     return single_turn(found.sample, by, self.records, 0, C, found.greedy)
 

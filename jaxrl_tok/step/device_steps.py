@@ -114,8 +114,9 @@ def table_rows(
   """Collector of indices: `finish` gives the rows of a Table for `steps` steps,
   which the update of make_device_steps samples, scores and learns from.
 
-  lengths: int [n] of the table's prompts.
-  greedy: each prompt has a greedy completion, too, which is scored.
+  Args:
+    lengths: int [n] of the table's prompts.
+    greedy: each prompt has a greedy completion, too, which is scored.
   """
 
   def start(state: TrainState, key, cursor: dict):
