@@ -134,7 +134,7 @@ def evaluate_held_out(
   prefix = metric_prefix(name)
   rewards = [row['reward'] for row in rows if row['reward'] is not None]
   found = {
-    'reward': float(np.mean(rewards)) if rewards else 0.0,
+    **({'reward': mean_reward(rewards)} if scorer.weights else {}),
     'mean_length': float(np.mean(lengths)),
     'clipped_ratio': 1.0 - float(np.mean(ended)),
   }
@@ -146,6 +146,11 @@ def evaluate_held_out(
     metrics, examples_of, completions, scorer.on_error, scorer.warn, measured
   )
   return {prefix + name: value for name, value in found.items()}, rows
+
+
+def mean_reward(rewards: list[float]) -> float:
+  """Mean of rewards; 0 of none."""
+  return float(np.mean(rewards)) if rewards else 0.0
 
 
 def components(scored: Scored) -> list[dict]:

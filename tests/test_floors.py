@@ -69,8 +69,12 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.flags',
   'jaxrl_tok.run.compat',
   'jaxrl_tok.run.api',
+  'jaxrl_tok.data.pairs',
+  'jaxrl_tok.report.goodhart',
   'experiments.arithmetic',
+  'experiments.opinions',
   'experiments.reasoning',
+  'experiments.reward_model',
   'experiments.stories',
   'experiments.text',
 )

@@ -94,7 +94,8 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   found = found if len(found) > 1 else []  # one is drawn above
   for name in sorted(held_out, key=lambda n: 'rewards' not in n.split('/')):
     parts = name.split('/')
-    drawn = parts[-1] == 'reward' or 'mismatch' in parts[:-1]  # elsewhere
+    elsewhere = {'mismatch', 'audit'}.intersection(parts[:-1])
+    drawn = parts[-1] == 'reward' or elsewhere
     if parts[0] != 'eval' or drawn:
       continue
     reward = re.fullmatch('eval/(?:(.+?)/)?rewards/(.+)/mean', name)

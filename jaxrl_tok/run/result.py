@@ -132,7 +132,7 @@ class Result:
           return draw(self.params, key, prompts, s.rule)
 
         metrics, _ = run_evaluation(
-          s, e, sample, jit_scorer(e), reference=self._reference_logp
+          s, e, sample, jit_scorer(s, e), reference=self._reference_logp
         )
         found |= metrics
     return found

@@ -106,7 +106,8 @@ def total_reward(scored: Scored) -> np.ndarray:
 
 def valid_rows(scored: Scored) -> np.ndarray:
   """Scored.valid, bool [B], on the host."""
-  return np.any(list(jax.device_get(scored.applies).values()), axis=0)
+  none = np.zeros(len(scored.rollout.mask), bool)  # where there is no reward
+  return np.any([none, *jax.device_get(scored.applies).values()], axis=0)
 
 
 class Score(NamedTuple):
