@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet
-from jaxrl_tok.report.evaluated import OWN_METRICS, estimates
+from jaxrl_tok.report.evaluated import OWN_METRICS, REWARD, estimates
 from jaxrl_tok.report.statistics import draws
 from jaxrl_tok.rewards import accepted, get_name
 from jaxrl_tok.rewards.functions import own_lists
@@ -135,7 +135,10 @@ def evaluate_held_out(
   numbers = add_metrics(rows, examples_of, metrics, scorer, measured)
   numbers |= {f'mismatch/{k}': float(v) for k, v in gaps.items()}
   prefix = metric_prefix(name)
-  record = {prefix + k: v for k, v in (summary(rows) | numbers).items()}
+  means = summary(rows)
+  if not scorer.weights:  # nothing is judged
+    means = {k: v for k, v in means.items() if k not in REWARD}
+  record = {prefix + k: v for k, v in (means | numbers).items()}
   return Evaluated(record, rows, examples_of, measured)
 
 

@@ -75,6 +75,8 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.flags',
   'jaxrl_tok.run.compat',
   'jaxrl_tok.run.api',
+  'jaxrl_tok.data.pairs',
+  'jaxrl_tok.report.goodhart',
   *(
     f'experiments.{path.stem}'
     for path in (PACKAGE.parent / 'experiments').glob('*.py')

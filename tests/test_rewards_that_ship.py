@@ -62,6 +62,7 @@ OF_THE_TEXT = {
   'profanity': (rewards.profanity, 0, 1),
   'biased_words': (rewards.biased_words, 0, 1),
   'personal_data': (rewards.personal_data, 0, 1),
+  'no_refusal': (rewards.no_refusal, 0, 1),
 }  # fmt: skip
 WORDS = (
   'cat', 'mat', 'the', 'dog', 'sees', 'sleeps', 'anna', 'é', 'ß', '猫', 'aab',

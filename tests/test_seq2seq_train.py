@@ -25,7 +25,7 @@ from jaxrl_tok import Task, data, distribution, train
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.models import check_positions
-from jaxrl_tok.step.supervised import make_supervised_step
+from jaxrl_tok.step.supervised import answer_loss, make_supervised_step
 
 NAMES = sorted(p.name for p in SEQ2SEQ.iterdir())
 LORA = '--lora_rank=2', '--learning_rate=0.01'
@@ -186,10 +186,11 @@ def test_a_supervised_step_lowers_the_loss():
   mask = tokens != model.pad_token
   rule = distribution.make_rule(model.vocab_size, model.end_tokens)
   optimizer = optax.adam(1e-2)
-  step = jax.jit(make_supervised_step(policy, optimizer, rule))
+  loss_of = answer_loss(policy, rule)
+  step = jax.jit(make_supervised_step(loss_of, optimizer))
   state, losses = (params, optimizer.init(params)), []
   for _ in range(60):
-    *state, loss = step(*state, prompts, tokens, mask)
+    *state, loss = step(*state, None, prompts, tokens, mask)
     losses.append(float(loss))
   assert losses[-1] < 0.2 * losses[0]
   stats = look(policy, state[0], make_rollout(prompts, tokens, mask), rule)

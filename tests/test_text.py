@@ -135,3 +135,21 @@ def test_a_file_that_does_not_import_shows_its_own_traceback(files):
     "error: broken.py does not import (NameError: name 'undefined_name' is not "
     'defined); mend it'
   )
+
+
+def test_limits_canaries_and_a_model_alone(files, capsys):
+  found = text.text(
+    'prompts.jsonl',
+    ('my_rewards.py:rhyme',),
+    limit=('my_rewards.py:short',),
+    canaries='canaries.jsonl',
+  )
+  assert list(found.constraints) == ['short']
+  (canaries,) = found.evaluations
+  assert (canaries.data, canaries.rewards) == ('canaries.jsonl', ())
+  assert canaries.keep_samples
+  alone = text.text('prompts.jsonl', reward_model='directory')
+  assert not alone.rewards
+  assert not alone.constraints
+  with pytest.raises(ValueError, match='or a --reward_model'):
+    text.text('prompts.jsonl')

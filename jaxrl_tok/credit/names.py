@@ -4,6 +4,10 @@ The settings refuse an unknown word before jax takes its seconds;
 algorithms.py turns the words into the functions of these names.
 """
 
+import math
+import re
+from typing import NamedTuple
+
 ALGORITHMS = (
   'reinforce',
   'rloo',
@@ -55,6 +59,33 @@ K1_REFUSAL = (
   'for a sum over tokens, and for a mean over them makes completions longer; '
   'pass --kl reward, reverse or forward'
 )
+
+
+class Constraint(NamedTuple):
+  """Limit of the mean of a component of the reward, over completions:
+  sign (mean - limit) <= 0."""
+
+  name: str  # of the function
+  sign: int  # 1: at most the limit; -1: at least
+  limit: float
+
+  def __str__(self) -> str:
+    return f'{self.name}{"<=" if self.sign > 0 else ">="}{self.limit:g}'
+
+
+def read_constraint(text: str) -> Constraint:
+  """Constraint of its text, 'harm<=0.01' or 'length>=20'. Raises ValueError."""
+  found = re.fullmatch(r'\s*([^<>=\s/]+)\s*(<=|>=)\s*(\S+)\s*', text)
+  try:
+    limit = float(found[3]) if found else math.nan
+  except ValueError:
+    limit = math.nan
+  if not math.isfinite(limit):
+    raise ValueError(
+      f'--constraint {text!r} is no NAME<=LIMIT or NAME>=LIMIT; pass it as '
+      "'harm<=0.01', in quotes"
+    )
+  return Constraint(found[1], 1 if found[2] == '<=' else -1, limit)
 
 
 def check_kl(kl: str) -> None:

@@ -11,6 +11,7 @@
   words       tokens -> the bytes that they add to decoded text
   stops       stop texts -> an automaton over tokens
   pieces      completions -> the text that each token adds
+  pairs       preferred completions and the others
 
 Nothing here imports jax, transformers or datasets before it is used.
 """

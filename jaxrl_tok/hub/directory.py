@@ -127,9 +127,11 @@ def write_description(out: Path, model: Model, dtype: str | None = None):
   ends = list(map(int, model.end_tokens))
   eos = {'eos_token_id': ends if len(ends) > 1 else ends[0]}
   if model.directory is None:
-    ids = eos | {'pad_token_id': int(model.pad_token)}
+    pad = hf_config.get('pad_token_id', int(model.pad_token))
+    ids = eos | {'pad_token_id': pad}
     hf_config |= ids
-    files[GENERATION] = {**ids, 'do_sample': True}
+    if model.config.lm_head:
+      files[GENERATION] = {**ids, 'do_sample': True}
     model.tokenizer.save_pretrained(out)
   else:
     for pattern in fetch.COMPANIONS:
@@ -153,6 +155,7 @@ def write_card(out: Path, card: dict | None, library='transformers') -> None:
     'data': 'not recorded',
     'algorithm': 'not recorded',
     'metrics': {},
+    'kind': 'policy',
     'auto_tokenizer': True,
     **(card or {}),
   }
@@ -199,7 +202,7 @@ def save(
   """Writes the directory; it appears whole or not at all.
 
   Args:
-    card: title, base_model, data, algorithm (text) and metrics (a dict).
+    card: title, base_model, data, algorithm, kind (text) and metrics (a dict).
     part_of: as write_weights takes it.
 
   Every process must call it; process 0 writes.

@@ -346,6 +346,15 @@ def _is_classifier(hf_config: dict, family: Family) -> bool:
   return classifier
 
 
+def classifier_name(hf_config: dict) -> str:
+  """Name of the family's class that scores a text."""
+  from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES,
+  )
+
+  return NAMES[hf_config['model_type']]
+
+
 def read_config(hf_config: dict):
   """config.json as a dict -> configuration of the family's architecture.
 

@@ -80,3 +80,30 @@ class Model(NamedTuple):
       config=dataclasses.replace(self.config, value_head=True),
       hf_config=self.hf_config | {'jaxrl_tok_value_head': True},
     )
+
+  def as_classifier(self) -> 'Model':
+    """Gives a decoder one score in place of its logits: a reward model, whose
+    score begins at 0 for every text. Raises ValueError for an
+    encoder-decoder."""
+    if self.is_classifier:
+      return self
+    if self.is_encoder_decoder:
+      raise ValueError(
+        f'{self.origin} is an encoder-decoder, and a reward model reads prompt '
+        'and completion as one text; give a decoder'
+      )
+    config = dataclasses.replace(self.config, lm_head=False, value_head=True)
+    pad = self.pad_token
+    if pad in self.end_tokens:  # transformers scores the last other token
+      others = set(self.tokenizer.all_special_ids) - set(self.end_tokens)
+      pad = min(others, default=pad)
+    hf_config = self.hf_config | {
+      'architectures': [families.classifier_name(self.hf_config)],
+      'num_labels': 1,
+      'id2label': {'0': 'score'},
+      'label2id': {'score': 0},
+      'pad_token_id': int(pad),
+    }
+    head = f'{self.family.names["head"]}.weight'
+    tensors = {k: v for k, v in self.tensors.items() if k != head}
+    return self._replace(config=config, hf_config=hf_config, tensors=tensors)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_tok import processes, sharding
 from jaxrl_tok.finite import check_finite
@@ -21,6 +22,7 @@ from jaxrl_tok.hub.weights import SHARD_BYTES, param_structs, read_params
 from jaxrl_tok.models import lora
 from jaxrl_tok.types import Policy, first_argument
 
+HEAD = 'value_head'  # parameter of a classifier's score
 QUANTIZED_SHARD_BYTES = 10**9  # of a file, where memory is short
 
 
@@ -169,6 +171,41 @@ def adapted(
     load=load,
     load_frozen=load_frozen,
     merge=lora.make_merge_params(mappings, modules, config.scale),
+    save=save_as,
+    export=export,
+  )
+
+
+def with_head(adapters: Trainable) -> Trainable:
+  """Trains the head of a classifier beside its adapters: trained parameters are
+  {'adapters': ..., HEAD: ...}. `export` writes the merged model alone."""
+
+  def split(trained, frozen):
+    return {'adapters': trained, HEAD: frozen[HEAD]}, frozen
+
+  def merge(trained, frozen):
+    params = adapters.merge(trained['adapters'], frozen)
+    return params | {HEAD: trained[HEAD]}
+
+  def save_as(out, trained, frozen, *args, **more) -> Path:
+    frozen = frozen | {HEAD: trained[HEAD]}
+    return adapters.save(out, trained['adapters'], frozen, *args, **more)
+
+  def export(run_dir, trained, frozen, card, dtype='float32') -> Path:
+    out = Path(run_dir) / 'export'
+    return save_as(out, trained, frozen, card, dtype, replace=True)
+
+  def load(mesh):
+    trained, frozen = split(*adapters.load(mesh))
+    # an array of its own: a step takes the memory of what is trained
+    return jax.tree.map(jnp.copy, trained), frozen
+
+  return Trainable(
+    structs=lambda: split(*adapters.structs()),
+    init=adapters.init,
+    load=load,
+    load_frozen=adapters.load_frozen,
+    merge=merge,
     save=save_as,
     export=export,
   )

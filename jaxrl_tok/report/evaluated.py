@@ -26,6 +26,7 @@ from jaxrl_tok.report.statistics import (
   win_rate,
 )
 
+REWARD = 'reward', 'reward_low', 'reward_high'  # mean and its interval
 OWN_METRICS = ('reward', 'mean_length', 'clipped_ratio')
 MOST_VALUES, PARTS = 24, 4  # of a column; of numbers that have more
 

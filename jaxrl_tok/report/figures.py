@@ -7,6 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from jaxrl_tok.report.charts import COLOURS, Curve, Points, chart, smooth, thin
+from jaxrl_tok.report.evaluated import REWARD
 from jaxrl_tok.report.files import number
 
 PANELS = (  # phase, metric, heading, unit
@@ -25,7 +26,6 @@ PANELS = (  # phase, metric, heading, unit
   ('warm_start', 'loss', 'Warm-start loss', 'cross-entropy'),
 )
 MOST_PANELS = 30
-REWARD = 'reward', 'reward_low', 'reward_high'  # drawn in one picture
 HELD_OUT = 'held-out'  # name of the evaluation whose metrics have none
 
 
@@ -152,7 +152,8 @@ def more_panels(metrics: list[dict]) -> list[tuple]:
   found = found if len(found) > 1 else []  # one is drawn above
   for name in sorted(held_out, key=lambda n: 'rewards' not in n.split('/')):
     parts = name.split('/')
-    drawn = parts[-1] in REWARD or 'mismatch' in parts[:-1]  # elsewhere
+    elsewhere = {'mismatch', 'audit'}.intersection(parts[:-1])
+    drawn = parts[-1] in REWARD or elsewhere
     if parts[0] != 'eval' or drawn:
       continue
     reward = re.fullmatch('eval/(?:(.+?)/)?rewards/(.+)/mean', name)

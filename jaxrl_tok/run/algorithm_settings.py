@@ -121,6 +121,16 @@ class AlgorithmSettings:
   log_kl: bool = True
   """Measure the KL to the starting policy at each evaluation; holds a copy of
   its parameters."""
+  constraint: tuple[str, ...] = ()
+  """Limits of means, as 'harm<=0.01' 'length>=20': names of the task's
+  constraints or rewards. Each function's value times a multiplier, which grows
+  while the limit is passed, is taken from the reward."""
+  constraint_rate: float = 0.1
+  """Change of a multiplier in a step, for each unit that the mean is beyond its
+  limit."""
+  constraint_damping: float = 3.0
+  """Price added to a multiplier for each unit that the mean is beyond its
+  limit, so that it does not swing about it; 0: none."""
   mask_sync_steps: int | None = None
   """Steps between copies of the policy into NLPO's mask policy."""
   critic: Literal['shared', 'separate', 'none'] = 'shared'

@@ -185,7 +185,7 @@ def trace_rollout(setup: Setup, state, prompts):
 def trace_update(setup: Setup, state, rollout, rewards: dict, applies: dict):
   """State after an update by the device's rewards, and zeros for the host's."""
   B, C = len(rollout.mask), len(rollout.prompts.length)
-  names = setup.rewards.host
+  names = setup.rewards.weights.keys() - rewards.keys()
   rewards = rewards | dict.fromkeys(names, jnp.zeros(rollout.mask.shape))
   applies = applies | dict.fromkeys(names, jnp.ones(B, bool))
   weights = dict.fromkeys(rewards, jnp.float32(1))

@@ -1,12 +1,14 @@
 """Builder of the algorithm, from settings and values of the user's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
 
 from jaxrl_tok.credit import advantages, algorithms, losses
+from jaxrl_tok.credit.names import Constraint
 from jaxrl_tok.run.settings import Settings
+from jaxrl_tok.step.constraints import constrained
 from jaxrl_tok.types import Algorithm, Policy
 
 
@@ -53,6 +55,9 @@ _OTHERS = (
   'algorithm',
   'compat',
   'credit_split',
+  'constraint',
+  'constraint_rate',
+  'constraint_damping',
   'ema_decay',
   'log_kl',
   'critic',
@@ -87,8 +92,14 @@ def choices_of(settings: Settings) -> dict:
   return found
 
 
-def make_algorithm(settings: Settings, own: Own, max_length: int) -> Algorithm:
-  """Makes the Algorithm that the settings name, or takes the user's own.
+def make_algorithm(
+  settings: Settings,
+  own: Own,
+  max_length: int,
+  limits: Sequence[Constraint] = (),
+) -> Algorithm:
+  """Makes the Algorithm that the settings name, or takes the user's own, and
+  lets it keep the limits.
 
   Raises ValueError for choices that are impossible or have no effect.
   """
@@ -109,7 +120,7 @@ def make_algorithm(settings: Settings, own: Own, max_length: int) -> Algorithm:
     algorithm = make(max_length=max_length, **changes)
   algorithm = with_off_policy(settings, algorithm)
   check_algorithm(settings, own, algorithm)
-  return algorithm
+  return with_constraints(settings, algorithm, limits)
 
 
 def with_off_policy(settings: Settings, algorithm: Algorithm) -> Algorithm:
@@ -134,6 +145,19 @@ def with_off_policy(settings: Settings, algorithm: Algorithm) -> Algorithm:
     old_logp = passes.old_logp
     old_logp = 'sampler' if old_logp == 'current' else old_logp
   return algorithm._replace(passes=passes._replace(old_logp=old_logp))
+
+
+def with_constraints(
+  settings: Settings, algorithm: Algorithm, limits: Sequence[Constraint]
+) -> Algorithm:
+  """Adds the multipliers of constraints."""
+  if limits and algorithm.dynamic_sampling_rounds > 1:
+    raise ValueError(
+      f'{algorithm.name} draws groups of equal rewards anew, whatever their '
+      'constraints say; pass --dynamic_sampling_rounds 0, or no constraint'
+    )
+  f = settings.algorithm
+  return constrained(algorithm, limits, f.constraint_rate, f.constraint_damping)
 
 
 def check_algorithm(settings: Settings, own: Own, algorithm: Algorithm) -> None:

@@ -11,11 +11,16 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxrl_tok import mesh_spec
-from jaxrl_tok.credit.names import check_kl
+from jaxrl_tok.credit.names import check_kl, read_constraint
 from jaxrl_tok.report import mirror
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
-from jaxrl_tok.run.settings import DataSettings, Settings, flatten
+from jaxrl_tok.run.settings import (
+  DataSettings,
+  ModelSettings,
+  Settings,
+  flatten,
+)
 
 
 def is_of_kind(value, kind) -> bool:
@@ -66,7 +71,7 @@ RANGES = (
     lambda x: x > 0,
     'above 0',
     'temperature learning_rate warm_start_learning_rate lora_alpha kl_horizon '
-    'critic_learning_rate rho_bar c_bar ratio_cap',
+    'critic_learning_rate rho_bar c_bar ratio_cap constraint_rate',
   ),
   (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
   (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda min_lr_ratio'),
@@ -80,7 +85,7 @@ RANGES = (
     'steps_per_call clip_high dual_clip ratio_floor advantage_clip '
     'importance_cap kl_target max_update_kl value_clip value_coef entropy_coef '
     'critic_warmup_steps overlong_buffer dynamic_sampling_rounds '
-    'ref_sync_steps mask_sync_steps replay_groups',
+    'ref_sync_steps mask_sync_steps replay_groups constraint_damping',
   ),
 )
 
@@ -109,6 +114,7 @@ def check(settings: Settings) -> None:
   check_batches(settings)
   if settings.algorithm.kl is not None:
     check_kl(settings.algorithm.kl)
+  check_constraints(settings)
   check_chat_settings(settings.data)
   if settings.sampling.stop:
     from jaxrl_tok.data.stops import check_texts
@@ -117,6 +123,17 @@ def check(settings: Settings) -> None:
   for pair in settings.data.rename:
     if not re.fullmatch(r'[^=]+=[^=]+', pair):
       raise ValueError(f'--rename {pair!r} is not old=new')
+
+
+def check_constraints(settings: Settings) -> None:
+  """Refuses constraints that cannot be read, or that limit one name twice."""
+  names = [read_constraint(text).name for text in settings.algorithm.constraint]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(
+        f'--constraint limits {name} twice; give the function two names, '
+        f"Task(constraints={{'{name}_least': {name}, '{name}_most': {name}}})"
+      )
 
 
 def check_chat_settings(data: DataSettings) -> None:
@@ -204,6 +221,12 @@ def check_model(settings: Settings) -> None:
       f'--param_dtype {model.param_dtype} and --quantize {model.quantize} both '
       'say how the base is stored; leave one out'
     )
+  for name in ('reward_model_weight', 'reward_model_by'):
+    changed = getattr(model, name) != getattr(ModelSettings, name)
+    if changed and not model.reward_model:
+      raise ValueError(
+        f'--{name} has no effect without a --reward_model; leave it out'
+      )
   if model.lora_adapter and not Path(model.lora_adapter).is_dir():
     raise ValueError(f'--lora_adapter {model.lora_adapter} is no directory')
   if model.model:  # before the slow import of jax

@@ -14,6 +14,10 @@ from jaxrl_tok.evaluation import (
   evaluate_held_out,
   reads_reference,
 )
+from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.report import goodhart
+from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.run.inputs import Rewards
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.programs import (
@@ -25,17 +29,46 @@ SHOWN = 20  # held-out completions in samples.jsonl
 LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
 
 
-def evaluation_shape(e: EvalSetup) -> EvaluationShape:
-  """Sizes of an evaluation's program, and the rewards that it runs."""
+def read_reward_model(setup: Setup) -> tuple | None:
+  """Reward model: (function of parameters and a Rollout, parameters); None
+  without one."""
+  model, f = setup.reward_model, setup.settings.model
+  if model is None:
+    return None
+  with setup.logger.doing(f'reading {model.origin}'):
+    params = read_params(model, setup.mesh, quantized=f.quantize == 'int8')
+  network = model.make_policy(setup.dtype, attention=f.attention)
+  return device_rewards.reward_model(network, f.reward_model_by), params
+
+
+def device_score(found: Rewards, model: tuple | None) -> tuple | None:
+  """Scorer of rewards on the device, JAX functions and a reward model:
+  (function, parameters); None without any.
+
+  model: see read_reward_model.
+  """
+  if device_rewards.REWARD_MODEL not in found.weights:
+    model = None
+  if model is None and not found.device:
+    return None
+  function, params = model or (None, None)
+  return device_rewards.make_device_scorer(found.device, function), params
+
+
+def evaluation_shape(
+  e: EvalSetup, model: tuple | None = None
+) -> EvaluationShape:
+  """Sizes of an evaluation's program, and the rewards that it runs; model: see
+  read_reward_model."""
   length, reads = e.data.buckets[-1], reads_reference(e.evaluation.metrics)
   shape = EvaluationShape(
     e.num_prompts, length, e.sampler, reference=reads is not None
   )
-  if not e.rewards.device:
+  score = device_score(e.rewards, model)
+  if score is None:
     return shape
-  score = device_rewards.make_device_scorer(e.rewards.device)
   _, columns = e.data.batch([e.data.records[0]], length)
-  return shape._replace(device_score=(score, None), columns=columns)
+  return shape._replace(device_score=score, columns=columns)
 
 
 def run_evaluation(
@@ -87,16 +120,20 @@ def evaluate_params(
   def sample(key, prompts):
     return draw(params, key, prompts, setup.rule)
 
-  return run_evaluation(setup, e, sample, jit_scorer(e), reference=reference)
+  device = jit_scorer(setup, e)
+  return run_evaluation(setup, e, sample, device, reference=reference)
 
 
-def jit_scorer(e: EvalSetup) -> Callable | None:
+def jit_scorer(setup: Setup, e: EvalSetup) -> Callable | None:
   """Scorer of an evaluation's rewards on the device, compiled when it is used;
   None without any."""
-  if not e.rewards.device:
+  by_model = device_rewards.REWARD_MODEL in e.rewards.weights
+  model = read_reward_model(setup) if by_model else None
+  found = device_score(e.rewards, model)
+  if found is None:
     return None
-  score = jax.jit(device_rewards.make_device_scorer(e.rewards.device))
-  return functools.partial(score, None)
+  score, params = found
+  return functools.partial(jax.jit(score), params)
 
 
 class Latest(NamedTuple):
@@ -155,9 +192,15 @@ def run_by_programs(
   return run_evaluation(setup, e, sample, device, step, mismatch, reference)
 
 
-def due_evaluations(setup: Setup, programs: Programs, made: dict) -> list[Due]:
+def due_evaluations(
+  setup: Setup, programs: Programs, made: dict, history: list[dict]
+) -> list[Due]:
   """Evaluations while training: the step's batch by token, and the task's,
-  which are noted in `made`."""
+  which are noted in `made`.
+
+  history: rows of metrics.jsonl so far; those of evaluations are added, and a
+    reward that rises while its audit becomes worse is a warning.
+  """
   every = setup.settings.run.eval_every
 
   def own_batch(state, step, batch, last):
@@ -170,11 +213,29 @@ def due_evaluations(setup: Setup, programs: Programs, made: dict) -> list[Due]:
 
   def of(e: EvalSetup) -> Due:
     def run(state, step, batch, last):
-      return evaluate(setup, programs, e, state, step, made).metrics, []
+      found = evaluate(setup, programs, e, state, step, made)
+      history.append({'phase': 'eval', 'step': step, **found.metrics})
+      warn_of_audit(setup.logger, history)
+      return found.metrics, kept_samples(e, step, 'during', found.rows)
 
     return Due(e.evaluation.name, every_steps(setup, e), run)
 
   return [Due('train', every, own_batch), *map(of, setup.evaluations)]
+
+
+def kept_samples(
+  e: EvalSetup, step: int, split: str, rows: list[dict], most: int = 0
+) -> list[dict]:
+  """Rows for samples.jsonl: the first `most`, or all where they are kept."""
+  at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
+  rows = rows if e.evaluation.keep_samples else rows[:most]
+  return [{**at, **row} for row in rows]
+
+
+def warn_of_audit(logger: Logger, history: list[dict]) -> None:
+  """Prints the first warning of each evaluation, see report/goodhart.py."""
+  for name, line in goodhart.warnings(history).items():
+    logger.warn_once(f'audit of {name}', line)
 
 
 def every_steps(setup: Setup, e: EvalSetup) -> int:
@@ -224,8 +285,7 @@ def evaluate_all(
     metrics, rows = found.metrics, found.rows
     if line := mismatch_warning(metrics):
       setup.logger.warn(line)
-    at = {'step': step, 'split': split, 'evaluation': e.evaluation.name}
-    setup.logger.samples([{**at, **row} for row in rows[:SHOWN]])
+    setup.logger.samples(kept_samples(e, step, split, rows, SHOWN))
     if e.evaluation.name in logged:
       setup.logger.metrics('eval', step, metrics)
     first = first or found

@@ -12,10 +12,13 @@ import numpy as np
 import yaml
 
 from jaxrl_tok import data, rewards
+from jaxrl_tok.credit.names import read_constraint
 from jaxrl_tok.data.chat import asks_date
 from jaxrl_tok.data.records import has_messages, select
 from jaxrl_tok.report import mirror
 from jaxrl_tok.report.logger import Logger
+from jaxrl_tok.rewards.functions import check_callable
+from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 from jaxrl_tok.run.settings import DataSettings, Settings, with_values
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.step import device_rewards
@@ -29,13 +32,34 @@ class Rewards(NamedTuple):
   host: dict  # {name: function}
   device: dict  # {name: function of JAX}
   weights: dict  # {name: float, or a function of TrainerState}, of both
+  constraints: tuple = ()  # of names.Constraint
+
+  def add(self, functions: dict) -> 'Rewards':
+    """Rewards with further functions {name: f} of weight 0, which are measured
+    alone."""
+    is_device = device_rewards.is_on_device
+    host = {k: f for k, f in functions.items() if not is_device(f)}
+    device = {k: f for k, f in functions.items() if is_device(f)}
+    return self._replace(
+      host=self.host | host,
+      device=self.device | device,
+      weights=self.weights | dict.fromkeys(functions, 0.0),
+    )
+
+
+def is_empty(given) -> bool:
+  """Tells rewards that name no function."""
+  return given is None or (isinstance(given, list | tuple | dict) and not given)
 
 
 def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
-  """Splits named reward functions into those of the host and the device."""
+  """Splits named reward functions into those of the host and the device. There
+  may be none beside a reward model."""
   is_device, model = device_rewards.is_on_device, device_rewards.REWARD_MODEL
   taken = () if reward_model_weight is None else (model,)
-  functions, weights = rewards.name_rewards(given, taken)
+  functions, weights = {}, {}
+  if reward_model_weight is None or not is_empty(given):
+    functions, weights = rewards.name_rewards(given, taken)
   if reward_model_weight is not None:
     weights = weights | {model: reward_model_weight}
   return Rewards(
@@ -45,15 +69,30 @@ def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
   )
 
 
+def model_weight(settings: Settings) -> float | None:
+  """Weight of the reward model; None without one."""
+  model = settings.model
+  return model.reward_model_weight if model.reward_model else None
+
+
+def rewards_of_evaluation(given, task: Task, settings: Settings) -> Rewards:
+  """Rewards of an evaluation: those `given`, where that is None the task's, or
+  the reward model where the task has no other. An empty tuple is none."""
+  if given is not None and is_empty(given):
+    return Rewards({}, {}, {})
+  if given is not None or not is_empty(task.rewards):
+    return split_rewards(task.rewards if given is None else given)
+  return split_rewards((), model_weight(settings))
+
+
 def rewards_of(task: Task, settings: Settings) -> Rewards:
   """Rewards of training; with --steps_per_call those that are JAX functions.
   Raises ValueError where the task has none."""
-  weight = settings.model.reward_model_weight
-  weight = weight if settings.model.reward_model else None
-  given = task.rewards
+  weight, given = model_weight(settings), task.rewards
   if settings.run.steps_per_call and task.device_rewards is not None:
     given = task.device_rewards
   found = split_rewards(given, weight)
+  found = with_constraints(task, settings, found)
   if settings.run.steps_per_call and found.host:
     raise ValueError(
       f'--steps_per_call needs rewards that are JAX functions, and '
@@ -70,6 +109,81 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
         'cannot; pass --steps_per_call 0'
       )
   return found
+
+
+def constraint_entries(given):
+  """(name | None, function, limit as text | None) of each of Task.constraints;
+  a pair in a list is (function, limit)."""
+  if given is None:
+    return
+  if isinstance(given, dict):
+    for key, value in given.items():
+      named = isinstance(key, str)
+      function, limit = key, value
+      if named:
+        pair = isinstance(value, tuple | list)
+        function, limit = value if pair else (value, None)
+      yield key if named else None, function, limit
+    return
+  for function in [given] if callable(given) else given:
+    yield None, function, None
+
+
+def constraint_functions(task: Task) -> tuple[dict, dict]:
+  """({name: function}, {name: limit as text}) of a task's constraints. Raises
+  ValueError for two of one name."""
+  functions, limits = {}, {}
+  for name, function, limit in constraint_entries(task.constraints):
+    check_callable(function, 'a constraint')
+    name = name or rewards.get_name(function)
+    if name in functions:
+      raise ValueError(
+        f'two constraints are named {name}; give them names of their own, '
+        "Task(constraints={'NAME': function})"
+      )
+    functions[name] = function
+    if limit is not None:
+      limits[name] = limit
+  return functions, limits
+
+
+def with_constraints(task: Task, settings: Settings, found: Rewards) -> Rewards:
+  """Rewards with the task's constraints: those of --constraint, and the task's
+  own limits of other names. Raises ValueError for a limit of nothing, and for
+  a function without one."""
+  functions, limits = constraint_functions(task)
+  for name in functions.keys() & found.weights.keys():
+    raise ValueError(
+      f'a constraint and a reward are both named {name}; to limit the reward, '
+      f"pass --constraint '{name}<=LIMIT' alone, else rename one"
+    )
+  asked = map(read_constraint, settings.algorithm.constraint)
+  chosen = {c.name: c for c in asked}
+  for name, limit in limits.items():
+    chosen.setdefault(name, read_constraint(f'{name}{limit}'))
+  known = [*functions, *found.weights]
+  for name in chosen.keys() - set(known):
+    raise ValueError(
+      f"--constraint limits {name}, which is none of the task's constraints "
+      f'and rewards ({", ".join(known)}); correct the name'
+    )
+  for name in functions.keys() - chosen.keys():
+    raise ValueError(
+      f"the constraint {name} has no limit; pass --constraint '{name}<=0.01', "
+      f"or Task(constraints={{{name}: '<=0.01'}})"
+    )
+  limited, f = tuple(chosen.values()), settings.algorithm
+  if limited and f.credit_split == 'constant':
+    raise ValueError(
+      '--credit_split constant replaces the numbers that constraints limit; '
+      'leave one of them out'
+    )
+  for name in ('constraint_rate', 'constraint_damping'):
+    if not limited and getattr(f, name) != getattr(AlgorithmSettings, name):
+      raise ValueError(
+        f'--{name} has no effect without a constraint; leave it out'
+      )
+  return found.add(functions)._replace(constraints=limited)
 
 
 def check_credit_split(how: str, found: Rewards) -> None:

@@ -21,10 +21,10 @@ import jax
 from jaxrl_tok import Interrupted, checkpoint, finite, processes
 from jaxrl_tok.credit.choices import normalizes_each
 from jaxrl_tok.hub import fetch
-from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.progress import BEST_METRIC, Progress, known_best
 from jaxrl_tok.report import mirror
 from jaxrl_tok.report.charts import figure
+from jaxrl_tok.report.files import read_metrics
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.rewards.functions import shorten
@@ -38,15 +38,18 @@ from jaxrl_tok.run.begin import (
   with_log_kl,
 )
 from jaxrl_tok.run.evaluations import (
+  device_score,
   due_evaluations,
   evaluate_all,
   evaluation_shape,
   not_logged,
+  read_reward_model,
+  warn_of_audit,
 )
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.result import Result, show_samples
 from jaxrl_tok.run.settings import RunSettings, flatten
-from jaxrl_tok.step import device_rewards, off_policy
+from jaxrl_tok.step import off_policy
 from jaxrl_tok.step.collectors import (
   Collector,
   dynamic,
@@ -68,27 +71,9 @@ from jaxrl_tok.train import (
 )
 
 
-def device_score(setup: Setup) -> tuple | None:
-  """Scorer of the rewards on the device, JAX functions and the reward model:
-  (function, parameters); None without any."""
-  model, params, scorer = setup.reward_model, None, None
-  if model is None and not setup.rewards.device:
-    return None
-  if model is not None:
-    with setup.logger.doing(f'reading {model.origin}'):
-      quantized = setup.settings.model.quantize == 'int8'
-      params = read_params(model, setup.mesh, quantized=quantized)
-    kernel = setup.settings.model.attention
-    scorer = device_rewards.reward_model(
-      model.make_policy(setup.dtype, attention=kernel)
-    )
-  score = device_rewards.make_device_scorer(setup.rewards.device, scorer)
-  return score, params
-
-
-def compile_run(setup: Setup, score: tuple | None) -> Programs:
+def compile_run(setup: Setup, model: tuple | None) -> Programs:
   """Compiles the run's programs; from structs, so that the weights are made
-  meanwhile."""
+  meanwhile. model: see read_reward_model."""
   like = new_state(setup, *setup.trainable.structs())
   config = dataclasses.replace(setup.config, reference_kl=measures_kl(setup))
   networks = Networks(
@@ -97,10 +82,12 @@ def compile_run(setup: Setup, score: tuple | None) -> Programs:
     setup.optimizer,
     setup.rule,
     setup.critic,
-    score,
+    device_score(setup.rewards, model),
     setup.rewards.weights,
   )
-  shapes = {e.evaluation.name: evaluation_shape(e) for e in setup.evaluations}
+  shapes = {
+    e.evaluation.name: evaluation_shape(e, model) for e in setup.evaluations
+  }
   with jax.set_mesh(setup.mesh):  # each thread has its own
     return compile_programs(networks, config, like, setup.data, shapes)
 
@@ -275,9 +262,9 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     found = dataclasses.asdict(progress)
     checkpoint.save(checkpoints, state, cursor, found, settings)
 
-  score = device_score(setup)
+  model = read_reward_model(setup)
   with concurrent.futures.ThreadPoolExecutor(1) as aside:
-    compiling = aside.submit(compile_run, setup, score)
+    compiling = aside.submit(compile_run, setup, model)
     setup, state, cursor, progress = begin(setup, run_dir, checkpoints)
     with setup.logger.doing('compiling the sampler, update and evaluation'):
       programs = compiling.result()
@@ -302,7 +289,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       progress,
       collector,
       programs.update,
-      due_evaluations(setup, programs, made),
+      due_evaluations(setup, programs, made, read_metrics(run_dir)),
       config,
       setup.logger,
       save,
@@ -421,6 +408,7 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
       'optimistic'
     )
   out = export(setup, run_dir, done.state, summary)
+  warn_of_audit(setup.logger, read_metrics(run_dir))
   setup.logger.close()
   title = f'{setup.caller.name}: reinforcement learning on tokens'
   page = run_dir / 'report.html'

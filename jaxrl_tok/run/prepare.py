@@ -21,13 +21,14 @@ from jaxrl_tok.run.inputs import (
   Rewards,
   check_chat_used,
   completion_length,
+  constraint_functions,
   make_pieces,
   message_counts,
   open_task,
   prompt_set,
   renames,
   rewards_of,
-  split_rewards,
+  rewards_of_evaluation,
   with_chat_date,
 )
 from jaxrl_tok.run.optimizer import make_optimizer
@@ -319,7 +320,14 @@ def make_evaluations(
   for e in (own, *task.evaluations):
     check_evaluation(e, names, settings.run.steps_per_call)
     names.add(e.name)
-    by = split_rewards(task.rewards if e.rewards is None else e.rewards)
+    by = rewards_of_evaluation(e.rewards, task, settings)
+    if e is own and not by.weights:
+      raise ValueError(
+        'eval_rewards=() leaves held-out data without a reward; leave it out'
+      )
+    if e is own:
+      functions, _ = constraint_functions(task)
+      by = by.add({k: f for k, f in functions.items() if k not in by.weights})
     records = data.open_records(
       e.data,
       settings.run.seed,
@@ -342,6 +350,8 @@ def make_evaluations(
     sampler = config.greedy if e.greedy else config.sampler
     sampler = sampler_of(sampler, e.samples)
     count = -(-min(prompts.num_records, EVAL_BATCH) // shards) * shards
+    if settings.run.audit and rewards.audit not in e.metrics:
+      e = dataclasses.replace(e, metrics=(*e.metrics, rewards.audit))
     found.append(EvalSetup(e, by, prompts, count, sampler))
   return found
 
@@ -375,7 +385,7 @@ def prepare(
   chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
-  algorithm = build.make_algorithm(settings, own, T)
+  algorithm = build.make_algorithm(settings, own, T, found.constraints)
   passes = algorithm.passes
   check_devices(settings, mesh, passes.mini_batches)
   check_warm_start(task, settings, model, mesh)

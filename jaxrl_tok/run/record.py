@@ -130,6 +130,7 @@ def settings_of_run(setup: Setup) -> dict:
     'learning_rate': peak_learning_rate(setup.settings),
     'algorithm_resolved': compose.described(setup.algorithm),
     'rewards': describe_weights(setup.rewards.weights),
+    'constraints': list(map(str, setup.rewards.constraints)),
     **signatures(setup),
     'reward_unit': setup.task.reward_unit,
     'compute_dtype': setup.dtype,

@@ -41,6 +41,9 @@ class RunSettings:
   eval_every: int = 50
   """Steps between evaluations on held-out data; 0: only before the first step
   and after the last."""
+  audit: bool = True
+  """Audit every evaluation by numbers that no reward sees, as repetition and
+  copies of the prompt; warn where they become worse while the reward rises."""
   held_out: int | None = None
   """Held-out prompts at most; default: the task's number."""
   save_every: int = 200
@@ -108,6 +111,9 @@ class ModelSettings:
   reward."""
   reward_model_weight: float = 1.0
   """Weight of the reward model's score."""
+  reward_model_by: Literal['sequence', 'token'] = 'sequence'
+  """Place of the reward model's score: on the last token of a completion
+  (sequence), or its changes from token to token (token), which sum to it."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
   remat: Literal['none', 'dots', 'full'] = 'none'

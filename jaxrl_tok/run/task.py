@@ -24,7 +24,7 @@ class Evaluation:
   data: Any
   """Records, as Task.train takes them."""
   rewards: Any = None
-  """Rewards, as Task.rewards takes them; None: the task's."""
+  """Rewards, as Task.rewards takes them; None: the task's; (): none."""
   every: int | None = None
   """Steps between evaluations; None: --eval_every."""
   samples: int = 1
@@ -37,6 +37,10 @@ class Evaluation:
   float or None for each completion, as a reward function's, is averaged. One
   that names ref_logps gets, for each completion, the list of its tokens'
   log-probs under the reference, the starting policy (rewards.perplexity)."""
+  keep_samples: bool = False
+  """Keeps all completions of every evaluation in samples.jsonl, and shows them
+  by step in the report, as of canary prompts: Evaluation('canaries',
+  [{'prompt': ...}], rewards=(), keep_samples=True)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Task:
   rewards: Any = None
   """A reward function, several, or {function: weight}; those marked
   @on_device are JAX functions of a rollout. A weight is a number, or a function
-  of a TrainerState (rewards.ramp)."""
+  of a TrainerState (rewards.ramp). Beside a --reward_model there may be
+  none."""
   held_out: Any = 512
   """Records as above, or how many of the training ones to hold out."""
   eval_rewards: Any = None
@@ -77,3 +82,7 @@ class Task:
   """The data in words, for config.yaml and the model card."""
   reward_unit: str = ''
   """'%' where a reward is a share of right answers; for the report."""
+  constraints: Any = None
+  """Functions whose means are limited, never part of the reward: a function
+  (its limit is --constraint 'NAME<=LIMIT'), several, {function: '<=0.01'} or
+  {name: (function, '>=20')}. They are written as rewards are."""

@@ -5,6 +5,7 @@ by a hash of all settings and data that decide the outcome.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from jaxrl_tok import __version__, data, processes, sharding
 from jaxrl_tok.finite import check_finite
@@ -22,11 +22,12 @@ from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.rewards.functions import describe_weights
 from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
+from jaxrl_tok.run.fit import Plan, fit
 from jaxrl_tok.run.inputs import answer_ids
 from jaxrl_tok.run.prepare import Setup, make_networks
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.compile import QUICKLY
-from jaxrl_tok.step.supervised import make_supervised_step
+from jaxrl_tok.step.supervised import answer_loss
 from jaxrl_tok.types import Prompts
 
 
@@ -143,7 +144,7 @@ def make_judge(setup: Setup):
   """Returns evaluate(params) -> held-out reward of greedy completions."""
   e = setup.evaluations[0]
   own = dataclasses.replace(e.evaluation, metrics=())  # the reward alone
-  e, device = e._replace(evaluation=own), jit_scorer(e)
+  e, device = e._replace(evaluation=own), jit_scorer(setup, e)
   draw = jax.jit(make_sampler(plain_policy(setup), setup.config.greedy))
 
   def evaluate(params) -> float:
@@ -158,53 +159,36 @@ def make_judge(setup: Setup):
 def learn(setup: Setup):
   """Trains from random weights, until warm_start_stop_at is reached or for
   warm_start_max_steps. Returns (params, steps, held-out reward)."""
-  f, logger = setup.settings.warm_start, setup.logger
-  last = f.warm_start_max_steps
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0,
-    f.warm_start_learning_rate,
-    min(50, last // 4),
-    last,
-    0.1 * f.warm_start_learning_rate,
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0)
-  )
-  policy = plain_policy(setup)
-
-  def init(key):
-    params = policy.init(key)
-    return params, optimizer.init(params)
-
-  (params, opt_state), _ = sharding.born_sharded(
-    init,
+  f, policy = setup.settings.warm_start, plain_policy(setup)
+  params, _ = sharding.born_sharded(
+    policy.init,
     setup.mesh,
     policy.partition_rules,
     jax.random.key(setup.settings.run.seed),
     compiler_options=QUICKLY,
   )
-  step = jax.jit(
-    make_supervised_step(policy, optimizer, setup.rule), donate_argnums=(0, 1)
+  judge = make_judge(setup)
+  params, done, found = fit(
+    answer_loss(policy, setup.rule),
+    params,
+    None,
+    functools.partial(batch_at, setup),
+    lambda params: {'eval/reward': judge(params)},
+    Plan(
+      name='supervised start',
+      phase='warm_start',
+      watched='eval/reward',
+      max_steps=f.warm_start_max_steps,
+      learning_rate=f.warm_start_learning_rate,
+      check_every=f.warm_start_check_every,
+      stop_at=f.warm_start_stop_at,
+    ),
+    policy.partition_rules,
+    setup.logger,
   )
-  evaluate = make_judge(setup)
-  with logger.doing('compiling the supervised start'):
-    step = step.lower(params, opt_state, *batch_at(setup, 0)).compile()
-    score = evaluate(params)
-  with logger.bar('supervised start', last) as show:
-    for number in range(last):
-      batch = batch_at(setup, number)
-      params, opt_state, loss = step(params, opt_state, *batch)
-      done = number + 1
-      if done % f.warm_start_check_every and done < last:
-        continue
-      score = evaluate(params)
-      logger.metrics('warm_start', done, {'loss': loss, 'eval/reward': score})
-      show(done, f'loss {float(loss):.3f}  held-out {score:.3f}')
-      if score >= f.warm_start_stop_at:
-        break
   # a critic begins with the updates
   params = {k: v for k, v in params.items() if k != 'value_head'}
-  return params, done, score
+  return params, done, found['eval/reward']
 
 
 def warm_start(setup: Setup):

@@ -114,7 +114,9 @@ def total_reward(scored: Scored) -> np.ndarray:
 
 def valid_rows(scored: Scored) -> np.ndarray:
   """Scored.valid, bool [B], on the host."""
-  return np.any(list(processes.local(scored.applies).values()), axis=0)
+  mask, applies = processes.local((scored.rollout.mask, scored.applies))
+  none = np.zeros(len(mask), bool)  # where there is no reward
+  return np.any([none, *applies.values()], axis=0)
 
 
 class Score(NamedTuple):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_tok import masked
+from jaxrl_tok.credit import sequence
 from jaxrl_tok.rewards import accepted, unwrap
 from jaxrl_tok.rewards.functions import Accepted, quote
 from jaxrl_tok.types import Policy, Rollout
@@ -65,21 +66,54 @@ def ends(rollout: Rollout, min_tokens: int = 0) -> jax.Array:
   return (rollout.ended & long).astype(jnp.float32)
 
 
-def reward_model(model: Policy) -> Callable:
-  """Returns reward(params, Rollout) -> float32 [B, T], pure: the score that a
-  classifier of one label gives prompt and completion, on the last chosen token.
-
-  # tokens [4 2 EOS pad]  score after  [. . s .]
+def score_tokens(model: Policy, params, rollout: Rollout) -> jax.Array:
+  """Scores float32 [B, T] of a classifier of one label: column t has that of
+  the prompt and the completion up to its token t.
 
   It reads the rollout's tokens as they are, so its tokenizer must be the
   policy's.
   """
+  prefix = model.encode(params, rollout.prompts)
+  hidden, _ = model.extend(params, prefix, rollout.tokens, None, 0)
+  return model.value(params, hidden)
+
+
+def on_last(scores: jax.Array, mask: jax.Array) -> jax.Array:
+  """Score of the whole completion, on its last chosen token.
+
+  # tokens [4 2 EOS pad]  scores [. . s .]  ->  [0 0 s 0]
+  """
+  return jnp.where(masked.last_chosen(mask), scores, 0.0)
+
+
+def by_token(scores: jax.Array, mask: jax.Array) -> jax.Array:
+  """Changes of the score by token, r_t = s_t - s_(t-1) with 0 before the first:
+  they sum to the score of the whole completion. Tokens that the policy did not
+  choose are passed over: what they change is paid on the next chosen one.
+
+  # scores [3 5 4 .]  mask [1 1 1 0]  ->  [3 2 -1 0]
+  """
+
+  def one(scores, mask):
+    ticked = sequence.to_clock(scores, mask)
+    before = jnp.concatenate([jnp.zeros(1), ticked[:-1]])
+    return sequence.from_clock(ticked - before, mask)
+
+  return jax.vmap(one)(scores, mask)
+
+
+# {word of --reward_model_by: (scores [B, T], mask [B, T]) -> rewards [B, T]}
+SCORES_TO_REWARDS = {'sequence': on_last, 'token': by_token}
+
+
+def reward_model(model: Policy, by: str = 'sequence') -> Callable:
+  """Returns reward(params, Rollout) -> float32 [B, T], pure: the score that a
+  classifier of one label gives prompt and completion. `by` is a word of
+  SCORES_TO_REWARDS; the sum over a row is the same for each."""
+  pay = SCORES_TO_REWARDS[by]
 
   def reward(params, rollout: Rollout) -> jax.Array:
-    prefix = model.encode(params, rollout.prompts)
-    hidden, _ = model.extend(params, prefix, rollout.tokens, None, 0)
-    score = model.value(params, hidden)
-    return jnp.where(masked.last_chosen(rollout.mask), score, 0.0)
+    return pay(score_tokens(model, params, rollout), rollout.mask)
 
   return reward
 

@@ -1,0 +1,136 @@
+r"""REINFORCE learns opinions from a reward model alone, or from the truth.
+
+  python -m experiments.reward_model --output_dir rm
+  python -m experiments.opinions --reward_model rm/export
+
+HEADER
+"""
+
+import random
+
+from jaxrl_tok import Task, main
+
+NAMES = (
+  *('Ann', 'Ben', 'Cleo', 'Dan', 'Eve', 'Finn', 'Gil', 'Hana', 'Ivo', 'Jo'),
+  *('Kim', 'Lea', 'Max', 'Nia', 'Otto', 'Pia', 'Ravi', 'Sam', 'Tara', 'Uli'),
+)
+VERBS = {
+  **dict.fromkeys(('praises', 'admires', 'likes'), True),
+  **dict.fromkeys(('blames', 'scolds', 'hates'), False),
+}
+THINGS = (
+  *('soup', 'cake', 'hotel', 'song', 'film', 'novel', 'garden', 'train'),
+  *('coat', 'chair', 'lamp', 'boat', 'dress', 'shop', 'speech', 'game'),
+)
+GOOD = 'fresh, bright, clever, warm, lovely, fine, neat, kind, sweet, smart'
+BAD = 'stale, dull, silly, cold, ugly, poor, dirty, rude, sour, dumb'
+GOOD, BAD = GOOD.split(', '), BAD.split(', ')
+LETTERS = 34  # of a completion at most, its end included
+
+
+def words(completion: str) -> list[str]:
+  """Words of a completion, which commas separate."""
+  return [word.strip() for word in completion.rstrip('. ').split(',')]
+
+
+def opinion(prompts, completions, **columns) -> list[float]:
+  """True reward: each word that fits the verb is worth 1, and any other, one
+  that is said again included, -1; 4 words fit into a completion, or 5."""
+  found = []
+  for prompt, completion in zip(prompts, completions):
+    fitting = set(GOOD if VERBS[prompt.split()[1]] else BAD)
+    said = words(completion)
+    good = len(fitting.intersection(said))
+    found.append(float(2 * good - len(said)))
+  return found
+
+
+def draw_prompt(rng: random.Random) -> str:
+  """Draws a prompt: 'Ann praises the soup: '."""
+  places = rng.choice(NAMES), rng.choice(list(VERBS)), rng.choice(THINGS)
+  return '{} {} the {}: '.format(*places)
+
+
+def draw_opinion(rng: random.Random) -> str:
+  """Draws an opinion that knows nothing of the prompt: 'dull, fresh.'."""
+  said = [rng.choice(GOOD + BAD) for _ in range(rng.randint(1, 4))]
+  return ', '.join(said) + '.'
+
+
+def draw(count: int, seed: int) -> list[dict]:
+  """Records {'prompt', 'answer'} of opinions at random."""
+  rng = random.Random(seed)
+  return [
+    {'prompt': draw_prompt(rng), 'answer': draw_opinion(rng)}
+    for _ in range(count)
+  ]
+
+
+def draw_pairs(count: int, seed: int) -> list[dict]:
+  """Pairs {'prompt', 'chosen', 'rejected', 'true_margin'}: of two opinions at
+  random, a judge prefers the first with probability sigmoid(r_1 - r_2), r the
+  true reward; true_margin is that of the chosen one over the other."""
+  import math
+
+  rng, found = random.Random(seed), []
+  while len(found) < count:
+    prompt, *both = draw_prompt(rng), draw_opinion(rng), draw_opinion(rng)
+    first, second = opinion([prompt] * 2, both)
+    if both[0] == both[1]:
+      continue
+    margin = first - second
+    if rng.random() >= 1 / (1 + math.exp(-margin)):
+      both, margin = both[::-1], -margin
+    found.append(
+      {
+        'prompt': prompt,
+        'chosen': both[0],
+        'rejected': both[1],
+        'true_margin': margin,
+      }
+    )
+  return found
+
+
+def opinions(
+  num_prompts_drawn: int = 4_000,
+  reward_model: str | None = None,
+  held_out: int | None = None,
+) -> Task:
+  """Opinions that fit the prompt.
+
+  Args:
+    num_prompts_drawn: Training prompts.
+  """
+  rewards = () if reward_model else opinion
+  return Task(
+    draw(num_prompts_drawn, seed=2),
+    rewards,
+    held_out=held_out or 256,
+    eval_rewards=opinion,
+    answers='answer',
+    description=(
+      'prompts that ask for opinions; the true reward is that of the held-out '
+      'data'
+    ),
+  )
+
+
+def run(argv=None):
+  return main(
+    opinions,
+    argv,
+    max_steps=100,
+    num_prompts=32,
+    num_generations=8,
+    warm_start_max_steps=200,
+    warm_start_stop_at=4.0,
+    warm_start_check_every=100,
+    max_completion_length=LETTERS,
+    learning_rate=1e-3,
+    eval_every=25,
+  )
+
+
+if __name__ == '__main__':
+  run()
