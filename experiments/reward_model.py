@@ -24,7 +24,7 @@ from jaxrl_tok.run.task import Caller
 PROG = 'python -m experiments.reward_model'
 DEFAULTS = with_values(
   Settings(),
-  {'max_steps': 300, 'eval_every': 50, 'num_prompts': 64},
+  {'max_steps': 200, 'eval_every': 50, 'num_prompts': 64},
 )
 USED = {
   RunSettings: 'output_dir seed max_steps eval_every report_to',
