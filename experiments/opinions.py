@@ -3,7 +3,17 @@ r"""REINFORCE learns opinions from a reward model alone, or from the truth.
   python -m experiments.reward_model --output_dir rm
   python -m experiments.opinions --reward_model rm/export
 
-HEADER
+A tiny decoder is asked for opinions, "Ann praises the soup: ", and first learns
+to write adjectives that know nothing of the prompt. With --reward_model the
+score of a model that experiments.reward_model has fitted to preferences is all
+that it then learns from; without, it is the true reward: 1 for each adjective
+that fits the verb, -1 for any other word. Held-out data is judged by the true
+reward in both cases, so that the difference is the price of the model's flaws.
+
+A reward model has seen whole opinions of 20 adjectives alone: a policy games it
+by words that are none and by endings that it never saw. --reward_model_by token
+pays each token by what it adds to the score; --kl reverse keeps the policy near
+the adjectives that it began with.
 """
 
 import random

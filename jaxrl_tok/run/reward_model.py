@@ -231,15 +231,6 @@ def truth(held_out: data.PromptSet) -> dict:
   return {f'truth/{k}': v for k, v in pair_metrics(margins).items()}
 
 
-def learning_rate(settings: Settings) -> float:
-  """Peak learning rate: as given, that of reinforcement learning for a --model,
-  or that of a supervised start for a new one."""
-  given = settings.optimizer.learning_rate
-  if given is None and settings.model.model is None:
-    return settings.warm_start.warm_start_learning_rate
-  return peak_learning_rate(settings)
-
-
 # --- the fit -----------------------------------------------------------------
 
 
@@ -265,7 +256,7 @@ def learn(setup: PairSetup):
       phase='eval',
       watched='eval/accuracy',
       max_steps=run.max_steps,
-      learning_rate=learning_rate(setup.settings),
+      learning_rate=peak_learning_rate(setup.settings),
       check_every=run.eval_every or run.max_steps,
     ),
     setup.network.partition_rules,
