@@ -516,6 +516,8 @@ signal.signal(signal.SIGTERM, note)
 signal.signal(signal.SIGINT, note)
 print('ready', *words[1:], os.environ['JAX_NUM_CPU_DEVICES'], flush=True)
 assert os.environ['JAX_PROCESS_ID'] == i
+if mode == 'dies once':
+  mode = 'ends' if '--resume' in words else 'dies'
 while mode != 'ends' and not (came and mode != 'stuck'):
   if i == '1' and mode in ('dies', 'stuck'):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -562,6 +564,15 @@ def test_one_process_that_dies_ends_all(tmp_path, mode, status, saved):
   out, _ = process.communicate(timeout=300)
   assert process.returncode == status
   assert out.count('saved') == saved
+
+
+def test_all_start_again_and_resume(tmp_path):
+  process = start_local(tmp_path, 'dies once', RESTARTS='2')
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, out
+  assert out.count('all start again') == 1
+  again = [x for x in out.splitlines() if 'ready' in x and 'resume auto' in x]
+  assert len(again) == 2
 
 
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, None])
