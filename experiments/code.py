@@ -2,7 +2,28 @@ r"""REINFORCE on tokens learns to write programs that pass unit tests.
 
   python -m experiments.code
 
-HEADER
+A prompt is a sentence, "the sum of the squares of the even numbers, plus 3:",
+and the completion the expression after `return` of a function f(xs). It is run,
+by the interpreter of jaxrl_tok.rewards.programs, on five random lists. A tiny
+decoder of words learns 5,000 problems by supervision until 40 % of 256 other
+problems are right; then it learns from the share of the tests that pass, and
+sees no solution. A problem is right when all five tests pass.
+
+NUMBERS
+
+A share of the tests also pays for programs that are nearly right: where no
+condition was asked for, the policy writes `if x%2==0`, which changes little on
+a short list. The evaluation pays for all five tests or nothing, and so does
+--all_or_nothing in training. code/failed, code/syntax and so on say how the
+tests of the held-out programs end.
+
+Problems of your own, in columns as MBPP's (the first test is shown in the
+prompt, the others pay):
+
+  python -m experiments.code \
+    --data hub:google-research-datasets/mbpp@main:train \
+    --model Qwen/Qwen2.5-0.5B-Instruct --algorithm grpo --learning_rate 1e-6 \
+    --max_completion_length 256 --entropy_coef 0
 """
 
 import functools
@@ -185,7 +206,7 @@ def run(argv=None):
     lr_schedule='linear',
     entropy_coef=0.01,
     length_buckets=1,
-    warm_start_check_every=25,
+    warm_start_check_every=5,
     eval_every=50,
     save_every=0,
   )

@@ -3,7 +3,19 @@ r"""REINFORCE on tokens learns to write formulas, judged as mathematics.
   pip install -e '.[rewards]'
   python -m experiments.formulas
 
-HEADER
+A prompt is "the product of half of z and x:", and $\frac{z}{2}x$, $xz/2$ and
+every equal formula are right: math-verify decides (--reward exact asks for the
+one text of the data). A tiny decoder of words learns 5,000 of them by
+supervision, each in one of its ways at random, until 40 % of 128 other ones are
+right; then it learns from a reward of 1 or 0.
+
+NUMBERS
+
+Parsing takes math-verify some 10 ms of a processor a formula, so that every
+pair of completion and answer is asked for once. A reward of equality does not
+say which of the equal formulas is meant: $x+x-x$ is right for x, and so would a
+copy be if prompts were formulas ("expand (x+1)^2" is answered by itself); that
+is why they are words.
 """
 
 import functools
@@ -155,7 +167,7 @@ def run(argv=None):
     lr_schedule='linear',
     entropy_coef=0.01,
     length_buckets=1,
-    warm_start_check_every=50,
+    warm_start_check_every=10,
     eval_every=50,
     save_every=0,
   )

@@ -25,8 +25,8 @@ PROBLEMS = [
   for i in range(20)
 ]
 TINY = (
-  '--num_prompts=4 --num_generations=2 --max_steps=2 --max_completion_length=6 '
-  '--mini_batches=2 --eval_every=2 --held_out=4 --report_to=none '
+  '--num_prompts=8 --num_generations=2 --max_steps=2 --max_completion_length=6 '
+  '--mini_batches=1 --eval_every=2 --held_out=4 --report_to=none '
 )
 
 
