@@ -242,11 +242,7 @@ def corpus_metrics(
   A metric that raises an exception, or gives no number, is a RewardError in one
   line; with another on_error it is left out, and `warn` is told.
   """
-  names = dict.fromkeys(name for e in examples for name in e)
-  columns = {name: [e.get(name) for e in examples] for name in names}
-  prompts, found = columns.pop('prompt'), {}
-  given = columns | {'prompts': prompts, 'completions': completions}
-  given |= measured or {}
+  given, found = arguments_of(examples, completions, measured or {}), {}
   for metric in metrics:
     name = get_name(metric)
     try:
@@ -270,6 +266,16 @@ def corpus_metrics(
   return found
 
 
+def arguments_of(
+  examples: list[dict], completions: list, measured: dict
+) -> dict:
+  """Arguments that metrics choose from, {name: a value for each completion}."""
+  names = dict.fromkeys(name for e in examples for name in e)
+  columns = {name: [e.get(name) for e in examples] for name in names}
+  prompts = columns.pop('prompt')
+  return columns | {'prompts': prompts, 'completions': completions} | measured
+
+
 def metric_value(value, count: int):
   """Float of a metric, or the list of its `count` completions' floats and
   Nones. Raises ValueError or TypeError."""
@@ -283,31 +289,38 @@ def metric_value(value, count: int):
 def resampled_metrics(
   metrics: Sequence[Callable], found: Evaluated, count: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-  """Bootstrap samples {name: float [count]} of the metrics of all completions
-  that are marked `resampled`, by drawing prompts. Equal numbers of prompts and
-  equal seeds draw equal prompts, so that models can be compared."""
-  chosen = [m for m in metrics if getattr(m, 'resampled', False)]
+  """Bootstrap samples {name: float [count]} of metrics of all completions that
+  are functions of sums, by drawing prompts. Such a metric has an attribute
+  `statistics`, a function of the same arguments -> (a list of numbers, or None,
+  for each completion; function of their sums -> {name: float}).
+
+  Equal numbers of prompts and equal seeds draw equal prompts, so that models
+  can be compared.
+  """
   index = np.array([row['index'] for row in found.rows])
-  rows_of = [np.flatnonzero(index == i) for i in range(index.max() + 1)]
-  samples = []
-  for block in draws(len(rows_of), count, seed) if chosen else ():
-    for times in block:
-      drawn = np.repeat(np.arange(len(rows_of)), times)
-      at = np.concatenate([rows_of[i] for i in drawn])
-      samples.append(
-        corpus_metrics(
-          chosen,
-          [found.examples[b] for b in at],
-          [found.rows[b]['completion'] for b in at],
-          on_error='mask',
-          measured={k: [v[b] for b in at] for k, v in found.measured.items()},
-        )
-      )
-  names = dict.fromkeys(name for sample in samples for name in sample)
-  return {
-    name: np.array([sample.get(name, np.nan) for sample in samples], float)
-    for name in names
-  }
+  n, given = (
+    int(index.max()) + 1,
+    arguments_of(
+      found.examples, [row['completion'] for row in found.rows], found.measured
+    ),
+  )
+  samples = {}
+  for metric in metrics:
+    statistics = getattr(metric, 'statistics', None)
+    if statistics is None:
+      continue
+    chosen = accepted(statistics).choose(given)
+    rows, compute = statistics(**own_lists(chosen))
+    known = [b for b, row in enumerate(rows) if row is not None]
+    numbers = np.array([rows[b] for b in known], float)
+    sums = np.zeros((n, numbers.shape[1]))
+    np.add.at(sums, index[known], numbers)
+    drawn = np.concatenate([w @ sums for w in draws(n, count, seed)])
+    values = [compute(row) for row in drawn.tolist()]
+    samples |= {
+      name: np.array([value[name] for value in values]) for name in values[0]
+    }
+  return samples
 
 
 def credit_rows(

@@ -132,16 +132,35 @@ def _corpus(name: str, kind: str, column: str, settings: dict) -> Callable:
   metric = _metric(kind, settings)
 
   def corpus(completions, **given) -> dict[str, float]:
-    texts, references = _with_references(completions, given[column], column)
-    most = max(map(len, references))
-    padded = (row + [None] * (most - len(row)) for row in references)
-    value = metric.corpus_score(texts, list(zip(*padded))).score
+    texts, references = _aligned(completions, given[column], column)
+    value = metric.corpus_score(texts, references).score
     corpus.signature = str(metric.get_signature())
     return {name: value}
 
+  def statistics(completions, **given) -> tuple:
+    texts, references = _aligned(completions, given[column], column)
+    found = iter(metric._extract_corpus_statistics(texts, references))
+    rows = [
+      None if v is None or not as_texts(v, column) else next(found)
+      for v in given[column]
+    ]
+    return rows, lambda sums: {
+      name: metric._aggregate_and_compute([sums]).score
+    }
+
   corpus.signature = _signature(metric)
-  corpus.resampled = True
-  return named(corpus, f'corpus_{name}', ['completions', column])
+  asked = ['completions', column]
+  corpus.statistics = named(statistics, f'corpus_{name}', asked)
+  return named(corpus, f'corpus_{name}', asked)
+
+
+def _aligned(completions, values, column: str) -> tuple[list, list]:
+  """(texts, first references of all, second ones, ...) as sacrebleu takes them,
+  of the completions that have references. Raises ValueError where none has."""
+  texts, references = _with_references(completions, values, column)
+  most = max(map(len, references))
+  padded = (row + [None] * (most - len(row)) for row in references)
+  return texts, list(zip(*padded))
 
 
 def _with_references(completions, values, column: str):

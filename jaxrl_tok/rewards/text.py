@@ -82,9 +82,20 @@ def perplexity(ref_logps, **columns) -> float:
   Text that the pretrained model finds strange is high; text that it would
   repeat for ever is low: a policy that hacks its reward may move it either way.
   """
-  logps = list(itertools.chain(*ref_logps))
-  surprise = -math.fsum(logps) / max(len(logps), 1)
-  return math.exp(surprise) if surprise < 700 else math.inf
+  rows, compute = surprise(ref_logps)
+  sums = [sum(column) for column in zip(*rows)] or [0.0, 0]
+  return compute(sums)['perplexity']
 
 
-perplexity.resampled = True  # its interval is by the bootstrap
+def surprise(ref_logps) -> tuple:
+  """Statistics of perplexity: (sum of log-probs, tokens) of each completion,
+  and the metric of their sums."""
+
+  def compute(sums) -> dict[str, float]:
+    mean = -sums[0] / max(sums[1], 1)
+    return {'perplexity': math.exp(mean) if mean < 700 else math.inf}
+
+  return [[math.fsum(row), len(row)] for row in ref_logps], compute
+
+
+perplexity.statistics = surprise

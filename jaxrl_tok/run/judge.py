@@ -37,7 +37,7 @@ from jaxrl_tok.run.task import Caller, Task
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.reference import make_reference_logp
 
-DRAWS = 200  # bootstrap samples of metrics that are no means
+DRAWS = 1000  # bootstrap samples of metrics that are no means
 VOTES = {  # what completions vote for, in maj@k
   'text': said,
   'number': lambda completion: rewards.last_number(said(completion)),
