@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import pytest
-from conftest import GOLDEN, late_letters
+from conftest import late_letters
 
 from jaxrl_tok import Task, checkpoint, main
 from jaxrl_tok.hub.export import export_run
@@ -172,10 +172,14 @@ def test_a_failed_copy_is_said_and_tried_again(store, capsys):
 
 
 def train(out, *flags):
-  given = [f'--model={GOLDEN / "llama"}', f'--output_dir={out}', *flags]
   return main(
     Task([{'prompt': f'{i}:'} for i in range(20)], late_letters),
-    [*given, '--mesh=data=1'],
+    [f'--output_dir={out}', '--mesh=data=1', *flags],
+    d_model=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    d_ff=8,
     num_prompts=4,
     num_generations=2,
     held_out=4,
