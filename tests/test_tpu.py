@@ -516,6 +516,10 @@ signal.signal(signal.SIGTERM, note)
 signal.signal(signal.SIGINT, note)
 print('ready', *words[1:], os.environ['JAX_NUM_CPU_DEVICES'], flush=True)
 assert os.environ['JAX_PROCESS_ID'] == i
+here = os.path.dirname(sys.argv[0])
+open(f'{here}/ready{i}', 'w').close()
+while not os.path.exists(f'{here}/ready0'):  # it minds signals
+  time.sleep(0.02)
 if mode == 'dies once':
   mode = 'ends' if '--resume' in words else 'dies'
 while mode != 'ends' and not (came and mode != 'stuck'):
