@@ -153,7 +153,7 @@ def first_sentence(text: str) -> str:
   return re.split(r'(?<=[.!?])\s', text.strip(), maxsplit=1)[0]
 
 
-def lead_1(text, answer) -> dict[str, float]:
+def lead_1(text, answer) -> dict[str, list[float]]:
   """Metric: ROUGE of the text's first sentence as its summary, lead_1_rouge1
   and so on, which a policy has to beat."""
   from jaxrl_tok.rewards import corpus_rouge
