@@ -301,24 +301,22 @@ def show(console, judged, compared, unit: str) -> None:
   from jaxrl_tok.report.evaluation_page import (
     chance,
     in_words,
+    short,
     span,
     unit_of,
   )
 
-  heads = [one.name if compared else 'value' for one in judged]
-  more = ['difference', '95 %', 'p'] if compared else []
-  pairs = [word for head in heads for word in (head, '95 %')]
-  table = rich.table.Table('metric', *pairs, *more)
+  heads = [short(one.name) for one in judged] if compared else ['value']
+  more = ['difference', '95 %', 'p'] if compared else ['95 %']
+  table = rich.table.Table('metric', *heads, *more)
   for name in judged[0].estimates:
-    here, line = unit_of(name, unit), [in_words(name)]
-    for one in judged:
-      x = one.estimates.get(name)
-      line += ['–', ''] if x is None else [figure(x.value, here), span(x, here)]
-    if compared:
-      x = compared.differences.get(name)
-      line += (
-        [figure(x.value, here), span(x, here), chance(x.p)] if x else [''] * 3
-      )
+    here, found = unit_of(name, unit), [x.estimates.get(name) for x in judged]
+    line = [in_words(name)]
+    line += ['–' if x is None else figure(x.value, here) for x in found]
+    if not compared:
+      line.append(span(found[0], here))
+    elif x := compared.differences.get(name):
+      line += [figure(x.value, here), span(x, here), chance(x.p)]
     table.add_row(*line)
   console.print(table)
   if compared:

@@ -384,7 +384,8 @@ def test_the_best_checkpoint_is_kept_exported_and_resumed(
   # one before, six steps, three evaluations, and the best one's rows if it is
   # not the last: that of the last step is not made again
   assert len(calls) == 1 + 6 + 3 + (best < 6)
-  assert result.summary['exported'].startswith(f'step {best}, chosen by its')
+  label = 'exported, best by eval/mean_length (optimistic)'
+  assert result.summary[label] == f'step {best}'
   after = [r for r in rows(out / 'samples.jsonl') if r['split'] == 'after']
   assert {r['step'] for r in after} == {best}
   export_run(out, tmp_path / 'by_step', 'best')

@@ -403,10 +403,8 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
     'time': duration(seconds),
   }
   if setup.settings.run.export == 'best':
-    summary['exported'] = (
-      f'step {done.exported}, chosen by its {progress.best_metric}, which is '
-      'optimistic'
-    )
+    label = f'exported, best by {progress.best_metric} (optimistic)'
+    summary[label] = f'step {done.exported}'
   out = export(setup, run_dir, done.state, summary)
   warn_of_audit(setup.logger, read_metrics(run_dir))
   setup.logger.close()
