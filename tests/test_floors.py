@@ -71,6 +71,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.run.api',
   'experiments.arithmetic',
   'experiments.reasoning',
+  'experiments.spelling',
   'experiments.stories',
   'experiments.text',
 )
