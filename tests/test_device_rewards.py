@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxrl_tok import rewards
+from jaxrl_tok.data.pieces import make_pieces
 from jaxrl_tok.data.tokenizers import byte_tokenizer, decode_all
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.device_rewards import (
   digit_tokens,
+  edit_tokens,
   exact_tokens,
   is_on_device,
   make_columns,
@@ -47,7 +49,8 @@ def as_rollout(texts: list[str], prompts: int) -> Rollout:
     row = encode(text)[:T]
     tokens[b, : len(row)] = row
     mask[b, : len(row)] = True
-  return rollout_of(tokens, mask, prompts)
+  ended = (tokens == END).any(1)
+  return rollout_of(tokens, mask, prompts)._replace(ended=ended)
 
 
 def columns_of(functions: dict, answers: list[str]) -> dict:
@@ -76,7 +79,11 @@ def completions(rng, answer: str) -> list[str]:
 
 @pytest.mark.parametrize(
   ('host', 'device'),
-  [(rewards.exact_match, exact_tokens), (rewards.digits, digit_tokens)],
+  [
+    (rewards.exact_match, exact_tokens),
+    (rewards.digits, digit_tokens),
+    (rewards.potentials.edit_distance('answer'), edit_tokens),
+  ],
 )
 def test_rewards_are_those_of_the_host(host, device):
   rng = np.random.default_rng(0)
@@ -85,7 +92,12 @@ def test_rewards_are_those_of_the_host(host, device):
   rollout = as_rollout(texts, len(answers))
   records = [{'prompt': '?', 'answer': a} for a in answers]
   on_host = rewards.make_scorer(
-    {'f': host}, lambda ids: decode_all(TOKENIZER, ids), [END]
+    {'f': host},
+    lambda ids: decode_all(TOKENIZER, ids),
+    [END],
+    pieces=make_pieces(
+      TOKENIZER, lambda ids: decode_all(TOKENIZER, ids), len(TOKENIZER)
+    ),
   )
   want = on_host(rollout.tokens, rollout.mask, records)
   assert want.texts == texts

@@ -139,16 +139,33 @@ def prepare_population(parsed: flag_layer.Parsed) -> Setup:
   return setup
 
 
-def make_train(setup: Setup) -> Callable:
+def accuracy_of(rollout, **columns) -> jax.Array:
+  """Share of right answers."""
+  return exact_tokens(rollout, **columns).mean()
+
+
+def make_train(
+  setup: Setup,
+  measure: Callable = accuracy_of,
+  change: Callable = lambda score: score,
+) -> Callable:
   """Returns train(params, Table, held-out Table, key, learning rate, index
-  int32 [n, k, C]) -> (accuracy [n + 1], {metric: [n]}), pure: n blocks of k
-  steps, accuracy before and after each, metrics their means."""
+  int32 [n, k, C], ...) -> (measured [n + 1], {metric: [n]}), pure: n blocks of
+  k steps, held-out completions measured before and after each, metrics their
+  means.
+
+  Args:
+    measure: (greedy Rollout, **columns) -> numbers, a pytree.
+    change: (score, ...) -> score of training; `...` are train's last arguments.
+  """
   policy, algorithm, rule = setup.policy, setup.algorithm, setup.rule
   sample = make_sampling(policy, setup.config.sampler)
   greedy = make_sampling(policy, setup.config.greedy)
   score = make_device_scorer(setup.rewards.device)
 
-  def train(params, table: Table, held_out: Table, key, learning_rate, index):
+  def train(
+    params, table: Table, held_out: Table, key, learning_rate, index, *how
+  ):
     settings = with_values(setup.settings, {'learning_rate': learning_rate})
     optimizer = make_optimizer(settings, build.Own(), algorithm)
     critic = setup.critic and with_value_head(setup.critic, params)
@@ -156,25 +173,28 @@ def make_train(setup: Setup) -> Callable:
     state = init_state(algorithm, optimizer, begin, key, critic=critic)
     steps = make_device_steps(
       sample,
-      score,
+      change(score, *how),
       make_update(policy, algorithm, optimizer, critic=setup.critic),
       setup.rewards.weights,
       greedy if algorithm.greedy else None,
     )
     prompts = Prompts(held_out.tokens, held_out.length)
 
-    def accuracy(state):
+    def measured(state):
       rollout = greedy(state.policy_params, key, prompts, rule, state.step)
-      return exact_tokens(rollout, **held_out.columns).mean()
+      return measure(rollout, **held_out.columns)
 
     def block(state, index_kxC):
       state, metrics, _ = steps(state, table, index_kxC, rule)
       means = jax.tree.map(lambda x: x.astype(jnp.float32).mean(), metrics)
-      return state, (accuracy(state), means)
+      return state, (measured(state), means)
 
-    before = accuracy(state)
+    before = measured(state)
     _, (after, means) = jax.lax.scan(block, state, index)
-    return jnp.concatenate([before[None], after]), means
+    joined = jax.tree.map(
+      lambda x, y: jnp.concatenate([x[None], y]), before, after
+    )
+    return joined, means
 
   return train
 

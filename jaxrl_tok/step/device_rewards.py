@@ -59,6 +59,38 @@ def digit_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
 
 
 @on_device
+def edit_tokens(rollout: Rollout, answer, answer_mask) -> jax.Array:
+  """Edit distance to the answer, paid by token: phi(y_<=t) - phi(y_<t) with
+
+    phi(y) = 1 - edits(y, answer) / tokens of the answer
+
+  without the ends, whose reward is 0. Of characters where each is one token:
+  rewards.potentials.edit_distance is its form on the host. The i-th row of the
+  table of edits costs no loop: D_ij = j + min_{k <= j} (c_ik - k), with c_ik
+  the cheapest way to it from the row before.
+  """
+  ends = rollout.ended[:, None] & masked.last_chosen(rollout.mask)
+  own = rollout.mask & ~ends
+  length = jnp.sum(answer_mask.astype(jnp.int32), axis=1) - 1
+  columns = jnp.arange(answer.shape[1])
+
+  def one(tokens, own, answer, length):
+    def row(edits, token):
+      other, chosen = token
+      changed = edits[:-1] + (answer[: len(edits) - 1] != other)
+      cheapest = (edits + 1).at[1:].min(changed)
+      found = jax.lax.cummin(cheapest - columns) + columns
+      edits = jnp.where(chosen, found, edits)
+      return edits, edits[length]
+
+    _, found = jax.lax.scan(row, columns, (tokens, own))
+    before = jnp.concatenate([length[None], found[:-1]])
+    return (before - found) / jnp.maximum(length, 1)
+
+  return jax.vmap(one)(rollout.tokens, own, answer, length)
+
+
+@on_device
 def ends(rollout: Rollout, min_tokens: int = 0) -> jax.Array:
   """End by itself: 1 where the policy ended the completion, with an end token
   or a stop text, after min_tokens tokens or more; 0 where it was cut."""
