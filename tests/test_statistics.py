@@ -144,7 +144,7 @@ def test_win_rate_counts_pairs_and_half_of_ties():
 
 
 def test_sign_test_counts_signs():
-  """Of n equal differences, two of 2^n signs are as large."""
+  """Two of the 2^n signs of n equal differences are as large."""
   p = statistics.sign_test(np.ones(6))
   assert p == pytest.approx(2 / 2**6, abs=0.01)
   assert statistics.sign_test(np.zeros(6)) == 1

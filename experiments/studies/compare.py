@@ -7,7 +7,7 @@ or of ways to learn more from each completion.
   python -m experiments.studies.compare --more --learning_rate 1e-3
 
 A run is `python -m experiments.arithmetic` with the flags of its row and
-`--seed S`, within the default budget (600 steps of 128 x 8 completions, or 95 %
+`--seed S`, within the default budget (800 steps of 128 x 8 completions, or 95 %
 held-out), evaluated every 10 steps; `reuse` has 100 steps. The numbers
 do not depend on the machine: held-out accuracy at the end and at equal sampled
 tokens (--budget), and steps, sampled tokens and reward calls until it is 80 %.

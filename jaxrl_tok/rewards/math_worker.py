@@ -22,7 +22,7 @@ def as_latex(answer: str) -> str:
 
 @functools.lru_cache(10_000)
 def read(text: str) -> list:
-  """What math-verify reads in a text: [expression, its text], or []."""
+  """Reads a text by math-verify: [expression, its text], or []."""
   from math_verify import parse
 
   return parse(text, parsing_timeout=None)

@@ -364,11 +364,7 @@ def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
 
 
 def prepare(
-  task: Task,
-  settings: Settings,
-  own: Own,
-  caller: Caller,
-  task_flags: dict,
+  task: Task, settings: Settings, own: Own, caller: Caller, task_flags: dict
 ) -> Setup:
   """Prepares a run, with all checks that need the model, data or devices.
 
@@ -386,15 +382,15 @@ def prepare(
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
   algorithm = build.make_algorithm(settings, own, T, found.constraints)
-  passes = algorithm.passes
-  check_devices(settings, mesh, passes.mini_batches)
+  parts = algorithm.passes.mini_batches
+  check_devices(settings, mesh, parts)
   check_warm_start(task, settings, model, mesh)
   train = prompt_set(
     settings, model, found, split.train, task, T, 'training prompt'
   )
   trainable = models.make_trainable(settings, model)
   policy, critic, dtype = make_networks(settings, model, trainable, algorithm)
-  config = program_config(settings, model, passes.mini_batches, T)
+  config = program_config(settings, model, parts, T)
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )

@@ -234,16 +234,6 @@ def single_turn(
       {'position': np.int64(position + num_prompts)},
     )
 
-  def score_both(p: Pending, examples: list) -> Score:
-    step = int(np.ravel(processes.local(p.version))[0])
-    found = score(scorer, p.rollout, p.device, examples, step)
-    if p.greedy is None:
-      return found
-    best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
-    known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
-    placed = put_rows(jax.sharding.get_mesh(), known)
-    return found._replace(scored=found.scored._replace(greedy_reward=placed))
-
   def finish(p: Pending):
     jax.block_until_ready(p.rollout.mask)
     began = time.monotonic()
@@ -252,7 +242,7 @@ def single_turn(
       own = processes.own_rows(jax.sharding.get_mesh(), num_prompts)
       examples = examples_at(data, seed, p.positions[own])
     found, told = processes.together(
-      lambda: score_both(p, examples),
+      lambda: score_pending(scorer, p, examples),
       lambda found: [found.metrics, *count_tokens(p.rollout, p.greedy)],
     )
     once = processes.each_row_once(jax.sharding.get_mesh(), num_prompts)
@@ -266,6 +256,18 @@ def single_turn(
     return batch, p.cursor
 
   return Collector(lambda: {'position': np.int64(0)}, start, finish)
+
+
+def score_pending(scorer: Scorer, p: Pending, examples: list) -> Score:
+  """Scores a batch, and the greedy completions that are its baseline."""
+  step = int(np.ravel(processes.local(p.version))[0])
+  found = score(scorer, p.rollout, p.device, examples, step)
+  if p.greedy is None:
+    return found
+  best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
+  known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
+  placed = put_rows(jax.sharding.get_mesh(), known)
+  return found._replace(scored=found.scored._replace(greedy_reward=placed))
 
 
 def count_tokens(

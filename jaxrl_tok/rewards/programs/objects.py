@@ -116,7 +116,7 @@ class Objects:
     raise AttributeError(f"'{kind_of(value)}' object has no attribute '{name}'")
 
   def bound(self, found, value, cls: Class):
-    """What an attribute of a class is for one of its objects."""
+    """Binds an attribute of a class to one of its objects."""
     if type(found) in (Function, Native):
       return Bound(found, value)
     if type(found) is Wrapped and found.kind == 'staticmethod':
