@@ -16,6 +16,18 @@ A tiny decoder is warm-started by supervision until 75 % of the characters of
 held-out prompts are right; a copy of the prompt has 70 %. Held-out prompts are
 noise never seen, of texts that training has; `eval/unseen/...` are of other
 texts.
+
+In the study's form (200 steps of 16 x 4 completions), held-out CER went from
+24.2 to 21.7 % with seed 5 and from 25.0 to 21.9 % with seed 6, by potentials;
+from 24.2 to 21.7 and 25.0 to 22.4 % by outcomes.
+
+A policy games the reward by copying: a character of the prompt is right in 70
+of 100 cases, so that a policy that is not sure of a word copies it. CER falls,
+and the share of texts that are wholly right, which no reward sees, falls too:
+from 37 to 29 and 28 % there, and at --learning_rate 2e-3, where CER does not
+fall, to 13 and 15 %. A start at 65 % of the characters only ever learns to
+copy (CER 30 % after 200 steps of 64 x 4 at 1e-3, entropy 0.06). With all words
+in place of 50, 500 supervised steps do no better than a copy.
 """
 
 import collections
@@ -30,10 +42,10 @@ from jaxrl_tok import Evaluation, Task, main
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 END_OF_PROMPT = '>'
 SETTINGS = {
-  'max_steps': 300,
-  'num_prompts': 64,
+  'max_steps': 200,
+  'num_prompts': 16,
   'num_generations': 4,
-  'learning_rate': 1e-3,
+  'learning_rate': 5e-4,
   'lr_schedule': 'linear',
   'warm_start_stop_at': 0.75,
   'warm_start_check_every': 25,
