@@ -9,8 +9,6 @@ one text of the data). A tiny decoder of words learns 5,000 of them by
 supervision, each in one of its ways at random, until 40 % of 128 other ones are
 right; then it learns from a reward of 1 or 0.
 
-NUMBERS
-
 Parsing takes math-verify some 10 ms of a processor a formula, so that every
 pair of completion and answer is asked for once. A reward of equality does not
 say which of the equal formulas is meant: $x+x-x$ is right for x, and so would a

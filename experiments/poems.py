@@ -13,8 +13,6 @@ metre; then it learns from the weighted sum of
   --grammar 1          share of the words that lie in lines of the grammar
   --no_copy 1          share of the word triples that the first line has not
   --no_repetition 1    share of the word pairs that are new in the poem
-
-NUMBERS
 """
 
 import functools
