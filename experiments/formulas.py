@@ -11,9 +11,8 @@ right; then it learns from a reward of 1 or 0.
 
 Parsing takes math-verify some 10 ms of a processor a formula, so that every
 pair of completion and answer is asked for once. A reward of equality does not
-say which of the equal formulas is meant: $x+x-x$ is right for x, and so would a
-copy be if prompts were formulas ("expand (x+1)^2" is answered by itself); that
-is why they are words.
+say which of the equal formulas is meant: a copy would be right if prompts were
+formulas ("expand (x+1)^2" is answered by itself); that is why they are words.
 """
 
 import functools
