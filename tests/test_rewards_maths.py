@@ -69,6 +69,26 @@ def test_polynomials_are_decided_as_math_verify_does(
   assert both == is_polynomial
 
 
+@pytest.mark.parametrize(
+  ('gold', 'said', 'equal'),
+  [
+    (r'6\cdot 2+\frac{z}{2}', r'6\cdot 2+z/2', True),
+    (r'6\cdot 2+z', '12+z', True),
+    (r'6\cdot 2+z', '11+z', False),
+    ('x', 'z-z+x', True),
+    ('x', 'x+x-x', True),
+    ('z', r'\frac{z\cdot 2}{2}', True),
+    (r'(2+3)\cdot x', '5x', True),
+    (r'x-2\cdot 3+6', 'x', True),
+    (r'x-2\cdot 3+6', 'x+1', False),
+  ],
+)
+def test_what_is_not_evaluated_yet_is_equal(gold, said, equal):
+  """Sums and products of numbers, and letters that cancel."""
+  gold, said = (math_worker.read(f'${text}$') for text in (gold, said))
+  assert math_worker.same(gold, said) == equal
+
+
 def test_a_deadline_concerns_one_completion(equal):
   """Without a deadline this would not end."""
   logged = {}
