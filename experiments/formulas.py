@@ -9,6 +9,10 @@ one text of the data). A tiny decoder of words learns 5,000 of them by
 supervision, each in one of its ways at random, until 40 % of 128 other ones are
 right; then it learns from a reward of 1 or 0.
 
+On 2 CPU cores: 3 to 4 minutes, three runs at a time. The held-out share of
+right formulas goes from 47 to 72 %, 45 to 59 % and 46 to 69 % in 150 steps with
+seeds 0, 1 and 2.
+
 Parsing takes math-verify some 10 ms of a processor a formula, so that every
 pair of completion and answer is asked for once. A reward of equality does not
 say which of the equal formulas is meant: a copy would be right if prompts were

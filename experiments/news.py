@@ -11,6 +11,13 @@ r"""News: one sentence that says the given facts, and no other.
 'who: Anna Berg; what: opened a school; where: in Oslo; when: on Monday; number:
 40 guests' is to become an item such as 'On Monday, Anna Berg opened a school in
 Oslo, with 40 guests.'
+
+The reward is a sum: --coverage 3 for the share of the facts, by token; --truth
+1 for no other fact; --form 0.5 for one short sentence. The held-out metric is
+the share of items that say every fact and nothing else. With seed 3 it went from 16
+to 81 % in 150 steps, 6 minutes beside other work; seeds 0, 1 and 2 are not
+measured. Supervision learns templates that leave facts out; what is left over
+in the end is broken: 'with 10With Ivanov sold'.
 """
 
 import itertools
@@ -164,7 +171,7 @@ def true_and_whole(completions, facts) -> list[float]:
 def news(
   num_items: int = 8_000,
   wrong: float = 0.1,
-  coverage: float = 1.0,
+  coverage: float = 3.0,
   truth: float = 1.0,
   form: float = 0.5,
   max_words: int = 24,
@@ -220,11 +227,11 @@ def run(argv=None):
     max_steps=150,
     num_prompts=32,
     num_generations=8,
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     lr_schedule='linear',
     warm_start_stop_at=1.1,
-    warm_start_max_steps=200,
-    warm_start_check_every=50,
+    warm_start_max_steps=300,
+    warm_start_check_every=100,
     length_buckets=1,
   )
 

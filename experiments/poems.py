@@ -13,6 +13,13 @@ metre; then it learns from the weighted sum of
   --grammar 1          share of the words that lie in lines of the grammar
   --no_copy 1          share of the word triples that the first line has not
   --no_repetition 1    share of the word pairs that are new in the poem
+
+On 2 CPU cores: 2 to 3 minutes, beside other work. Held-out reward, of 7, goes
+from 3.62 to 5.55, 3.67 to 5.28 and 3.65 to 5.41 in 250 steps with seeds 0, 1
+and 2. With seed 0, rhyme goes from 0.06 to 0.55, metre from 0.73 to 0.97 and
+grammar from 0.75 to 1.00, and distinct-2, which no reward sees, falls from 0.39
+to 0.07: the policy ends all lines in one rhyme, "noon, tune, moon", which
+rhymes with itself in every poem, and seldom listens to the first line.
 """
 
 import functools

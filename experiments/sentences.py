@@ -15,6 +15,8 @@ Two words are asked for, 'baker, bread:', and a sentence is to be written, as
   --grammar 1      share of the words in sentences of the grammar (chart parser)
   --coherence 1    log-prob of a word under a frozen n-gram model of own text
   --topic 1        share of the two words that are said
+
+The numbers of seeds 0, 1 and 2 are not measured.
 """
 
 import itertools

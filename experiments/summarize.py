@@ -12,6 +12,11 @@ r"""Summaries: the first line of a docstring from its body, by ROUGE-L.
 
 Docstrings of the Python installation are pairs that people wrote: a first line,
 and a paragraph that says it at length.
+
+From scratch it fails: a tiny decoder that has read nothing else repeats 'the
+given the given'. With seed 3 (64 wide, 100 steps) held-out ROUGE-L went from
+0.034 to 0.070, and the first sentence of the text (lead_1) has 0.154. What a
+pretrained --model makes of it is not measured.
 """
 
 import ast

@@ -12,6 +12,11 @@ r"""Translation by chrF or BLEU: numbers in words, English to French and German.
 
 'fr: two hundred and seven =' is to become 'deux cent sept'; num2words writes
 both sides, so that every translation is exact.
+
+A tiny decoder is warm-started by supervision until 40 % of held-out numbers are
+right. With seed 3, exact translations went from 54 to 63 % in 200 steps, corpus
+BLEU from 65 to 72 and chrF from 89 to 94, 9 minutes beside other work; seeds 0,
+1 and 2 are not measured.
 """
 
 import json
@@ -58,7 +63,7 @@ def number_pairs(
   `count` and `held_out` pairs.
   """
   rng, n = random.Random(seed), len(languages)
-  kept, train = set(), list(range(SMALLEST_HELD_OUT))
+  kept, train = {}, list(range(SMALLEST_HELD_OUT))
 
   def draw() -> int:
     size = rng.randint(3, digits)
@@ -66,7 +71,7 @@ def number_pairs(
 
   most = 9 * 10 ** (digits - 1) // 5  # a fifth of the longest
   while len(kept) < min(-(-held_out // n), most):
-    kept.add(draw())
+    kept[draw()] = True
   while len(train) < -(-count // n):
     number = draw()
     if number not in kept:
@@ -84,7 +89,7 @@ def number_pairs(
       for to in languages
     ]
 
-  return pairs(train)[:count], pairs(sorted(kept))[:held_out]
+  return pairs(train)[:count], pairs(kept)[:held_out]
 
 
 # --- Debian
@@ -221,7 +226,7 @@ def translate(
   answer_column: str = 'answer',
   fetch: str | None = None,
   form: str | None = None,
-  vocab_size: int = 768,
+  vocab_size: int = 420,
   held_out: int | None = None,
   model: str | None = None,
 ) -> Task:
@@ -290,7 +295,7 @@ def run(argv=None):
     translate,
     argv,
     max_steps=200,
-    num_prompts=32,
+    num_prompts=64,
     num_generations=8,
     learning_rate=1e-3,
     lr_schedule='linear',
