@@ -14,10 +14,10 @@ Oslo, with 40 guests.'
 
 The reward is a sum: --coverage 3 for the share of the facts, by token; --truth
 1 for no other fact; --form 0.5 for one short sentence. The held-out metric is
-the share of items that say every fact and nothing else. With seed 3 it went from 16
-to 81 % in 150 steps, 6 minutes beside other work; seeds 0, 1 and 2 are not
-measured. Supervision learns templates that leave facts out; what is left over
-in the end is broken: 'with 10With Ivanov sold'.
+the share of items that say every fact and nothing else. With seed 3 it went
+from 16 to 81 % in 150 steps, 6 minutes beside other work; seeds 0, 1 and 2 are
+not measured. Supervision learns templates that leave facts out; what is left
+over in the end is broken: 'with 10With Ivanov sold'.
 """
 
 import itertools
