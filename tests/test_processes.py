@@ -108,6 +108,7 @@ def test_two_processes_are_one(alone, tmp_path):
     check_same(alone / name, out / name)
 
 
+@pytest.mark.slow  # a minute; two processes are tested always
 def test_four_processes_are_one(alone, tmp_path):
   out = tmp_path / 'four'
   assert wait(start(4, 2, out, 'tensor')) == [0] * 4, log_of(out, 1)
