@@ -14,10 +14,11 @@ Oslo, with 40 guests.'
 
 The reward is a sum: --coverage 3 for the share of the facts, by token; --truth
 1 for no other fact; --form 0.5 for one short sentence. The held-out metric is
-the share of items that say every fact and nothing else. With seed 3 it went
-from 16 to 81 % in 150 steps, 6 minutes beside other work; seeds 0, 1 and 2 are
-not measured. Supervision learns templates that leave facts out; what is left
-over in the end is broken: 'with 10With Ivanov sold'.
+the share of items that say every fact and nothing else. With seeds 0, 1 and 2
+it went from 17 to 92, 14 to 81 and 14 to 87 %, in 150 steps: 1:15 on 2 CPU
+cores, beside other work. Supervision learns templates that leave facts out;
+reward closes them. Wrong numbers are left over, '39 children' for 68, and items
+are all of one form: distinct-2 falls from .19 to .13.
 """
 
 import itertools

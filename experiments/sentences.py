@@ -16,7 +16,17 @@ Two words are asked for, 'baker, bread:', and a sentence is to be written, as
   --coherence 1    log-prob of a word under a frozen n-gram model of own text
   --topic 1        share of the two words that are said
 
-The numbers of seeds 0, 1 and 2 are not measured.
+On 2 CPU cores: a minute, beside other work. Held-out, before and after, with
+seeds 0, 1 and 2:
+
+  reward, 3 at most  1.42 to 2.83   1.43 to 2.86   1.55 to 2.88
+  grammatical words  0.27 to 0.99   0.26 to 1.00   0.33 to 1.00
+  makes sense        0.16 to 0.75   0.19 to 0.83   0.28 to 0.84
+  distinct-2         0.67 to 0.31   0.69 to 0.31   0.68 to 0.32
+
+No reward sees whether a sentence makes sense (who does what to what); coherence
+stands for it. The policy games length: five words, 'a farmer feeds the cat.',
+have the fewest chances to go wrong, so that adjectives and places die out.
 """
 
 import itertools

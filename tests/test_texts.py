@@ -50,6 +50,9 @@ def test_a_docstring_is_a_first_line_and_prose():
     """
   body = 'The name is that of the file, without its directory and ending.'
   assert summarize.pair_of(text) == (body, 'Return the name of it.')
+  assert (
+    summarize.pair_of(text, 9)[0] == 'The name is that of the file, without its'
+  )
   for no_pair in (
     'Return the name of it.',
     'Return.\n\n' + body,
@@ -429,7 +432,7 @@ TINY = (
 @pytest.mark.parametrize(
   ('module', 'words', 'numbers'),
   [
-    (summarize, '', ('rougeL', 'lead_1_rougeL')),
+    (summarize, '--model None --lora_rank 0', ('rougeL', 'lead_1_rougeL')),
     (translate, '--num_pairs 60', ('bleu', 'chrf')),
     (sentences, '--num_requests 60', ('makes_sense', 'distinct_1')),
     (news, '--num_items 60', ('distinct_1',)),
