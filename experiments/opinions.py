@@ -17,6 +17,7 @@ the adjectives that it began with.
 """
 
 import random
+import string
 
 from jaxrl_tok import Task, main
 
@@ -35,7 +36,8 @@ THINGS = (
 GOOD = 'fresh, bright, clever, warm, lovely, fine, neat, kind, sweet, smart'
 BAD = 'stale, dull, silly, cold, ugly, poor, dirty, rude, sour, dumb'
 GOOD, BAD = GOOD.split(', '), BAD.split(', ')
-LETTERS = 34  # of a completion at most, its end included
+WORDS = 3  # that are asked for
+LETTERS = 28  # of a completion at most, its end included
 
 
 def words(completion: str) -> list[str]:
@@ -44,14 +46,14 @@ def words(completion: str) -> list[str]:
 
 
 def opinion(prompts, completions, **columns) -> list[float]:
-  """True reward: each word that fits the verb is worth 1, and any other, one
-  that is said again included, -1; 4 words fit into a completion, or 5."""
+  """True reward: each word that fits the verb is worth 1; one that does not or
+  is said again, and each that lacks to WORDS or is beyond them, -1."""
   found = []
   for prompt, completion in zip(prompts, completions):
     fitting = set(GOOD if VERBS[prompt.split()[1]] else BAD)
     said = words(completion)
     good = len(fitting.intersection(said))
-    found.append(float(2 * good - len(said)))
+    found.append(float(2 * min(good, WORDS) - max(len(said), WORDS)))
   return found
 
 
@@ -62,8 +64,19 @@ def draw_prompt(rng: random.Random) -> str:
 
 
 def draw_opinion(rng: random.Random) -> str:
-  """Draws an opinion that knows nothing of the prompt: 'dull, fresh.'."""
-  said = [rng.choice(GOOD + BAD) for _ in range(rng.randint(1, 4))]
+  """Draws an opinion that knows nothing of the prompt: 'dull, fresh, kind.'."""
+  said = [rng.choice(GOOD + BAD) for _ in range(WORDS)]
+  return ', '.join(said) + '.'
+
+
+def draw_variant(rng: random.Random) -> str:
+  """Draws an opinion as a policy may come to write it: a word too many or too
+  few, or with a letter that is wrong."""
+  said = [rng.choice(GOOD + BAD) for _ in range(rng.choice((2, 3, 3, 3, 4)))]
+  for i, word in enumerate(said):
+    if rng.random() < 0.15:
+      at = rng.randrange(len(word))
+      said[i] = word[:at] + rng.choice(string.ascii_lowercase) + word[at + 1 :]
   return ', '.join(said) + '.'
 
 
@@ -77,16 +90,16 @@ def draw(count: int, seed: int) -> list[dict]:
 
 
 def draw_pairs(count: int, seed: int) -> list[dict]:
-  """Pairs {'prompt', 'chosen', 'rejected', 'true_margin'}: of two opinions at
-  random, a judge prefers the first with probability sigmoid(r_1 - r_2), r the
-  true reward; true_margin is that of the chosen one over the other."""
+  """Pairs {'prompt', 'chosen', 'rejected', 'true_margin'}: of two opinions with
+  unlike true rewards r, a judge prefers the first with probability
+  sigmoid(r_1 - r_2); true_margin is that of the chosen one over the other."""
   import math
 
   rng, found = random.Random(seed), []
   while len(found) < count:
-    prompt, *both = draw_prompt(rng), draw_opinion(rng), draw_opinion(rng)
+    prompt, *both = draw_prompt(rng), draw_variant(rng), draw_variant(rng)
     first, second = opinion([prompt] * 2, both)
-    if both[0] == both[1]:
+    if first == second:
       continue
     margin = first - second
     if rng.random() >= 1 / (1 + math.exp(-margin)):
@@ -134,7 +147,7 @@ def run(argv=None):
     num_prompts=32,
     num_generations=8,
     warm_start_max_steps=200,
-    warm_start_stop_at=4.0,
+    warm_start_stop_at=3.0,
     warm_start_check_every=100,
     max_completion_length=LETTERS,
     learning_rate=1e-3,

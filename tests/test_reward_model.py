@@ -297,8 +297,8 @@ def test_a_model_is_the_only_reward(fitted, tmp_path, capsys):
 def test_opinions_and_their_truth(fitted, capsys):
   assert opinions.opinion(
     ['Ann praises the soup: ', 'Ben hates the film: ', 'Jo likes the cake: '],
-    ['fresh, kind.', 'fresh, dull.', 'kind, kind, x'],
-  ) == [2, 0, 1 - 2]
+    ['fresh, kind.', 'dull, rude, cold.', 'kind, kind, x, sweet'],
+  ) == [2 * 2 - 3, 3, 2 * 2 - 4]
   pairs = opinions.draw_pairs(400, 0)
   assert pairs == opinions.draw_pairs(400, 0)
   right = [(p['true_margin'] > 0) + (p['true_margin'] == 0) / 2 for p in pairs]
