@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from few_programs import FewPrograms
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 hypothesis.settings.register_profile('same', derandomize=True, deadline=None)
@@ -176,6 +177,32 @@ def changed(record, **fields):
 def late_letters(completions, completion_ids, **columns) -> list[float]:
   """A reward that random text earns: the mean id of its tokens."""
   return [float(np.mean(ids)) / 256 for ids in completion_ids]
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  """Runs of a module take one device, not eight: fewer compile faster."""
+  one = jax.local_devices()[:1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *args: one)
+    yield
+
+
+@pytest.fixture(scope='module')
+def few_programs():
+  """Runs of a module that are alike have programs in common."""
+  few = FewPrograms()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'jit', few.jit)
+    patch.setattr(jax, 'eval_shape', few.eval_shape)
+    yield few
+  few.clear()
+
+
+@pytest.fixture
+def all_devices(monkeypatch, one_device):
+  """Undoes one_device for a test."""
+  monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices())
 
 
 @pytest.fixture

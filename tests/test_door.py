@@ -20,6 +20,8 @@ from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.models.transformer import make_policy
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 TINY = {
   'd_model': 16,
   'num_layers': 1,
@@ -594,7 +596,8 @@ def test_command_txt_repeats_the_run(kind, tmp_path, monkeypatch):
   else:
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     command = ['python', '-m', 'experiments.arithmetic', '--num_generations=2']
-    command += ['--digits=1', '--held_out=8', '--warm_start_max_steps=1']
+    command += ['--digits=1', '--num_problems=200', '--held_out=8']
+    command += ['--warm_start_max_steps=1']
   command += [*words(settings), '--output_dir=run']
   execute(command, monkeypatch)
   said = Path('run/command.txt').read_text()
