@@ -20,7 +20,7 @@ from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.models.transformer import make_policy
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 TINY = {
   'd_model': 16,
@@ -622,9 +622,10 @@ def test_other_prompts_under_a_resume_are_said(tmp_path, capsys):
   assert 'not those that the run began with' in capsys.readouterr().out
 
 
-def test_no_prompt_length_compiles_later(tmp_path):
+def test_no_prompt_length_compiles_later(tmp_path, few_programs):
   """Two lengths, the longer one met late: its programs were there before."""
   mixed, compiled, at_step = records(0, 80), [], []
+  few_programs.clear()  # this run compiles its own
   mixed[::40] = [r | {'prompt': r['prompt'] * 30} for r in mixed[::40]]
   jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: compiled.append(name) if 'compile' in name else None

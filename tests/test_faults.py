@@ -58,6 +58,8 @@ from jaxrl_tok.train import (
 )
 from jaxrl_tok.types import Carry, TrainState
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 # --- one update --------------------------------------------------------------
 
 C, G, T = 4, 2, 5
@@ -390,13 +392,6 @@ SMALL = {
   'd_ff': 16,
   'mesh': 'data=1',
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
-    yield
 
 
 @pytest.fixture(scope='module')

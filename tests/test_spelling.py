@@ -17,7 +17,7 @@ from jaxrl_tok.credit.names import CREDIT_SPLITS
 from jaxrl_tok.rewards.splits import make_split
 from jaxrl_tok.types import Prompts, Rollout
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 TINY = [
   *('--words=50', '--num_texts=64', '--held_out=16', '--d_model=16'),

@@ -11,7 +11,7 @@ from test_door import TINY, words
 
 from experiments import text
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 REWARDS = """
 def rhyme(prompts, completions, ending, **columns):

@@ -13,7 +13,7 @@ from jaxrl_tok.run.prepare import prepare
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Task
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 
 @pytest.fixture
