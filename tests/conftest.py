@@ -21,7 +21,7 @@ CACHE = 'JAX_COMPILATION_CACHE_DIR'
 if CACHE not in os.environ:
   os.environ[CACHE] = tempfile.mkdtemp(prefix='jaxrl_tok-tests-')
   atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import dataclasses
 import json

@@ -173,7 +173,7 @@ def test_a_signal_is_an_exception_of_a_library_call(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return [0.0] * len(completions)
 
-  task = Task(records(0, 40), stopping, held_out=8)
+  task = Task(records(0, 40), {'short': stopping}, held_out=8)
   given = TINY | {'max_steps': 50, 'output_dir': tmp_path / 'run'}
   with pytest.raises(jaxrl_tok.Interrupted, match='stopped by a signal'):
     jaxrl_tok.train(task, **given)
@@ -534,7 +534,9 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 
   out = {'output_dir': tmp_path / 'run', 'save_every': 0}
   with pytest.raises(ValueError, match='no more'):
-    jaxrl_tok.train(Task(records(0, 40), stops, held_out=8), **out, **TINY)
+    jaxrl_tok.train(
+      Task(records(0, 40), {'short': stops}, held_out=8), **out, **TINY
+    )
   assert (tmp_path / 'run' / 'metrics.jsonl').read_text()
   result = jaxrl_tok.train(
     Task(records(0, 40), short, held_out=8), **out, resume='auto', **TINY
