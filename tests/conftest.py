@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict rank promotion, and one tiny policy."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -69,6 +70,20 @@ DECODER_FAMILIES = [
 ]
 SEQ2SEQ = GOLDEN.with_name('seq2seq')  # and encoder-decoders
 ONE, FOUR = 'data=1', 'data=1,fsdp=2,tensor=2'  # meshes for train_fixture
+# the collector took a sixth of a trace's time: it read every module again
+gc.freeze()
+gc.set_threshold(50_000, 20, 10)
+
+LONG = (  # minutes or more; each is one worker's
+  *('processes', 'faults', 'seq2seq_train', 'train', 'lora', 'door'),
+  *('encoder_decoder', 'golden', 'texts'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first, so that no worker waits for one at the end."""
+  order = {f'test_{name}.py': i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def random_prompts(C=4, P=6, V=11, seed=0) -> Prompts:
