@@ -23,22 +23,15 @@ SIZE = {
 }
 RUNS = {
   'plain': {},
-  'whole': {},  # plain, and never ended
   'supervised': {
     'algorithm': 'grpo',
     'ahead': True,
     'warm_start_max_steps': 8,
     'warm_start_batch_size': 16,
   },
-  'groups': {'algorithm': 'dapo', 'replay_groups': 8, 'length_buckets': 1},
-  'tensor': {
-    'mesh': 'data=1,fsdp=2,tensor=4',
-    'd_ff': 32,
-    'max_steps': 2,
-    'length_buckets': 1,
-  },
+  'groups': {'algorithm': 'dapo', 'replay_groups': 8},
+  'tensor': {'mesh': 'data=1,fsdp=2,tensor=4', 'd_ff': 32, 'max_steps': 2},
 }
-NEVER = '-1 -1 -'
 SIGNALS = {'term': signal.SIGTERM, 'kill': signal.SIGKILL}
 
 
@@ -48,7 +41,7 @@ def digits(prompts, completions, trainer_state, log_metric, **columns):
   import jax
 
   log_metric('longest', max(map(len, completions)))
-  process, step, how = os.environ.get('DIES', NEVER).split()
+  process, step, how = os.environ.get('DIES', '-1 -1 -').split()
   here = jax.process_index(), trainer_state.global_step
   if (int(process), int(step)) == here:
     if how == 'raise':
@@ -67,9 +60,7 @@ def task(name: str) -> Task:
 
 if __name__ == '__main__':
   out, names, *flags = sys.argv[1:]
-  dies = os.environ.get('DIES', NEVER)
   for name in names.split(','):
-    os.environ['DIES'] = NEVER if name == 'whole' else dies
     settings = SIZE | RUNS[name]
     main(
       task(name),
