@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict rank promotion, and one tiny policy."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -21,7 +22,7 @@ CACHE = 'JAX_COMPILATION_CACHE_DIR'
 if CACHE not in os.environ:
   os.environ[CACHE] = tempfile.mkdtemp(prefix='jaxrl_tok-tests-')
   atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import dataclasses
 import json
@@ -33,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from few_programs import FewPrograms
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 hypothesis.settings.register_profile('same', derandomize=True, deadline=None)
@@ -68,6 +70,20 @@ DECODER_FAMILIES = [
 ]
 SEQ2SEQ = GOLDEN.with_name('seq2seq')  # and encoder-decoders
 ONE, FOUR = 'data=1', 'data=1,fsdp=2,tensor=2'  # meshes for train_fixture
+# the collector took a sixth of a trace's time: it read every module again
+gc.freeze()
+gc.set_threshold(50_000, 20, 10)
+
+LONG = (  # minutes or more; each is one worker's
+  *('processes', 'faults', 'seq2seq_train', 'train', 'lora', 'door'),
+  *('encoder_decoder', 'golden', 'texts'),
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first, so that no worker waits for one at the end."""
+  order = {f'test_{name}.py': i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def random_prompts(C=4, P=6, V=11, seed=0) -> Prompts:
@@ -176,6 +192,32 @@ def changed(record, **fields):
 def late_letters(completions, completion_ids, **columns) -> list[float]:
   """A reward that random text earns: the mean id of its tokens."""
   return [float(np.mean(ids)) / 256 for ids in completion_ids]
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  """Runs of a module take one device, not eight: fewer compile faster."""
+  one = jax.local_devices()[:1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *args: one)
+    yield
+
+
+@pytest.fixture(scope='module')
+def few_programs():
+  """Runs of a module that are alike have programs in common."""
+  few = FewPrograms()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'jit', few.jit)
+    patch.setattr(jax, 'eval_shape', few.eval_shape)
+    yield few
+  few.clear()
+
+
+@pytest.fixture
+def all_devices(monkeypatch, one_device):
+  """Undoes one_device for a test."""
+  monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices())
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from experiments import code
 from jaxrl_tok import data, rewards
 from jaxrl_tok.data.tokenizers import decode_all, encode_texts
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 JUDGE = rewards.passes_tests(prefix='head')
 
 

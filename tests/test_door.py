@@ -20,6 +20,8 @@ from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.models.transformer import make_policy
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 TINY = {
   'd_model': 16,
   'num_layers': 1,
@@ -171,7 +173,7 @@ def test_a_signal_is_an_exception_of_a_library_call(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return [0.0] * len(completions)
 
-  task = Task(records(0, 40), stopping, held_out=8)
+  task = Task(records(0, 40), {'short': stopping}, held_out=8)
   given = TINY | {'max_steps': 50, 'output_dir': tmp_path / 'run'}
   with pytest.raises(jaxrl_tok.Interrupted, match='stopped by a signal'):
     jaxrl_tok.train(task, **given)
@@ -532,7 +534,9 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 
   out = {'output_dir': tmp_path / 'run', 'save_every': 0}
   with pytest.raises(ValueError, match='no more'):
-    jaxrl_tok.train(Task(records(0, 40), stops, held_out=8), **out, **TINY)
+    jaxrl_tok.train(
+      Task(records(0, 40), {'short': stops}, held_out=8), **out, **TINY
+    )
   assert (tmp_path / 'run' / 'metrics.jsonl').read_text()
   result = jaxrl_tok.train(
     Task(records(0, 40), short, held_out=8), **out, resume='auto', **TINY
@@ -594,7 +598,8 @@ def test_command_txt_repeats_the_run(kind, tmp_path, monkeypatch):
   else:
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     command = ['python', '-m', 'experiments.arithmetic', '--num_generations=2']
-    command += ['--digits=1', '--held_out=8', '--warm_start_max_steps=1']
+    command += ['--digits=1', '--num_problems=200', '--held_out=8']
+    command += ['--warm_start_max_steps=1']
   command += [*words(settings), '--output_dir=run']
   execute(command, monkeypatch)
   said = Path('run/command.txt').read_text()
@@ -619,9 +624,10 @@ def test_other_prompts_under_a_resume_are_said(tmp_path, capsys):
   assert 'not those that the run began with' in capsys.readouterr().out
 
 
-def test_no_prompt_length_compiles_later(tmp_path):
+def test_no_prompt_length_compiles_later(tmp_path, few_programs):
   """Two lengths, the longer one met late: its programs were there before."""
   mixed, compiled, at_step = records(0, 80), [], []
+  few_programs.clear()  # this run compiles its own
   mixed[::40] = [r | {'prompt': r['prompt'] * 30} for r in mixed[::40]]
   jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: compiled.append(name) if 'compile' in name else None

@@ -8,6 +8,8 @@ from test_train import cache, flags, rows, whole  # noqa: F401  fixtures
 from experiments import arithmetic, evaluate
 from jaxrl_tok import Task
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 TASK_FILE = '''
 from jaxrl_tok import Task
 def short(completions, **columns):

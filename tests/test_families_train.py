@@ -10,6 +10,8 @@ from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run import models
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 
 def leaves(directory):
   tree = read_params(open_model(directory))

@@ -58,6 +58,8 @@ from jaxrl_tok.train import (
 )
 from jaxrl_tok.types import Carry, TrainState
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 # --- one update --------------------------------------------------------------
 
 C, G, T = 4, 2, 5
@@ -392,13 +394,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
-    yield
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """Directory of a run of six steps that nothing stopped."""
@@ -620,7 +615,8 @@ def huge_on_device(rollout):
 
 @pytest.mark.parametrize(
   ('kind', 'reward'),
-  [('plain', huge), ('steps_per_call', huge_on_device)],
+  [('plain', {'varied': huge}), ('steps_per_call', huge_on_device)],
+  ids=['plain', 'steps_per_call'],
 )
 def test_rewards_of_1e30_end_in_one_line(tmp_path, capsys, kind, reward):
   """The policy has not changed, and is saved: smaller rewards go on."""
@@ -741,7 +737,7 @@ def watched_task(failing=None) -> Task:
     return float(sum(map(len, completions)))
 
   later = Evaluation('later', RECORDS[:4], metrics=[judged])
-  return Task(RECORDS, falling, evaluations=[later])
+  return Task(RECORDS, {'varied': falling}, evaluations=[later])
 
 
 @pytest.mark.parametrize(('call', 'step'), [(2, 2), (3, 4)])
@@ -803,7 +799,7 @@ def test_a_full_disk_is_said_beside_the_error(tmp_path, capsys, monkeypatch):
     return varied(completion_ids)
 
   monkeypatch.setattr(checkpoint, 'save', full)
-  line = failed(capsys, tmp_path / 'run', fails)
+  line = failed(capsys, tmp_path / 'run', {'varied': fails})
   assert 'the judge answered 503' in line
   assert line.endswith(
     'the state after step 2 cannot be saved ([Errno 28] No space left on '

@@ -11,6 +11,8 @@ from jaxrl_tok import rewards
 pytest.importorskip('math_verify', reason='an extra; [test] installs it')
 import sympy
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 OPERATIONS = {
   'sum': lambda a, b: a + b,
   'difference': lambda a, b: a - b,

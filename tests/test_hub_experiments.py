@@ -12,6 +12,8 @@ from conftest import GOLDEN
 from experiments import gsm8k, imdb
 from jaxrl_tok import rewards
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 pytest.importorskip('datasets', reason='an extra; [test] installs it')
 REVIEWS = [
   {'text': f'a film<br />of {i} bad jokes and no end', 'label': i % 2}

@@ -40,6 +40,8 @@ from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.update import make_update
 from jaxrl_tok.types import Prompts
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 MESH = sharding.make_mesh('data=1', jax.devices()[:1])
 
 

@@ -18,6 +18,8 @@ from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run.record import claim_output_dir
 from jaxrl_tok.run.settings import RunSettings
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 RUN = 'gs://bucket/my runs/first'
 
 

@@ -329,6 +329,7 @@ def test_encoder_decoders_are_quantized_too(name):
 INT8 = '--lora_rank=2 --quantize=int8 --lr_schedule=constant --save_every=2'
 
 
+@pytest.mark.usefixtures('few_programs')
 def test_a_run_resumes_and_exports(train_fixture, tmp_path):
   flags = [*INT8.split(), '--kl=reverse', '--beta=0.01', '--max_steps=3']
   run, rows = train_fixture('qwen2', ONE, *flags)

@@ -10,6 +10,8 @@ from experiments import reasoning
 from jaxrl_tok import data, rewards
 from jaxrl_tok.hub.directory import open_model
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 pytest.importorskip('reasoning_gym', reason='an extra; [test] installs it')
 
 

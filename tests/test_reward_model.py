@@ -34,6 +34,8 @@ from jaxrl_tok.step.device_rewards import reward_model as make_reward
 from jaxrl_tok.step.supervised import pair_loss
 from jaxrl_tok.types import Prompts
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 # --- by token
 
 JITTED = jax.jit(on_last), jax.jit(by_token)

@@ -27,6 +27,8 @@ from jaxrl_tok.hub.weights import read_params
 from jaxrl_tok.run.models import check_positions
 from jaxrl_tok.step.supervised import answer_loss, make_supervised_step
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 NAMES = sorted(p.name for p in SEQ2SEQ.iterdir())
 LORA = '--lora_rank=2', '--learning_rate=0.01'
 LEARNS = '--baseline=group_mean', '--num_generations=4'

@@ -17,6 +17,8 @@ from jaxrl_tok.credit.names import CREDIT_SPLITS
 from jaxrl_tok.rewards.splits import make_split
 from jaxrl_tok.types import Prompts, Rollout
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 TINY = [
   *('--words=50', '--num_texts=64', '--held_out=16', '--d_model=16'),
   *('--num_layers=1', '--num_heads=2', '--num_kv_heads=1', '--d_ff=16'),

@@ -17,6 +17,8 @@ from jaxrl_tok.rewards.scoring import TrainerState
 from jaxrl_tok.rewards.splits import SPLITS, place_last
 from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 
+pytestmark = pytest.mark.usefixtures('few_programs')
+
 END = 9
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
 # token rewards, an outcome (by_token False), one token, no token

@@ -23,6 +23,8 @@ from jaxrl_tok.rewards.text import ngrams, words_of
 from jaxrl_tok.step.device_rewards import ends
 from jaxrl_tok.step.reference import make_reference_logp
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 TEMPLATE = '{{ messages[0].content[-8:] }}'  # few tokens for a tiny model
 WORDS = st.lists(st.sampled_from(['ab', 'c', 'd', "it's"]), max_size=9)
 

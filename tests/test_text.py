@@ -11,6 +11,8 @@ from test_door import TINY, words
 
 from experiments import text
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 REWARDS = """
 def rhyme(prompts, completions, ending, **columns):
   return [float(c.endswith(e)) for c, e in zip(completions, ending)]

@@ -16,6 +16,8 @@ from experiments import news, sentences, summarize, translate
 from jaxrl_tok import rewards
 from jaxrl_tok.rewards import accepted
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 FEW = settings(max_examples=25)
 MODULES = 'asyncio', 'email', 'json'
 

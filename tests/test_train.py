@@ -28,8 +28,11 @@ from jaxrl_tok.train import (
   stop_reason,
 )
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 TINY = {
   'digits': 1,
+  'num_problems': 200,  # of 155 that are different
   'd_model': 16,
   'num_layers': 1,
   'num_heads': 2,
@@ -74,7 +77,7 @@ def rows(path: Path, *, timed: bool = False) -> list[dict]:
   ]
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def cache(tmp_path_factory):
   """Runs of this file share one warm start."""
   home = tmp_path_factory.mktemp('cache')
@@ -87,7 +90,7 @@ def cache(tmp_path_factory):
     os.environ['XDG_CACHE_HOME'] = old
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def whole(cache, tmp_path_factory):
   """A run of six steps that nothing stopped."""
   out = tmp_path_factory.mktemp('runs') / 'whole'
@@ -212,7 +215,9 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path, monkeypatch):
   ],
   ids=['ahead', 'replayed'],
 )
-def test_older_rollouts_are_resumed_to_the_bit(cache, tmp_path, given):
+def test_older_rollouts_are_resumed_to_the_bit(cache, tmp_path, request, given):
+  if 'replay_groups' in given:  # a buffer that devices share
+    request.getfixturevalue('all_devices')
   whole, halted = tmp_path / 'whole', tmp_path / 'halted'
   arithmetic.run(flags(whole, max_steps=4, **given))
   arithmetic.run(flags(halted, max_steps=2, **given))
@@ -229,7 +234,9 @@ def test_older_rollouts_are_resumed_to_the_bit(cache, tmp_path, given):
     assert ages[0] == 0 < ages[3]
 
 
-def test_four_devices_and_micro_batches_reach_the_same(whole, tmp_path):
+def test_eight_devices_and_micro_batches_reach_the_same(
+  whole, tmp_path, all_devices
+):
   """fsdp and tensor split, two micro-batches: the same tokens, and close."""
   out = tmp_path / 'run'
   arithmetic.run(
@@ -243,7 +250,10 @@ def test_four_devices_and_micro_batches_reach_the_same(whole, tmp_path):
     assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-def test_nothing_compiles_after_step_two(whole, tmp_path, monkeypatch, cache):
+def test_nothing_compiles_after_step_two(
+  whole, tmp_path, monkeypatch, cache, few_programs
+):
+  few_programs.clear()  # this run compiles its own
   seen, compiled = [], []
   score = rewards.exact_match
   jax.monitoring.register_event_duration_secs_listener(
@@ -428,8 +438,12 @@ def test_the_best_checkpoint_is_kept_exported_and_resumed(
     ({'resume': 'auto', 'baseline': 'ema'}, 'resume with the flags'),
   ],
 )
-def test_what_cannot_be_is_one_line(whole, tmp_path, capsys, given, fact):
+def test_what_cannot_be_is_one_line(
+  whole, tmp_path, capsys, request, given, fact
+):
   out = whole[0] if 'resume' in given else tmp_path / 'run'
+  if 'resume' not in given:
+    request.getfixturevalue('all_devices')
   with pytest.raises(SystemExit) as stopped:
     arithmetic.run(flags(out, **given))
   assert stopped.value.code == 2
@@ -457,18 +471,21 @@ def test_token_rewards_run_end_to_end(cache, tmp_path):
   assert 'rewards/digits/mean' in steps[0]
 
 
+OWN = [chr(i) for i in range(40, 120)]
+
+
 def test_ones_own_jsonl_is_learnt(cache, tmp_path):
   file = tmp_path / 'own.jsonl'
   lines = [  # as long as sums of one digit, so that no program is new
     json.dumps({'prompt': f'say{c}', 'answer': c * 2, 'note': 1})
-    for c in 'abcdefghijklmnopqrst'
+    for c in OWN  # and as many held out
   ]
   file.write_text('\n'.join(lines))
   out = tmp_path / 'run'
   arithmetic.run(flags(out, data=file, max_steps=1))
   found = {r['answer'] for r in rows(out / 'samples.jsonl')}
-  assert found <= {c * 2 for c in 'abcdefghijklmnopqrst'}
-  assert found & {'qq', 'rr', 'ss', 'tt'}  # held out
+  assert found <= {c * 2 for c in OWN}
+  assert found & {c * 2 for c in OWN[-16:]}  # held out
 
 
 FIVE = '\n'.join(f'{{"prompt": "{c}"}}' for c in 'abcde')

@@ -13,6 +13,8 @@ from jaxrl_tok.run.prepare import prepare
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Task
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 
 @pytest.fixture
 def setup_of(tmp_path, monkeypatch):
@@ -111,7 +113,7 @@ def test_an_endless_answer_that_cannot_be_learnt_is_named(later, fact):
   assert '\n' not in str(refused.value)
 
 
-def test_batches_are_shared_by_the_devices(setup_of):
+def test_batches_are_shared_by_the_devices(setup_of, all_devices):
   with pytest.raises(ValueError, match='pass --warm_start_batch_size 16'):
     setup_of(warm_start_batch_size=9)
 
