@@ -44,6 +44,7 @@ from jaxrl_tok.run.evaluations import (
   evaluation_shape,
   not_logged,
   read_reward_model,
+  sizes_of,
   warn_of_audit,
 )
 from jaxrl_tok.run.prepare import Setup
@@ -63,6 +64,7 @@ from jaxrl_tok.step.programs import (
   Programs,
   compile_programs,
 )
+from jaxrl_tok.step.turns import turns
 from jaxrl_tok.train import (
   DeviceRewardError,
   LoopConfig,
@@ -107,14 +109,24 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
       setup.algorithm.greedy,
     )
   scorer = setup.scorer(setup.rewards, programs.device_score, training=True)
-  collector = single_turn(
-    programs.sample,
-    scorer,
-    setup.data,
-    run.seed,
-    sampling.num_prompts,
-    programs.greedy,
-  )
+  if setup.world is None:
+    collector = single_turn(
+      programs.sample,
+      scorer,
+      setup.data,
+      run.seed,
+      sampling.num_prompts,
+      programs.greedy,
+    )
+  else:
+    collector = turns(
+      programs.turn(setup.config.sampler),
+      setup.world,
+      scorer,
+      setup.data,
+      run.seed,
+      sizes_of(setup.config.num_prompts, setup.data, setup.config.sampler),
+    )
   records_at = functools.partial(examples_at, setup.data, run.seed)
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
