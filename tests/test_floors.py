@@ -20,6 +20,7 @@ FLOORS = {
   'distribution': 1,
   'processes': 2,
   'data': 1,
+  'environments': 2,
   'models': 3,
   'policy': 3,
   'finite': 3,
@@ -59,6 +60,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.mesh_spec',
   'jaxrl_tok.rewards',
   'jaxrl_tok.data',
+  'jaxrl_tok.environments',
   'jaxrl_tok.credit.names',
   'jaxrl_tok.progress',
   'jaxrl_tok.report.charts',
@@ -155,7 +157,7 @@ def test_every_file_has_a_floor():
   assert models == set(MODEL_FLOORS)
 
 
-@pytest.mark.parametrize('room', ['rewards', 'report'])
+@pytest.mark.parametrize('room', ['rewards', 'environments', 'report'])
 def test_the_host_side_never_imports_jax(room):
   for path in (PACKAGE / room).rglob('*.py'):
     roots = {name.split('.')[0] for name in all_imports(path)}
