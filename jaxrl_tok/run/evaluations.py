@@ -19,13 +19,14 @@ from jaxrl_tok.report import goodhart
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run.inputs import Rewards
 from jaxrl_tok.run.prepare import EvalSetup, Setup
-from jaxrl_tok.sampler import SamplerConfig
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step import device_rewards, episodes
 from jaxrl_tok.step.episodes import Sizes
 from jaxrl_tok.step.programs import (
   EvaluationShape,
   Programs,
   counts,
+  one_each,
 )
 from jaxrl_tok.step.turns import with_rewards
 
@@ -142,6 +143,16 @@ def run_evaluation(
   )
 
 
+def make_draw(setup: Setup, sampler: SamplerConfig) -> Callable:
+  """Sampler (params, key, Prompts, rule) -> Rollout, or of a turn (params, key,
+  rows, number of the turn, Prompts, rule) -> Rollout; compiled when it is
+  used."""
+  if setup.world is None:
+    return jax.jit(make_sampler(setup.policy, sampler))
+  sample = make_sampler(setup.policy, one_each(sampler))
+  return jax.jit(episodes.make_turn(sample))
+
+
 def evaluate_params(
   setup: Setup,
   e: EvalSetup,
@@ -152,12 +163,12 @@ def evaluate_params(
   """Runs an evaluation of parameters, as after step 0.
 
   Args:
-    draw: sampler of e.sampler's choices, compiled when it is used.
+    draw: see make_draw, of e.sampler's choices.
     reference: see evaluate_held_out.
   """
 
-  def sample(key, prompts):
-    return draw(params, key, prompts, setup.rule)
+  def sample(*args):
+    return draw(params, *args, setup.rule)
 
   device = jit_scorer(setup, e)
   return run_evaluation(setup, e, sample, device, reference=reference)

@@ -7,6 +7,7 @@
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
@@ -59,6 +60,7 @@ from jaxrl_tok.step.collectors import (
   single_turn,
 )
 from jaxrl_tok.step.device_steps import table_rows
+from jaxrl_tok.step.episodes import World
 from jaxrl_tok.step.programs import (
   Networks,
   Programs,
@@ -373,6 +375,11 @@ def check_last(metrics: dict, step: int, skipped: int = 0) -> None:
     )
 
 
+def closing(world: World | None):
+  """Context that ends the environments of a run."""
+  return contextlib.nullcontext() if world is None else world.stepper
+
+
 def run(setup: Setup) -> Result | None:
   """Runs a prepared run; None with --print_config, which only prints."""
   began = time.monotonic()
@@ -382,7 +389,7 @@ def run(setup: Setup) -> Result | None:
     state = new_state(setup, *setup.trainable.structs())
     record.print_config(setup, state)
     return None
-  with jax.set_mesh(setup.mesh):
+  with jax.set_mesh(setup.mesh), closing(setup.world):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
     begins = setup.settings.run.resume  # 'never', 'auto' or a step
