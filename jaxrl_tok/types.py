@@ -85,6 +85,8 @@ class Rollout(NamedTuple):
   version: jax.Array  # int32 [B]  updates that the sampling policy had had
   # int32 [B, T]  number of a chosen token's turn, from 0; None: one turn
   turn: jax.Array | None = None
+  # int32 [B, T]  seat that chose a token, in a game of several; None: one
+  seat: jax.Array | None = None
 
 
 class Scored(NamedTuple):

@@ -6,6 +6,7 @@ over. The expected gradient of an algorithm is a sum over all groups of G
 episodes.
 """
 
+import functools
 import itertools
 
 import jax
@@ -59,12 +60,14 @@ def rewards_of(game, kind):
   return found
 
 
-def ours(game, reward, groups):
+def ours(game, reward, groups, seats=1):
   """Advantages [groups, G, T] by leave-one-out."""
   algorithm = algorithms.reinforce(advantages.leave_one_out())
 
   def of_group(index):
     one = rollout_of(game, index[None])
+    if seats == 2:
+      one = one._replace(seat=one.turn % 2)
     inputs = advantage_inputs(one, jnp.asarray(reward)[index])
     return algorithm.advantage(inputs, {}).advantage
 
@@ -104,6 +107,16 @@ class Game:
     """Sum of weight [n, T] times the gradients of the tokens' log-probs."""
     return jax.tree.map(lambda j: np.tensordot(weight, j, 2), self.jacobian)
 
+  def of_seats(self, reward):
+    """Gradient of each seat's own rewards; the seats take turns."""
+    _, mask, turn = self.game
+    prob, weight = np.exp(self.logp.sum(1)), np.zeros(mask.shape)
+    for seat in range(2):
+      own = mask & (turn % 2 == seat)
+      paid = np.where(own, reward, 0).sum(1)
+      weight += np.where(own, (prob * paid)[:, None], 0)
+    return self.gradient(weight)
+
   def true(self, reward):
     value = np.exp(self.logp.sum(1)) * reward.sum(1)
     return self.gradient(value[:, None] * self.game[1])
@@ -129,6 +142,12 @@ def two():
 def test_leave_one_out_by_turn_is_exact(two, G, kind):
   reward = rewards_of(two.game, kind)
   assert_close(two.expected(ours, reward, G), two.true(reward))
+
+
+def test_each_seat_is_credited_with_its_own_rewards(two):
+  reward = rewards_of(two.game, 'by prefix')
+  credit = functools.partial(ours, seats=2)
+  assert_close(two.expected(credit, reward, 2), two.of_seats(reward))
 
 
 @pytest.mark.parametrize('G', [2, 3])

@@ -51,7 +51,7 @@ def even(completions, **columns):
   return [float(len(c) % 2 == 0) for c in completions]
 
 
-RECORDS = [{'prompt': 'guess' + ' ' * i} for i in range(12)]
+RECORDS = [{'prompt': 'guess' + ' ' * i} for i in range(20)]
 TASK = Task(RECORDS, even, held_out=4, environment=Guess)
 
 

@@ -111,10 +111,12 @@ def test_what_was_sampled_is_never_tokenised_again(merging, actions, said):
 
 
 def test_the_tokenizer_merges_across_turns(merging):
-  """The law above says something: the text would be other ids."""
-  texts = 'lo', 'wer'
-  parts = [i for text in texts for i in data.text_ids(merging, text)]
-  assert data.text_ids(merging, ''.join(texts)) != parts
+  """The law above says something: text made of turns would be other ids."""
+  whole, parts = data.text_ids(merging, 'lowest'), []
+  for i in range(1, 6):
+    texts = 'lowest'[:i], 'lowest'[i:]
+    parts.append([n for t in texts for n in data.text_ids(merging, t)])
+  assert any(ids != whole for ids in parts)
 
 
 @pytest.fixture

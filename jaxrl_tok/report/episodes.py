@@ -20,8 +20,10 @@ def episode(row: dict, talk: Callable) -> list[dict] | None:
   found = []
   for k, turn in enumerate(turns[: TURNS + 1]):
     if 'action' in turn:
+      seat = f' of seat {turn["seat"]}' if 'seat' in turn else ''
+      role = f'turn {k}{seat}, reward {gain(turn.get("reward"))}'
       found += [
-        {'role': f'turn {k}, reward {gain(turn.get("reward"))}', 'text': m}
+        {'role': role, 'text': m}
         for m in (part['text'] for part in talk(turn['action']))
       ]
     found += [

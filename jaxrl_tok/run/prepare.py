@@ -198,6 +198,7 @@ def program_config(
     samples_per_prompt=s.num_generations,
     max_completion_length=T,
     turn_length=turn_length,
+    seats=settings.turns.seats,
     pad_token=model.pad_token,
     truncate=s.truncates,
     compact_levels=s.compact_levels,
@@ -281,7 +282,9 @@ def make_world(
     data.make_talk(
       model.tokenizer, model.end_tokens, chat, settings.run.keep_special_tokens
     ),
-    Limits(f.max_turns, T, f.cut_turns, settings.model.length_buckets),
+    Limits(
+      *(f.max_turns, T, f.cut_turns, settings.model.length_buckets, f.seats)
+    ),
     on_error,
   )
 

@@ -198,6 +198,9 @@ class TurnSettings:
   gets their text (act), or the episode is over (end)."""
   discount: Literal[DISCOUNTS] = 'token'
   """Unit that --gamma and --gae_lambda count: tokens, or turns."""
+  seats: Literal[1, 2] = 1
+  """Seats of the environment, all played by the policy (self-play); each is
+  credited with its own rewards."""
   history: Literal['template', 'sampled'] = 'template'
   """Earlier turns in a later one's prompt, where prompts are messages: as the
   chat template writes them, refused where it rewrites them, or always as they

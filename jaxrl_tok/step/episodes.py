@@ -52,6 +52,7 @@ class Limits(NamedTuple):
   # the episode is over
   cut_turns: str = 'act'
   length_buckets: int = 1  # lengths of transcripts that are compiled for
+  seats: int = 1  # of the environment, all played by the policy
 
 
 class World(NamedTuple):
@@ -75,9 +76,15 @@ class Episode:
   logp: list = dataclasses.field(default_factory=list)
   num_kept: list = dataclasses.field(default_factory=list)
   turn: list = dataclasses.field(default_factory=list)
+  seat: list = dataclasses.field(default_factory=list)
   reward: list = dataclasses.field(default_factory=list)
   story: list = dataclasses.field(default_factory=list)  # for samples.jsonl
   turns: int = 0
+  seats: int = 1
+  acting: int = 0  # seat that acts next
+  last: dict = dataclasses.field(
+    default_factory=dict
+  )  # {seat: its last column}
   ended: str = ''  # one of REASONS; '' while it goes on
   info: dict = dataclasses.field(default_factory=dict)  # the last one
 
@@ -89,6 +96,7 @@ class Episode:
     self.logp += [0.0] * n if logp is None else logp
     self.num_kept += [0] * n if num_kept is None else num_kept
     self.turn += [self.turns] * n
+    self.seat += [self.acting] * n
     self.reward += [0.0] * n
 
   @property
@@ -98,6 +106,9 @@ class Episode:
     found |= {f'ended/{r}': float(self.ended == r) for r in REASONS}
     if 'success' in self.info:
       found['success'] = float(bool(self.info['success']))
+    for seat in range(self.seats) if self.seats > 1 else ():
+      paid = (r for r, s in zip(self.reward, self.seat) if s == seat)
+      found[f'reward/seat_{seat}'] = float(sum(paid))
     return found
 
 
@@ -202,6 +213,7 @@ def take(episode: Episode, turn: tuple, limits: Limits) -> None:
     ids[:room], True, logp[:room], None if kept is None else kept[:room]
   )
   episode.turns += 1
+  episode.last[episode.acting] = len(episode.tokens) - 1
   if len(ids) > room:
     episode.ended = 'episode_length'
   elif not ended and limits.cut_turns == 'end':
@@ -216,6 +228,26 @@ def observe(episode: Episode, ids: list[int], limits: Limits) -> None:
     episode.add(ids, False)
 
 
+def sit(episode: Episode, info: dict, seats: int) -> None:
+  """Notes an environment's info: the seat that acts next, where it tells."""
+  episode.info, seat = info, info.get('seat', episode.acting)
+  if seat not in range(seats):
+    raise ValueError(
+      f'the environment gives the turn to seat {seat!r}, and --seats {seats} '
+      'are numbered from 0; pass as many seats as it has'
+    )
+  episode.acting = int(seat)
+
+
+def pay(episode: Episode, answer, seats: int) -> None:
+  """Puts rewards on the last token of a turn: of the one that was taken, and
+  with rewards by seat of the last one that each seat took."""
+  rewards = answer.info.get('rewards') if seats > 1 else None
+  for seat, reward in (rewards or {episode.acting: answer.reward}).items():
+    if seat in episode.last:
+      episode.reward[episode.last[seat]] += reward
+
+
 def begin(world: World, examples: list, prompts: Prompts, seeds, samples: int):
   """Begins the episodes of this process's rows: a list of them."""
   rows = [c for c in range(len(examples)) for _ in range(samples)]
@@ -225,9 +257,11 @@ def begin(world: World, examples: list, prompts: Prompts, seeds, samples: int):
   for c, example, answer in zip(rows, given, answers):
     ids = prompts.tokens[c, : prompts.length[c]].tolist()
     episode = Episode(example, ids, answer.observation, info=answer.info)
+    episode.seats = world.limits.seats
     episode.story.append({'observation': answer.observation})
     episode.ended = answer.ended
     if not answer.ended:
+      sit(episode, answer.info, world.limits.seats)
       lead = world.talk.lead(example, answer.observation)
       if len(lead) >= world.limits.max_length:
         raise ValueError(
@@ -248,12 +282,17 @@ def respond(world: World, live: dict[int, Episode], turns: dict) -> None:
   )
   for row, turn in turns.items():
     take(live[row], turn, world.limits)
-    live[row].story.append({'action': said[row], 'reward': 0.0})
+    entry = {'action': said[row], 'reward': 0.0}
+    if world.limits.seats > 1:
+      entry['seat'] = live[row].acting
+    live[row].story.append(entry)
   acting = {row: said[row] for row in turns if not live[row].ended}
   for row, answer in world.stepper.step(acting).items():
     episode = live[row]
+    pay(episode, answer, world.limits.seats)
+    if not answer.ended:
+      sit(episode, answer.info, world.limits.seats)
     episode.info = answer.info
-    episode.reward[-1] += answer.reward
     episode.story[-1] |= {
       'reward': answer.reward,
       'observation': answer.observation,
@@ -358,6 +397,7 @@ def pack(
     ended=np.array([e.ended == 'terminated' for e in episodes]),
     version=np.full(len(episodes), version, np.int32),
     turn=table('turn', np.int32),
+    seat=table('seat', np.int32) if limits.seats > 1 else None,
   )
   return put_rows(jax.sharding.get_mesh(), rollout)
 

@@ -50,6 +50,7 @@ class ProgramConfig:
   samples_per_prompt: int = 16  # G
   max_completion_length: int = 32  # T
   turn_length: int | None = None  # tokens of a turn; None: there are no turns
+  seats: int = 1  # that the policy plays
   pad_token: int = 0
   truncate: bool = False
   compact_levels: int = 0
@@ -222,6 +223,7 @@ class _Run(NamedTuple):
       array(B, dtype=bool),
       array(B),
       turn=array(*size),
+      seat=array(*size) if self.config.seats > 1 else None,
     )
 
 

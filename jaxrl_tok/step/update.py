@@ -286,6 +286,7 @@ def shortened(update: Callable, length: int) -> Callable:
       logp=cut(rollout.logp),
       num_kept=cut(rollout.num_kept),
       turn=cut(rollout.turn),
+      seat=cut(rollout.seat),
     )
     rewards = {name: cut(x) for name, x in scored.rewards.items()}
     state, metrics, advantage = update(
