@@ -89,6 +89,13 @@ class Rollout(NamedTuple):
   seat: jax.Array | None = None
 
 
+class Greedy(NamedTuple):
+  """Greedy completion of each prompt, that a baseline reads."""
+
+  reward: jax.Array  # float32 [C, T]  NaN where no reward applies to it
+  mask: jax.Array  # bool [C, T]
+
+
 class Scored(NamedTuple):
   """Rollout with its rewards: all that an update is given. A pytree, so it can
   be queued, replayed, sharded, saved and inspected."""
@@ -97,8 +104,7 @@ class Scored(NamedTuple):
   rewards: dict  # {name: float32 [B, T]}  an outcome: on the last chosen token
   applies: dict  # {name: bool [B]}  False: the reward does not apply
   weights: dict  # {name: float32 []}
-  # float32 [C] of a greedy completion, NaN where no reward applies to it
-  greedy_reward: jax.Array | None = None
+  greedy: Greedy | None = None
 
   @property
   def valid(self) -> jax.Array:
@@ -279,7 +285,7 @@ class Algorithm(NamedTuple):
   # the loss is constant for a group whose advantages are all 0, so that its
   # gradient need not be taken
   flat_without_advantage: bool = False
-  greedy: bool = False  # reads Scored.greedy_reward
+  greedy: bool = False  # reads Scored.greedy
   min_group: int = 1  # samples a prompt that it needs
   dynamic_sampling_rounds: int = 0  # see collectors.dynamic
   settings: dict = {}  # noqa: RUF012  the choices that it was composed of

@@ -44,12 +44,12 @@ class Baseline(NamedTuple):
   """A number to subtract from each return."""
 
   name: str
-  # (returns_CxGxT, valid_CxG, {name: carry}, greedy reward [C] | None)
+  # (returns_CxGxT, valid_CxG, {name: carry}, greedy returns [C, T] | None)
   #   -> b of rank 3, which broadcasts against the returns
   apply: Callable
   carries: dict = {}  # noqa: RUF012  {name: Carry} that it remembers by
   min_group: int = 1  # samples a prompt that it needs
-  greedy: bool = False  # whether it reads the greedy rewards
+  greedy: bool = False  # whether it reads the greedy returns
 
 
 def as_baseline(baseline: Baseline | Callable) -> Baseline:
@@ -61,7 +61,7 @@ def as_baseline(baseline: Baseline | Callable) -> Baseline:
 
 
 def _memoryless(name, function, min_group=1) -> Baseline:
-  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_CxT):
     return function(returns_CxGxT, valid_CxG)
 
   return Baseline(name, apply, min_group=min_group)
@@ -130,7 +130,7 @@ def ema(decay: float = 0.9) -> Baseline:
   """Moving average, b <- decay b + (1 - decay) mean(R), from 0. A batch is
   scored by the b before it enters, so the estimate is unbiased."""
 
-  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_CxT):
     return carries['ema_baseline'][None, None, None]
 
   def after(b, state, metrics):
@@ -142,15 +142,25 @@ def ema(decay: float = 0.9) -> Baseline:
 
 
 def greedy() -> Baseline:
-  """Greedy baseline, b = the reward of the prompt's greedy completion:
-  unbiased. A prompt whose greedy completion no reward applies to (NaN) has
-  nothing left. ReMax, arXiv:2310.10505."""
+  """Greedy baseline, b_t = the return of the prompt's greedy completion from
+  its t-th token on, or from its last one after that: unbiased. An outcome has
+  b_t = R(greedy), as in ReMax, arXiv:2310.10505; a reward of each token is
+  compared with what the greedy completion has yet to earn there. A prompt whose
+  greedy completion no reward applies to (NaN) has nothing left."""
 
-  def apply(returns_CxGxT, valid_CxG, carries, greedy_reward_C):
-    b = greedy_reward_C[:, None, None]
+  def apply(returns_CxGxT, valid_CxG, carries, greedy_CxT):
+    b = greedy_CxT[:, None, :]
     return jnp.where(jnp.isnan(b), returns_CxGxT, b)
 
   return Baseline('greedy', apply, greedy=True)
+
+
+def greedy_returns(reward: jax.Array, mask: jax.Array, gamma) -> jax.Array:
+  """Returns [T] of a greedy completion, the last held; NaN where it has no
+  reward."""
+  togo = sequence.reward_to_go(jnp.nan_to_num(reward), mask, gamma)
+  missing = jnp.any(jnp.isnan(reward))
+  return jnp.where(missing, jnp.nan, sequence.hold_last(togo, mask))
 
 
 # --- scales ------------------------------------------------------------------
@@ -278,12 +288,17 @@ def returns(
       togo = jax.vmap(sequence.reward_to_go, axes)(reward, ticks, gammas)
       return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
+    greedy = None
+    if scored.greedy is not None:
+      togo = jax.vmap(greedy_returns, (0, 0, None))
+      greedy = togo(*scored.greedy, gamma)
+
     def base(returns_CxGxT, valid_CxG):
       if turn is not None:
         flat = returns_CxGxT.reshape(B, T)
         flat = jax.vmap(sequence.turn_starts)(flat, turn)
         returns_CxGxT = flat.reshape(C, B // C, T)
-      given = returns_CxGxT, valid_CxG, carries, scored.greedy_reward
+      given = returns_CxGxT, valid_CxG, carries, greedy
       b = baseline.apply(*given)
       check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
       if turn is None:
