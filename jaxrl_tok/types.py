@@ -69,6 +69,11 @@ class Rollout(NamedTuple):
   """Completions of prompts, as the sampler recorded them.
 
   # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]  ended
+
+  An episode of several turns is one completion, its turns and observations
+  without gaps; the mask is False where an environment wrote.
+
+  # tokens [4 EOS o o 7 EOS]  mask [1 1 0 0 1 1]  turn [0 0 0 0 1 1]
   """
 
   prompts: Prompts
@@ -78,6 +83,17 @@ class Rollout(NamedTuple):
   num_kept: jax.Array | None  # int32 [B, T]  tokens kept by the rule, or None
   ended: jax.Array  # bool [B]  ended by itself, not cut at column T
   version: jax.Array  # int32 [B]  updates that the sampling policy had had
+  # int32 [B, T]  number of a chosen token's turn, from 0; None: one turn
+  turn: jax.Array | None = None
+  # int32 [B, T]  seat that chose a token, in a game of several; None: one
+  seat: jax.Array | None = None
+
+
+class Greedy(NamedTuple):
+  """Greedy completion of each prompt, that a baseline reads."""
+
+  reward: jax.Array  # float32 [C, T]  NaN where no reward applies to it
+  mask: jax.Array  # bool [C, T]
 
 
 class Scored(NamedTuple):
@@ -88,8 +104,7 @@ class Scored(NamedTuple):
   rewards: dict  # {name: float32 [B, T]}  an outcome: on the last chosen token
   applies: dict  # {name: bool [B]}  False: the reward does not apply
   weights: dict  # {name: float32 []}
-  # float32 [C] of a greedy completion, NaN where no reward applies to it
-  greedy_reward: jax.Array | None = None
+  greedy: Greedy | None = None
 
   @property
   def valid(self) -> jax.Array:
@@ -270,7 +285,7 @@ class Algorithm(NamedTuple):
   # the loss is constant for a group whose advantages are all 0, so that its
   # gradient need not be taken
   flat_without_advantage: bool = False
-  greedy: bool = False  # reads Scored.greedy_reward
+  greedy: bool = False  # reads Scored.greedy
   min_group: int = 1  # samples a prompt that it needs
   dynamic_sampling_rounds: int = 0  # see collectors.dynamic
   settings: dict = {}  # noqa: RUF012  the choices that it was composed of

@@ -48,7 +48,7 @@ from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.sharding import is_stacked, path_name
-from jaxrl_tok.types import AdvantageInputs, Prompts, Rollout, Scored
+from jaxrl_tok.types import AdvantageInputs, Greedy, Prompts, Rollout, Scored
 
 CONFIG = TransformerConfig(
   vocab_size=11,
@@ -159,9 +159,12 @@ def make_rollout(prompts, tokens, mask, logp=None, **fields) -> Rollout:
 
 
 def make_scored(
-  rollout, reward, greedy_reward=None, applies=None, weight=1.0
+  rollout, reward, greedy=None, applies=None, weight=1.0
 ) -> Scored:
-  """A rollout with one reward [B, T]; applies None: to every row."""
+  """A rollout with one reward [B, T]; applies None: to every row. greedy: the
+  greedy completions, or their outcomes [C]."""
+  if greedy is not None and not isinstance(greedy, Greedy):
+    greedy = greedy_outcomes(greedy, rollout.mask.shape[1])
   if applies is None:
     applies = jnp.ones(rollout.mask.shape[0], bool)
   return Scored(
@@ -169,8 +172,15 @@ def make_scored(
     {'reward': jnp.asarray(reward, jnp.float32)},
     {'reward': jnp.asarray(applies)},
     {'reward': jnp.float32(weight)},
-    greedy_reward,
+    greedy,
   )
+
+
+def greedy_outcomes(reward_C, T: int) -> Greedy:
+  """Greedy completions of one token, with their outcomes."""
+  reward = jnp.asarray(reward_C, jnp.float32)[:, None]
+  first = jnp.broadcast_to(jnp.arange(T) == 0, (reward.shape[0], T))
+  return Greedy(jnp.where(first | jnp.isnan(reward), reward, 0.0), first)
 
 
 def advantage_inputs(

@@ -45,7 +45,7 @@ def inputs_of(mask, reward, valid=None, ended=True, value=None, greedy=None):
     reward,
     value,
     jnp.zeros(mask.shape),
-    greedy_reward=greedy,
+    greedy=greedy,
     applies=valid,
   )
 

@@ -9,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import advantage_inputs, look, make_rollout, make_scored
+from conftest import (
+  advantage_inputs,
+  greedy_outcomes,
+  look,
+  make_rollout,
+  make_scored,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import advantages, algorithms, names, sequence
+from jaxrl_tok.credit import algorithms, names, sequence, shaping
 from jaxrl_tok.step.metrics import reward_metrics
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import AdvantageInputs, Prompts, Scored
+from jaxrl_tok.types import AdvantageInputs, Greedy, Prompts, Scored
 
 C, G, T = 3, 4, 5
 B = C * G
@@ -35,7 +41,7 @@ def inputs_of(mask, R, greedy=None):
   rollout = make_rollout(Prompts(*rows), np.zeros(mask.shape), mask)
   last = np.asarray(masked.last_chosen(rollout.mask))
   reward = np.where(last, np.asarray(R)[:, None], 0.0)
-  return advantage_inputs(rollout, reward, greedy_reward=greedy)
+  return advantage_inputs(rollout, reward, greedy=greedy)
 
 
 # --- laws of any composition -------------------------------------------------
@@ -105,7 +111,7 @@ def credit_of(algorithm, batch, groups):
     {name: x['rewards'][:, i] for i, name in enumerate(two)},
     {name: x['applies'][:, i] for i, name in enumerate(two)},
     {'one': jnp.float32(1), 'two': jnp.float32(0.5)},
-    x['greedy'].reshape(groups, -1)[:, 0],
+    greedy_outcomes(x['greedy'].reshape(groups, -1)[:, 0], mask.shape[1]),
   )
   penalty = None if algorithm.kl is None else x['kl']
   inputs = AdvantageInputs(scored, x['value'], x['log_change'], penalty)
@@ -295,7 +301,7 @@ def test_a_reward_may_not_have_the_name_of_the_penalty():
   algorithm = algorithms.grpo(overlong_buffer=2, max_length=T)
   mask = prefixes([T] * B)
   inputs = inputs_of(mask, np.zeros(B))
-  scored, name = inputs.scored, advantages.PENALTY
+  scored, name = inputs.scored, shaping.PENALTY
   one = ({name: x} for x in (jnp.zeros((B, T)), inputs.valid, jnp.float32(1)))
   scored = scored._replace(**dict(zip(('rewards', 'applies', 'weights'), one)))
   with pytest.raises(ValueError, match='rename it'):
@@ -309,6 +315,29 @@ def test_a_prompt_without_a_greedy_reward_has_no_advantage():
   found = algorithms.remax().advantage(inputs, {}).advantage[:, 0]
   want = np.arange(B) - greedy.repeat(G)
   np.testing.assert_allclose(found, np.nan_to_num(want))
+
+
+def test_a_reward_of_each_token_meets_what_the_greedy_one_has_yet_to_earn():
+  """An outcome's baseline is one number (ReMax), also past the end of the
+  greedy completion; a row that earns as it does has no advantage anywhere."""
+  rng = np.random.default_rng(0)
+  mask, reward = prefixes([T] * B), rng.normal(size=(B, T))
+  short = prefixes([1, 2, T][:C])
+  own = np.where(short, rng.normal(size=(C, T)), 0.0).astype(np.float32)
+  reward[: C * G : G] = own
+  inputs = inputs_of(mask, np.zeros(B))
+  scored = make_scored(inputs.rollout, reward, Greedy(own, short))
+  found = algorithms.remax().advantage(inputs._replace(scored=scored), {})
+  togo = np.cumsum(own[:, ::-1], 1)[:, ::-1]
+  for c, length in enumerate(short.sum(1)):
+    held = np.where(short[c], togo[c], own[c, length - 1])
+    np.testing.assert_allclose(
+      found.advantage[c * G, :length], np.zeros(length), atol=1e-6
+    )
+    G_t = np.cumsum(reward[c * G + 1][::-1])[::-1]
+    np.testing.assert_allclose(
+      found.advantage[c * G + 1], G_t - held, atol=1e-5
+    )
 
 
 def test_completions_that_were_cut_are_not_learnt_from(tiny):

@@ -30,12 +30,16 @@ from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import completion_hidden, evaluate
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import Advantage, Carry, Prompts, Rollout
+from jaxrl_tok.types import Advantage, Carry, Greedy, Prompts, Rollout
 
 END, T = 2, 3
 POLICY = make_policy(changed(CONFIG, vocab_size=3, layers=CONFIG.layers[:1]))
 RULE = distribution.make_rule(3, [END])
-GREEDY = 0.3  # the reward of the greedy completion
+# a greedy completion of two tokens, each with a reward
+GREEDY = Greedy(
+  jnp.array([[0.3, -0.2] + [0.0] * (T - 2)]),
+  jnp.array([[True, True] + [False] * (T - 2)]),
+)
 # hands out the gradient itself, as its state
 RECORD = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -148,9 +152,7 @@ def expected_gradient(
     mask = jnp.asarray(MASK)[index]
     prompts = Prompts(None, jnp.full((1,), 2))
     one = Rollout(prompts, None, mask, None, None, None, None)
-    inputs = advantage_inputs(
-      one, jnp.asarray(reward)[index], greedy_reward=jnp.full((1,), GREEDY)
-    )
+    inputs = advantage_inputs(one, jnp.asarray(reward)[index], greedy=GREEDY)
     if penalty is not None:
       inputs = inputs._replace(kl_penalty=penalty[index])
     return algorithm.advantage(inputs, carries).advantage

@@ -20,6 +20,7 @@ FLOORS = {
   'distribution': 1,
   'processes': 2,
   'data': 1,
+  'environments': 2,
   'models': 3,
   'policy': 3,
   'finite': 3,
@@ -59,6 +60,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.mesh_spec',
   'jaxrl_tok.rewards',
   'jaxrl_tok.data',
+  'jaxrl_tok.environments',
   'jaxrl_tok.credit.names',
   'jaxrl_tok.progress',
   'jaxrl_tok.report.charts',
@@ -70,6 +72,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.report.mirror',
   'jaxrl_tok.report.page',
   'jaxrl_tok.run.task',
+  'jaxrl_tok.run.turns',
   'jaxrl_tok.run.settings',
   'jaxrl_tok.run.algorithm_settings',
   'jaxrl_tok.run.flags',
@@ -154,7 +157,7 @@ def test_every_file_has_a_floor():
   assert models == set(MODEL_FLOORS)
 
 
-@pytest.mark.parametrize('room', ['rewards', 'report'])
+@pytest.mark.parametrize('room', ['rewards', 'environments', 'report'])
 def test_the_host_side_never_imports_jax(room):
   for path in (PACKAGE / room).rglob('*.py'):
     roots = {name.split('.')[0] for name in all_imports(path)}

@@ -131,7 +131,7 @@ def solve(
     reward,
     batch['V_old'] if learned else None,
     batch['l_old'] - batch['l_roll'],
-    greedy_reward=batch['greedy'] if algorithm.greedy else None,
+    greedy=batch['greedy'] if algorithm.greedy else None,
     applies=batch['valid'],
   )
   if several:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_scored, random_reward
+from conftest import greedy_outcomes, make_scored, random_reward
 
 from experiments.studies.gradient_lab import __main__ as lab
 from experiments.studies.gradient_lab import (
@@ -39,7 +39,7 @@ def drawn(tiny, reward) -> methods.Samples:
   """Samples whose rewards are alike."""
   B, T = tiny.rollout.mask.shape
   by_name = dict.fromkeys(methods.REWARDS, jnp.asarray(reward))
-  greedy = dict.fromkeys(by_name, jnp.asarray(GREEDY))
+  greedy = dict.fromkeys(by_name, greedy_outcomes(GREEDY, T))
   return methods.Samples(tiny.rollout, by_name, greedy, jnp.zeros((B, T + 1)))
 
 

@@ -314,7 +314,9 @@ def test_one_sample_a_prompt_is_scored_beside_the_greedy_one(loop):
     best, _ = SCORE(None, jax.device_get(pending.greedy), columns)
   sums = {name: np.asarray(reward).sum(1) for name, reward in best.items()}
   np.testing.assert_allclose(
-    scored.greedy_reward, 0.5 * sums['small'] + 2 * sums['ended'], rtol=1e-6
+    scored.greedy.reward.sum(1),
+    0.5 * sums['small'] + 2 * sums['ended'],
+    rtol=1e-6,
   )
   assert int(step.step) == 1
   assert np.isfinite(float(metrics['reward']))

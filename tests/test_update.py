@@ -11,6 +11,7 @@ from conftest import (
   CONFIG,
   advantage_inputs,
   changed,
+  greedy_outcomes,
   make_scored,
   make_tiny,
   random_prompts,
@@ -540,7 +541,7 @@ def spoil(scored: Scored, **fields) -> Scored:
     lambda s: spoil(s, ended=s.rollout.ended[:3]),
     lambda s: spoil(s, version=jnp.int32(0)),
     lambda s: spoil(s, prompts=random_prompts(5)),
-    lambda s: s._replace(greedy_reward=jnp.zeros(3)),
+    lambda s: s._replace(greedy=greedy_outcomes(jnp.zeros(3), 9)),
   ],
   ids=lambda change: str(change.__code__.co_firstlineno),
 )

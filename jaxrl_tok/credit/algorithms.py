@@ -45,7 +45,7 @@ def rloo(**changes) -> Algorithm:
 
 
 def remax(**changes) -> Algorithm:
-  """REINFORCE with A_t = G_t - R(greedy completion): one more rollout, of one
+  """REINFORCE with A_t = G_t - G_t(greedy completion): one more rollout, of one
   row a prompt, and unbiased with one sample. arXiv:2310.10505."""
   own = {
     'credit': advantages.returns,

@@ -30,7 +30,7 @@ from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import Scored
+from jaxrl_tok.types import Greedy, Scored
 
 DATA = 'data_fingerprint'  # in a checkpoint's settings
 
@@ -189,7 +189,10 @@ def trace_update(setup: Setup, state, rollout, rewards: dict, applies: dict):
   rewards = rewards | dict.fromkeys(names, jnp.zeros(rollout.mask.shape))
   applies = applies | dict.fromkeys(names, jnp.ones(B, bool))
   weights = dict.fromkeys(rewards, jnp.float32(1))
-  greedy = jnp.zeros(C) if setup.algorithm.greedy else None
+  greedy = None
+  if setup.algorithm.greedy:
+    mask = rollout.mask[:C]
+    greedy = Greedy(jnp.zeros(mask.shape), mask)
   update = make_update(
     setup.policy, with_log_kl(setup), setup.optimizer, critic=setup.critic
   )

@@ -2,6 +2,7 @@
 transformations do.
 
   single_turn(...)             G completions of each of the next prompts
+  turns.turns(...)             G episodes in an environment, of each of them
   dynamic(collector, rounds)   until every group's rewards differ (DAPO)
   off_policy.replayed(...)     with groups of earlier steps beside the new ones
   off_policy.ahead(...)        sampled while the step before is scored
@@ -32,7 +33,7 @@ from jaxrl_tok.data import PromptSet, batch_at
 from jaxrl_tok.rewards.functions import weight_at
 from jaxrl_tok.rewards.scoring import merge_metrics, quote_samples
 from jaxrl_tok.sharding import put_replicated, put_rows, put_whole
-from jaxrl_tok.types import Rollout, Scored, TrainState
+from jaxrl_tok.types import Greedy, Rollout, Scored, TrainState
 
 # folded into a step's key by later rounds; below B are the sampler's rows
 ROUNDS = 2**30
@@ -265,9 +266,11 @@ def score_pending(scorer: Scorer, p: Pending, examples: list) -> Score:
   if p.greedy is None:
     return found
   best = score(scorer, p.greedy, p.greedy_device, examples, step).scored
-  known = np.where(valid_rows(best), total_reward(best), np.float32(np.nan))
-  placed = put_rows(jax.sharding.get_mesh(), known)
-  return found._replace(scored=found.scored._replace(greedy_reward=placed))
+  valid = valid_rows(best)[:, None]
+  known = np.where(valid, token_rewards(best), np.float32(np.nan))
+  known = put_rows(jax.sharding.get_mesh(), known)
+  greedy = Greedy(known, p.greedy.mask)
+  return found._replace(scored=found.scored._replace(greedy=greedy))
 
 
 def count_tokens(

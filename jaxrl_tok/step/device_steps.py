@@ -21,7 +21,7 @@ from jaxrl_tok.step.collectors import (
   TokenCounts,
   examples_at,
 )
-from jaxrl_tok.types import Prompts, Scored, TrainState
+from jaxrl_tok.types import Greedy, Prompts, Scored, TrainState
 
 GREEDY_TOKENS = 'completions/greedy_tokens'  # metric, of a greedy baseline
 
@@ -84,8 +84,8 @@ def make_device_steps(
       scored, errors = scored_of(params, sample(*given), rows.columns)
       if greedy is not None:
         best, _ = scored_of(params, greedy(*given), rows.columns)
-        known = jnp.where(best.valid, best.reward.sum(1), jnp.nan)
-        scored = scored._replace(greedy_reward=known)
+        known = jnp.where(best.valid[:, None], best.reward, jnp.nan)
+        scored = scored._replace(greedy=Greedy(known, best.rollout.mask))
         errors |= {GREEDY_TOKENS: best.rollout.mask.sum().astype(jnp.float32)}
       state, metrics, advantage = update(state, scored, rule)
       return state, metrics | errors, StepBatch(scored, advantage)

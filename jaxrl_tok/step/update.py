@@ -141,8 +141,9 @@ def check_scored(scored: Scored) -> None:
     check_array(f'reward {name}', scored.rewards[name], float, B=B, T=T)
     check_array(f'applies of {name}', scored.applies[name], bool, B=B)
     check_array(f'the weight of {name}', scored.weights[name], float)
-  if scored.greedy_reward is not None:
-    check_array('greedy_reward', scored.greedy_reward, float, C=C)
+  if scored.greedy is not None:
+    check_array('greedy.reward', scored.greedy.reward, float, C=C, T=T)
+    check_array('greedy.mask', scored.greedy.mask, bool, C=C, T=T)
 
 
 def make_update(
@@ -285,6 +286,8 @@ def shortened(update: Callable, length: int) -> Callable:
       mask=cut(rollout.mask),
       logp=cut(rollout.logp),
       num_kept=cut(rollout.num_kept),
+      turn=cut(rollout.turn),
+      seat=cut(rollout.seat),
     )
     rewards = {name: cut(x) for name, x in scored.rewards.items()}
     state, metrics, advantage = update(

@@ -58,7 +58,7 @@ class Samples(NamedTuple):
 
   rollout: Rollout
   rewards: dict  # {reward: float32 [B, T]}
-  greedy_rewards: dict  # {reward: float32 [C]}
+  greedy: dict  # {reward: Greedy}
   value: jax.Array  # float32 [B, T + 1]
 
 
@@ -97,7 +97,7 @@ def inputs_of(samples: Samples, reward: str) -> AdvantageInputs:
     {reward: samples.rewards[reward]},
     {reward: everywhere},
     {reward: jnp.float32(1)},
-    samples.greedy_rewards[reward],
+    samples.greedy[reward],
   )
   return AdvantageInputs(scored, samples.value, log_change=None)
 

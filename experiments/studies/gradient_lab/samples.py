@@ -33,7 +33,7 @@ from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.device_rewards import make_device_scorer
 from jaxrl_tok.step.device_steps import Table
 from jaxrl_tok.step.groups import split_groups
-from jaxrl_tok.types import Policy, Prompts, SamplingRule
+from jaxrl_tok.types import Greedy, Policy, Prompts, SamplingRule
 
 BATCHES = 8  # batches of a step's size in a block, which is sampled at once
 PENALTY = 1e-4  # ridge regression's, in mean squares of a hidden state
@@ -101,11 +101,11 @@ def make_draw(lab: Lab) -> Callable:
     rollout = lab.sample(params, key, prompts, lab.rule)
     likely = lab.greedy(params, key, prompts, lab.rule)
     rewards, _ = score(None, rollout, columns)
-    greedy_rewards, _ = score(None, likely, columns)
+    greedy, _ = score(None, likely, columns)
     return Samples(
       rollout,
       rewards,
-      {name: reward.sum(1) for name, reward in greedy_rewards.items()},
+      {name: Greedy(reward, likely.mask) for name, reward in greedy.items()},
       values(lab.policy, params, rollout),
     )
 
