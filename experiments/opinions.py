@@ -1,19 +1,29 @@
 r"""REINFORCE learns opinions from a reward model alone, or from the truth.
 
   python -m experiments.reward_model --output_dir rm
-  python -m experiments.opinions --reward_model rm/export
+  python -m experiments.opinions --reward_model rm/export \
+    --kl reverse --beta 0.05
+  python -m experiments.opinions                               # from the truth
 
 A tiny decoder is asked for opinions, "Ann praises the soup: ", and first learns
-to write adjectives that know nothing of the prompt. With --reward_model the
-score of a model that experiments.reward_model has fitted to preferences is all
-that it then learns from; without, it is the true reward: 1 for each adjective
-that fits the verb, -1 for any other word. Held-out data is judged by the true
-reward in both cases, so that the difference is the price of the model's flaws.
+to write three adjectives that know nothing of the prompt. With --reward_model
+the score of a model that experiments.reward_model has fitted to preferences is
+all that it then learns from; without, it is the true reward: 1 for each of
+three adjectives that fits the verb, -1 for any other word. Held-out data is
+judged by the true reward in both cases, so that the difference is the price of
+the model's flaws.
 
-A reward model has seen whole opinions of 20 adjectives alone: a policy games it
-by words that are none and by endings that it never saw. --reward_model_by token
-pays each token by what it adds to the score; --kl reverse keeps the policy near
-the adjectives that it began with.
+On 2 CPU cores: 4 minutes, beside other work. The true reward, held-out, before
+and after 100 steps, with seeds 0, 1 and 2:
+
+  truth                           -1.35 to 2.91  -1.35 to 2.91  -1.55 to 2.99
+  reward model, with
+    --kl reverse --beta 0.05      -1.35 to 0.39  -1.35 to 0.06  -1.55 to 0.95
+  reward model alone              -1.35 to -3.00
+
+The reward model's own score rises in all of them. A policy that is near the
+data says 'sweet, sweet, fresh.': the model has not learnt that a word is worth
+nothing when it is said again. Without the KL nothing is left that fits.
 """
 
 import random

@@ -15,13 +15,14 @@ transformers opens and --reward_model loads: one score on the last token, or by
 
 Without --data, the pairs are opinions (experiments/opinions.py): a judge who
 knows the true reward prefers by chance, so that the truth itself is right on
-76 % of the held-out pairs, with a log-loss of 0.45. reward_model.json and the
+88 % of the held-out pairs, with a log-loss of 0.32. reward_model.json and the
 console show accuracy with its interval, log-loss, mean margin and calibration,
 and the truth's beside them.
 
-With seed 0, accuracy was 0.51, 0.67 and 0.74 after 50, 100 and 150 steps of the
-default 200. At a learning rate of 3e-3 it was 0.63 after 300: a higher rate is
-slower.
+With seeds 0, 1 and 2, accuracy was 0.76, 0.75 and 0.75 and log-loss 0.51, 0.53
+and 0.50, in 3 minutes on 2 CPU cores, beside other work. On opinions of one to
+four words, 400 steps in place of 200 were worse for two seeds of three: the
+4,000 pairs are learnt by heart.
 The scores mean nothing for texts that are unlike those of the pairs, such as
 other words, which a policy soon finds.
 """
