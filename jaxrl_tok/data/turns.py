@@ -37,6 +37,7 @@ class Talk(NamedTuple):
 def make_talk(
   tokenizer,
   end_tokens: Collection[int],
+  vocab_size: int,
   chat: Chat = Chat(),  # noqa: B008  a record
   keep_special_tokens: bool = False,
 ) -> Talk:
@@ -46,7 +47,13 @@ def make_talk(
   ends = frozenset(end_tokens)
 
   def ids_of(text: str) -> list[int]:
-    return encode_texts(tokenizer, [text])[0] if text else []
+    ids = encode_texts(tokenizer, [text])[0] if text else []
+    if ids and max(ids) >= vocab_size:
+      raise ValueError(
+        f'an observation has token id {max(ids)} and the model has '
+        f'{vocab_size} rows; use the tokenizer that belongs to the model'
+      )
+    return ids
 
   def lead(example: dict, first) -> list[int]:
     if is_text(example, first):

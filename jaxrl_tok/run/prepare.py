@@ -280,7 +280,11 @@ def make_world(
       'raise' if on_error == 'raise' else 'end',
     ),
     data.make_talk(
-      model.tokenizer, model.end_tokens, chat, settings.run.keep_special_tokens
+      model.tokenizer,
+      model.end_tokens,
+      model.vocab_size,
+      chat,
+      settings.run.keep_special_tokens,
     ),
     Limits(
       *(f.max_turns, T, f.cut_turns, settings.model.length_buckets, f.seats)
