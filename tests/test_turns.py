@@ -223,6 +223,44 @@ def test_limits_end_an_episode(limits, ended, why, turns, tokens):
     assert sum(episode.reward) == turns - cut
 
 
+class Pair(Echo):
+  """Two seats take turns; at the end each gets another reward."""
+
+  def reset(self, seed, example):
+    self.count = 0
+    return '3', {'seat': 0}
+
+  def step(self, action):
+    seat, self.count = self.count % 2, self.count + 1
+    over = self.count == 3
+    rewards = {0: 1.0, 1: -1.0} if over else {seat: 0.1}
+    info = {'seat': 1 - seat, 'rewards': rewards}
+    return '3', rewards[seat], over, False, info
+
+
+def test_rewards_by_seat_stand_on_the_last_turn_of_each():
+  found = simple(Pair, [4, 5], [6, 7], [8, 1], limits=Limits(5, 30, seats=2))
+  for row, episode in enumerate(found.episodes):
+    assert episode.tokens == [3, 4, 5, 3, 6, 7, 3, 8, 1]
+    paid = {t: r for t, r in enumerate(episode.reward) if r}
+    assert paid == pytest.approx({2: 0.1, 5: 0.1 - 1, 8: 1.0})
+    seat = found.rollout.seat[row, : len(episode.tokens)]
+    chosen = np.asarray(seat)[episode.mask].tolist()
+    assert chosen == [0, 0, 1, 1, 0, 0]
+    assert episode.numbers['reward/seat_1'] == pytest.approx(-0.9)
+    assert [t['seat'] for t in episode.story[1:]] == [0, 1, 0]
+
+
+def test_a_game_of_two_seats_asks_for_two():
+  class Other(Pair):
+    def reset(self, seed, example):
+      super().reset(seed, example)
+      return '3', {'seat': 1}
+
+  with pytest.raises(ValueError, match='--seats 1'):
+    simple(Other, [4, 5])
+
+
 class Hangs(Echo):
   """Game of seed 1 hangs in its second turn."""
 

@@ -21,6 +21,7 @@ SMALL = {
   'num_generations': 2,
   'max_completion_length': 2,
   'max_turns': 3,
+  'max_episode_length': 16,
   'length_buckets': 1,
   'report_to': 'none',
   'eval_every': 2,
