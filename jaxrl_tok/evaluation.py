@@ -26,6 +26,7 @@ from jaxrl_tok.step.collectors import (
 from jaxrl_tok.step.device_steps import StepBatch
 from jaxrl_tok.types import Scored
 
+EPISODE = 'turns', 'ended_by'  # of a row: what was said, and why it ended
 REF_LOGPS = 'ref_logps'  # argument of metrics, measured where one names it
 
 
@@ -89,6 +90,7 @@ def evaluate_held_out(
   name: str = 'held_out',
   mismatch: Callable | None = None,
   reference: Callable | None = None,
+  play: Callable | None = None,
 ) -> Evaluated:
   """Evaluates a policy on every prompt of a set: samples and scores them.
 
@@ -102,6 +104,8 @@ def evaluate_held_out(
       the first batch; None: not measured.
     reference: Rollout -> log-probs float32 [B, T] under the reference, for the
       metrics that read `ref_logps`; None: not measured.
+    play: (number of the batch, Prompts on the host, their records, numbers of
+      these) -> (Rollout, scorer that knows its episodes), in place of `sample`.
 
   Metrics are means over completions; where no reward applies to a completion
   its reward is None and in no mean. Several rewards have each a mean and a
@@ -115,15 +119,16 @@ def evaluate_held_out(
     index = start + own
     examples = [data.records[int(i % n)] for i in index]
     prompts, columns = data.batch(examples, prompt_length)
-    rollout = sample(number, put_rows(mesh, prompts))
+    if play is None:
+      rollout, by = sample(number, put_rows(mesh, prompts)), scorer
+    else:
+      rollout, by = play(number, prompts, examples, index)
     if mismatch is not None and number == 0:
       gaps = mismatch(rollout)
     on_device = ({}, {})
     if scorer.device is not None:
       on_device = scorer.device(rollout, put_rows(mesh, columns))
-    scoring = functools.partial(
-      score, scorer, rollout, on_device, examples, step
-    )
+    scoring = functools.partial(score, by, rollout, on_device, examples, step)
     found, _ = processes.together(scoring)
     logp = None if reference is None else reference(rollout)
     judged += [row for row in judge(found, logp, index) if row['index'] < n]
@@ -161,7 +166,8 @@ def add_metrics(
   )
   each = {k: v for k, v in found.items() if isinstance(v, list)}
   for b, row in enumerate(rows if each else ()):
-    row['metrics'] = {name: values[b] for name, values in each.items()}
+    own = {name: values[b] for name, values in each.items()}
+    row['metrics'] = row.get('metrics', {}) | own
   return {k: v for k, v in found.items() if k not in each}
 
 
@@ -187,7 +193,7 @@ def judge(found: Score, logp, index: np.ndarray) -> list[dict]:
   rollout = found.scored.rollout
   mask, over, logp = processes.local((rollout.mask, rollout.ended, logp))
   total, valid = total_reward(found.scored), valid_rows(found.scored)
-  G = len(mask) // len(index)
+  G, extra = len(mask) // len(index), found.extra
   return [
     {
       'completion': found.texts[b],
@@ -197,6 +203,8 @@ def judge(found: Score, logp, index: np.ndarray) -> list[dict]:
       'ended': bool(over[b]),
       'components': part,
       'logp': None if logp is None else logp[b][mask[b]].tolist(),
+      **{k: extra[k][b] for k in EPISODE if k in extra},
+      **({'metrics': extra['numbers'][b]} if 'numbers' in extra else {}),
     }
     for b, part in enumerate(components(found.scored))
   ]
@@ -328,6 +336,7 @@ def credit_rows(
 ) -> list[dict]:
   """Rows for samples.jsonl that show credit: each chosen token with its
   log-prob, reward and advantage, of the prompts with the largest advantages.
+  Of an episode all tokens up to the last turn's, and which were chosen.
 
   Args:
     last: the step's batch after its update.
@@ -342,18 +351,23 @@ def credit_rows(
   for c in np.argsort(-largest, kind='stable')[:prompts]:
     for b in range(c * G, (c + 1) * G):
       chosen = rollout.mask[b]
-      ids = rollout.tokens[b][chosen].tolist()
       extra = {k: v[b] for k, v in batch.extra.items() if b < len(v)}
+      story = {k: extra.pop(k) for k in EPISODE if k in extra}
+      shown = chosen
+      if rollout.turn is not None:  # up to the last chosen one
+        shown = np.cumsum(chosen[::-1])[::-1] > 0
+        story['chosen'] = chosen[shown].tolist()
       rows.append(
         {
           **describe(examples[c]),
-          'completion': decode([ids])[0],
+          'completion': decode([rollout.tokens[b][chosen].tolist()])[0],
           'reward': float(reward[b].sum()),
           'components': parts[b],
-          'tokens': decode([[t] for t in ids]),
-          'logp': rollout.logp[b][chosen].tolist(),
-          'rewards': reward[b][chosen].tolist(),
-          'advantage': advantage[b][chosen].tolist(),
+          'tokens': decode([[t] for t in rollout.tokens[b][shown].tolist()]),
+          'logp': rollout.logp[b][shown].tolist(),
+          'rewards': reward[b][shown].tolist(),
+          'advantage': advantage[b][shown].tolist(),
+          **story,
           **({'extra': extra} if extra else {}),
         }
       )

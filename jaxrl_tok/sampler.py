@@ -302,7 +302,8 @@ def begin(policy: Policy, params, prompts: Prompts):
 
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   """Returns sample(params, key, Prompts, SamplingRule, version=0) -> Rollout,
-  pure; `version` counts the updates that params have had.
+  pure; `version` counts the updates that params have had. key: one, or one for
+  each of the B rows.
 
   Raises ValueError, in one line, for prompts or for a policy whose arrays have
   another rank, size or dtype than types.py has.
@@ -338,7 +339,9 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     check_prompts(prompts)
     prefix, params = begin(policy, params, prompts)
     B = prompts.tokens.shape[0] * G
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    row_keys = key
+    if not key.ndim:
+      row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     first, carry = start(params, prefix, row_keys, rule)
     step = make_step(policy, config, params, rule)
     advance = functools.partial(run_chunk, step, chunk)

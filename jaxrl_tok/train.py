@@ -119,7 +119,12 @@ def find_warnings(metrics: dict, tensor: str = '') -> dict[str, str]:
       'without an advantage; use easier or harder prompts, or more '
       '--dynamic_sampling_rounds'
     )
-  if metrics['completions/clipped_ratio'] == 1:
+  if metrics.get('ended/episode_length') == 1:
+    found['clipped'] = (
+      'every episode was cut by --max_episode_length; pass more, or fewer '
+      '--max_turns'
+    )
+  elif metrics['completions/clipped_ratio'] == 1 and 'turns' not in metrics:
     found['clipped'] = (
       'every completion was cut before its end token; raise '
       '--max_completion_length or teach the policy to end'

@@ -69,6 +69,11 @@ class Rollout(NamedTuple):
   """Completions of prompts, as the sampler recorded them.
 
   # tokens [4 2 EOS pad pad]  mask [1 1 1 0 0]  ended
+
+  An episode of several turns is one completion, its turns and observations
+  without gaps; the mask is False where an environment wrote.
+
+  # tokens [4 EOS o o 7 EOS]  mask [1 1 0 0 1 1]  turn [0 0 0 0 1 1]
   """
 
   prompts: Prompts
@@ -78,6 +83,10 @@ class Rollout(NamedTuple):
   num_kept: jax.Array | None  # int32 [B, T]  tokens kept by the rule, or None
   ended: jax.Array  # bool [B]  ended by itself, not cut at column T
   version: jax.Array  # int32 [B]  updates that the sampling policy had had
+  # int32 [B, T]  number of a chosen token's turn, from 0; None: one turn
+  turn: jax.Array | None = None
+  # int32 [B, T]  seat that chose a token, in a game of several; None: one
+  seat: jax.Array | None = None
 
 
 class Scored(NamedTuple):

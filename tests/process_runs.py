@@ -30,6 +30,12 @@ RUNS = {
     'warm_start_batch_size': 16,
   },
   'groups': {'algorithm': 'dapo', 'replay_groups': 8},
+  'turns': {
+    'algorithm': 'ppo',
+    'max_completion_length': 2,
+    'max_turns': 3,
+    'length_buckets': 1,
+  },
   'tensor': {'mesh': 'data=1,fsdp=2,tensor=4', 'd_ff': 32, 'max_steps': 2},
 }
 SIGNALS = {'term': signal.SIGTERM, 'kill': signal.SIGKILL}
@@ -50,12 +56,28 @@ def digits(prompts, completions, trainer_state, log_metric, **columns):
   return [sum(map(str.isdigit, c)) / (1 + len(c)) for c in completions]
 
 
+class Guess:
+  """Guess a digit by higher and lower."""
+
+  def reset(self, seed, example):
+    self.number = seed % 10
+    return '', {}
+
+  def step(self, action):
+    over = action == f'{self.number}'
+    said = '<' if action > f'{self.number}' else '>'
+    return said, float(over) + 0.1 * action.isdecimal(), over, False, {}
+
+
 def task(name: str) -> Task:
   records = [
     {'prompt': f'{i}' + 'x' * (i % 3), 'answer': f'{i % 10}'} for i in range(60)
   ]
   answers = 'answer' if name == 'supervised' else None
-  return Task(records, digits, held_out=11, answers=answers)
+  environment = Guess if name == 'turns' else None
+  return Task(
+    records, digits, held_out=11, answers=answers, environment=environment
+  )
 
 
 if __name__ == '__main__':

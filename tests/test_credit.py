@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import advantages, algorithms, names, sequence
+from jaxrl_tok.credit import algorithms, names, sequence, shaping
 from jaxrl_tok.step.metrics import reward_metrics
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
@@ -295,7 +295,7 @@ def test_a_reward_may_not_have_the_name_of_the_penalty():
   algorithm = algorithms.grpo(overlong_buffer=2, max_length=T)
   mask = prefixes([T] * B)
   inputs = inputs_of(mask, np.zeros(B))
-  scored, name = inputs.scored, advantages.PENALTY
+  scored, name = inputs.scored, shaping.PENALTY
   one = ({name: x} for x in (jnp.zeros((B, T)), inputs.valid, jnp.float32(1)))
   scored = scored._replace(**dict(zip(('rewards', 'applies', 'weights'), one)))
   with pytest.raises(ValueError, match='rename it'):

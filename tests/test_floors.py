@@ -72,6 +72,7 @@ WITHOUT_JAX = (
   'jaxrl_tok.report.mirror',
   'jaxrl_tok.report.page',
   'jaxrl_tok.run.task',
+  'jaxrl_tok.run.turns',
   'jaxrl_tok.run.settings',
   'jaxrl_tok.run.algorithm_settings',
   'jaxrl_tok.run.flags',

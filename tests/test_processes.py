@@ -17,7 +17,7 @@ from jaxrl_tok import main
 
 PROGRAM = Path(__file__).with_name('process_runs.py')
 HEARTBEAT = 10
-COMPARED = 'supervised', 'groups', 'tensor'
+COMPARED = 'supervised', 'groups', 'tensor', 'turns'
 TIMES = ('time', 'step_time', 'tokens_per_second')
 
 

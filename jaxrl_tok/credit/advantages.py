@@ -11,6 +11,13 @@ token. A row that ended before token t enters the others' baseline with its
 last return: for outcomes a baseline is the textbook one on R, for token
 rewards it is compared token by token.
 
+In an episode of several turns the baseline goes by turns: that of a turn's
+tokens is made of the other rows' returns from their turn of that number on, 0
+where they had ended. It is unbiased, for the number of a turn is known before
+its tokens are drawn. The rewards of a turn less their mean over the rows that
+are still alive (MT-GRPO) are not: with a reward of r a turn, every further
+turn would be credited r too little.
+
 A row that is not valid (no reward applies to it) has no credit, and is in no
 baseline, scale or whitening: the numbers of the others are those of a batch
 without it. None is "not applicable", not 0.
@@ -233,6 +240,7 @@ def returns(
   gamma: float = 1.0,
   scale: Callable | None = None,
   multi_objective_aggregation: Callable = sum_then_normalize,
+  discount: str = 'token',
 ) -> Callable:
   """Returns minus a baseline, A_t = m_t (G_t - b_t). Williams 1992, Machine
   Learning 8; no value target.
@@ -249,6 +257,7 @@ def returns(
     scale: (whole returns_CxG, valid_CxG) -> [C, 1], by which A is divided.
     multi_objective_aggregation: what is normalised, the sum of the rewards or
       each of them.
+    discount: unit that gamma counts, 'token' or 'turn'.
   """
   baseline = as_baseline(baseline)
   size = group_size(baseline, scale)
@@ -258,18 +267,29 @@ def returns(
     B, T = mask.shape
     C = scored.rollout.prompts.length.shape[0]
     ticks = jax.vmap(sequence.to_clock)(mask, mask)
+    turn, gammas = clock_turns(inputs), gamma
+    if discount == 'turn' and turn is not None:
+      gammas = jax.vmap(sequence.by_turn, (None, 0, 0))(gamma, turn, ticks)
 
     def held(reward_BxT):
       """Returns by the clock, the last held: [C, G, T]."""
       reward = jax.vmap(sequence.to_clock)(masked.fill(reward_BxT, mask), mask)
-      togo = jax.vmap(sequence.reward_to_go, (0, 0, None))(reward, ticks, gamma)
+      axes = 0, 0, None if gammas is gamma else 0
+      togo = jax.vmap(sequence.reward_to_go, axes)(reward, ticks, gammas)
       return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
     def base(returns_CxGxT, valid_CxG):
+      if turn is not None:
+        flat = returns_CxGxT.reshape(B, T)
+        flat = jax.vmap(sequence.turn_starts)(flat, turn)
+        returns_CxGxT = flat.reshape(C, B // C, T)
       given = returns_CxGxT, valid_CxG, carries, scored.greedy_reward
       b = baseline.apply(*given)
       check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
-      return b
+      if turn is None:
+        return b
+      at = jnp.maximum(turn, 0).reshape(C, B // C, T)
+      return jnp.take_along_axis(jnp.broadcast_to(b, at.shape), at, axis=2)
 
     def normalise(reward_BxT, applies_B):
       applies_CxG = applies_B.reshape(C, B // C)
@@ -300,6 +320,27 @@ def returns(
   return advantage
 
 
+def clock_turns(inputs: AdvantageInputs) -> jax.Array | None:
+  """Number int32 [B, T] of each chosen token's turn by the clock, -1 after the
+  last one; None: the rollout has no turns."""
+  turn = inputs.rollout.turn
+  if turn is None:
+    return None
+  return jax.vmap(sequence.to_clock)(turn + 1, inputs.mask) - 1
+
+
+def discounts(
+  inputs: AdvantageInputs, discount: str, gamma: float, gae_lambda: float
+) -> tuple:
+  """(gamma, lambda) [B, T] of each token, which count turns with discount
+  'turn': within a turn both are 1."""
+  mask, turn = inputs.mask, inputs.rollout.turn
+  if discount == 'turn' and turn is not None:
+    by_turn = jax.vmap(sequence.by_turn, (None, 0, 0))
+    return by_turn(gamma, turn, mask), by_turn(gae_lambda, turn, mask)
+  return jnp.full(mask.shape, gamma), jnp.full(mask.shape, gae_lambda)
+
+
 def _value_after(inputs: AdvantageInputs, bootstrap_truncated: bool):
   """V of the state after the last chosen token, float32 [B], where a row was
   cut and that is asked for (a cut is not an end); 0 where a row ended.
@@ -318,15 +359,18 @@ def gae(
   gamma: float = 1.0,
   gae_lambda: float = 0.95,
   bootstrap_truncated: bool = False,
+  discount: str = 'token',
 ) -> Callable:
   """Generalized advantages by a learned V; the value target is A_t + V_t.
-  arXiv:1506.02438."""
+  arXiv:1506.02438. discount: unit that gamma and lambda count, 'token' or
+  'turn'."""
 
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
-    found = jax.vmap(sequence.gae_advantage, (0, 0, 0, 0, None, None))(
-      inputs.reward, value, mask, last, gamma, gae_lambda
+    steps = discounts(inputs, discount, gamma, gae_lambda)
+    found = jax.vmap(sequence.gae_advantage)(
+      inputs.reward, value, mask, last, *steps
     )
     return Advantage(found, masked.fill(found + value, mask))
 
@@ -339,17 +383,18 @@ def vtrace(
   bootstrap_truncated: bool = False,
   rho_bar: float = 1.0,
   c_bar: float = 1.0,
+  discount: str = 'token',
 ) -> Callable:
   """V-trace's advantages and targets, for a sampler that lags the policy.
-  arXiv:1802.01561."""
+  arXiv:1802.01561. discount: as gae has it."""
 
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
     rho = jnp.exp(losses.bounded(masked.fill(inputs.log_change, mask)))
-    found, target = jax.vmap(sequence.vtrace_advantage, (0,) * 5 + (None,) * 4)(
-      *(inputs.reward, value, mask, last, rho),
-      *(gamma, gae_lambda, rho_bar, c_bar),
+    steps = discounts(inputs, discount, gamma, gae_lambda)
+    found, target = jax.vmap(sequence.vtrace_advantage, (0,) * 7 + (None,) * 2)(
+      *(inputs.reward, value, mask, last, rho, *steps, rho_bar, c_bar)
     )
     return Advantage(found, target)
 
@@ -358,94 +403,3 @@ def vtrace(
 
 # credits that need a learned V
 LEARNED = (gae, vtrace)
-
-
-# --- changes of rewards before and of advantages after -----------------------
-
-
-def overlong_penalty(
-  mask: jax.Array, max_length: int, buffer: int
-) -> jax.Array:
-  """DAPO's soft punishment of long completions, in **tokens**, float32 [T] on
-  the last chosen one of one sequence. With n chosen tokens it is
-
-    0                              n <= max_length - buffer
-    (max_length - buffer - n) / buffer  up to -1 at max_length
-
-  arXiv:2503.14476.
-  """
-  over = jnp.sum(mask) - (max_length - buffer)
-  penalty = -jnp.clip(over / buffer, 0.0, 1.0)
-  return jnp.where(masked.last_chosen(mask), penalty, 0.0)
-
-
-PENALTY = 'overlong penalty'  # its name among the rewards
-
-
-def shaped(advantage: Callable, max_length: int, buffer: int) -> Callable:
-  """An advantage with overlong_penalty among its rewards, of weight 1, in every
-  valid row: it enters before the normalisation, as in DAPO. The sum of the
-  rewards has it in sum_then_normalize; it is normalised by itself, as any other
-  reward, in normalize_then_sum."""
-
-  def with_penalty(inputs: AdvantageInputs, carries: dict) -> Advantage:
-    scored = inputs.scored
-    if PENALTY in scored.rewards:
-      raise ValueError(f'a reward is named {PENALTY!r}; rename it')
-    penalty = jax.vmap(overlong_penalty, (0, None, None))(
-      inputs.mask, max_length, buffer
-    )
-    scored = scored._replace(
-      rewards=scored.rewards | {PENALTY: penalty},
-      applies=scored.applies | {PENALTY: inputs.valid},
-      weights=scored.weights | {PENALTY: jnp.float32(1)},
-    )
-    return advantage(inputs._replace(scored=scored), carries)
-
-  return with_penalty
-
-
-def finished(
-  advantage: Callable, whiten: bool, limit: float | None, size: int = 1
-) -> Callable:
-  """An advantage, whitened over the batch's chosen tokens (ddof 0) and clipped
-  to [-limit, limit]; the value target stays as it is.
-
-  Rows of groups with fewer than `size` valid rows are not whitened: they have
-  no advantage.
-  """
-
-  def finish(inputs: AdvantageInputs, carries: dict) -> Advantage:
-    out = advantage(inputs, carries)
-    found = out.advantage
-    if whiten:
-      C = inputs.rollout.prompts.length.shape[0]
-      rows = in_company(inputs.valid, C, size)
-      found = masked.whiten(found, inputs.mask & rows[:, None])
-    if limit is not None:
-      found = jnp.clip(found, -limit, limit)
-    return out._replace(advantage=found)
-
-  return finish
-
-
-def without_truncated(advantage: Callable) -> Callable:
-  """An advantage whose completions that were cut are not learnt from.
-
-  They stay in the others' baselines, scales and whitening, and in the number of
-  rows of an aggregation by sequence; their tokens leave the loss, its KL and
-  entropy, the critic's loss and every count of tokens. TRL's
-  mask_truncated_completions; DAPO's overlong filtering, arXiv:2503.14476.
-  """
-
-  def ended_only(inputs: AdvantageInputs, carries: dict) -> Advantage:
-    out = advantage(inputs, carries)
-    ended = inputs.rollout.ended
-    cut = inputs.valid & ~ended
-    return out._replace(
-      advantage=masked.fill(out.advantage, ended[:, None]),
-      learns=ended,
-      metrics=out.metrics | {'completions/masked_ratio': cut.mean()},
-    )
-
-  return ended_only

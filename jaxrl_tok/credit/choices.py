@@ -39,6 +39,10 @@ def num_passes(c: dict) -> int:
 # (choices -> whether they are refused, the fact and the cure)
 _REFUSED = (
   (_outside_unit('gamma'), 'gamma {gamma} is outside [0, 1]'),
+  (
+    lambda c: c.get('discount', 'token') not in names.DISCOUNTS,
+    'discount {discount!r} is none of ' + ', '.join(names.DISCOUNTS),
+  ),
   (_outside_unit('gae_lambda'), 'gae_lambda {gae_lambda} is outside [0, 1]'),
   (
     _empty_clip,

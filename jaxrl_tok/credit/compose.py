@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrl_tok import masked
-from jaxrl_tok.credit import advantages, losses, names
+from jaxrl_tok.credit import advantages, losses, names, shaping
 from jaxrl_tok.credit.choices import check_choices, num_passes
 from jaxrl_tok.policy import check_array
 from jaxrl_tok.types import (
@@ -224,7 +224,7 @@ def _has_critic(c: dict) -> bool:
 
 def _advantage(c: dict) -> Callable:
   """Algorithm.advantage: the credit, with what shapes and finishes it."""
-  credit, word = _make(c['credit'], c), _word(c['credit'])
+  credit, word = shaping.by_seat(_make(c['credit'], c)), _word(c['credit'])
 
   def checked(inputs: AdvantageInputs, carries: dict) -> Advantage:
     out = credit(inputs, carries)
@@ -241,11 +241,11 @@ def _advantage(c: dict) -> Callable:
 
   found = checked
   if c['overlong_buffer']:
-    found = advantages.shaped(found, c['max_length'], c['overlong_buffer'])
+    found = shaping.shaped(found, c['max_length'], c['overlong_buffer'])
   size = advantages.group_size(c.get('baseline'), c.get('scale'))
-  found = advantages.finished(found, c['whiten'], c['advantage_clip'], size)
+  found = shaping.finished(found, c['whiten'], c['advantage_clip'], size)
   if c['mask_truncated_completions']:
-    found = advantages.without_truncated(found)
+    found = shaping.without_truncated(found)
   return found
 
 

@@ -35,6 +35,7 @@ BASELINES = (
 CREDIT_SPLITS = ('potential', 'outcome', 'constant', 'shuffled')
 SCALES = ('none', 'group_std', 'batch_std')
 MULTI_OBJECTIVE = ('sum_then_normalize', 'normalize_then_sum')
+DISCOUNTS = ('token', 'turn')
 LOSSES = ('reinforce', 'clip', 'sequence_clip', 'gspo', 'cispo')
 AGGREGATIONS = (
   'token_mean',

@@ -4,6 +4,9 @@ The clock ticks with the tokens that the policy chose: columns of a tool's or an
 environment's text are skipped by discounts, by V and by baselines, so that a
 batch without them has the same advantages. A reward that stands on such a
 column does not count.
+
+gamma and lambda are a number, or one for each token [T]: that of the step from
+it to the next chosen one (`by_turn`).
 """
 
 import chex
@@ -13,18 +16,52 @@ import jax.numpy as jnp
 from jaxrl_tok import masked
 
 
-def reward_to_go(reward: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
+def turn_ends(turn: jax.Array, mask: jax.Array) -> jax.Array:
+  """Last chosen token of each turn, bool [T].
+
+  # turn [0 0 0 1 1 1]  mask [1 1 0 1 1 0]  ->  [0 1 0 0 1 0]
+  """
+  number = to_clock(turn + 1, mask)  # 0 after the last chosen token
+  return from_clock(number != jnp.append(number[1:], 0), mask)
+
+
+def by_turn(value: float, turn: jax.Array, mask: jax.Array) -> jax.Array:
+  """Discount or lambda [T] that counts turns: 1 from one token of a turn to
+  its next, `value` from its last token on."""
+  return jnp.where(turn_ends(turn, mask), jnp.float32(value), 1.0)
+
+
+def turn_starts(returns: jax.Array, turn: jax.Array) -> jax.Array:
+  """Returns [T] of a sequence by the clock, one for each turn: that of its
+  first token; 0 after the last turn.
+
+  turn: number of each token's turn by the clock, -1 after the last token.
+
+  # G [3 3 1 0]  turn [0 0 1 -1]  ->  [3 1 0 0]
+  """
+  first = (turn >= 0) & (turn != jnp.append(-1, turn[:-1]))
+  at = jnp.where(first, turn, len(turn))
+  return jnp.zeros_like(returns).at[at].set(returns, mode='drop')
+
+
+def per_token(value, mask: jax.Array) -> jax.Array:
+  """Values [T] of a number, or of one for each token."""
+  return jnp.broadcast_to(jnp.asarray(value, jnp.float32), mask.shape)
+
+
+def reward_to_go(reward: jax.Array, mask: jax.Array, gamma) -> jax.Array:
   """Return [T] of one sequence, G_t = r_t + gamma G_{t'} with t' the next
   chosen token. A token that the policy did not choose carries G_{t'} across."""
   chex.assert_rank([reward, mask], 1)
 
   def back(later, now):
-    r, chosen = now
+    r, chosen, gamma = now
     total = jnp.where(chosen, r + gamma * later, later)
     return total, total
 
   gained = masked.fill(reward.astype(jnp.float32), mask)
-  return jax.lax.scan(back, jnp.float32(0), (gained, mask), reverse=True)[1]
+  steps = gained, mask, per_token(gamma, mask)
+  return jax.lax.scan(back, jnp.float32(0), steps, reverse=True)[1]
 
 
 def hold_last(returns: jax.Array, mask: jax.Array) -> jax.Array:
@@ -60,8 +97,8 @@ def gae_advantage(
   value: jax.Array,
   mask: jax.Array,
   bootstrap: jax.Array,
-  gamma: float,
-  gae_lambda: float,
+  gamma,
+  gae_lambda,
 ) -> jax.Array:
   """GAE [T] of one sequence.
 
@@ -74,15 +111,18 @@ def gae_advantage(
   chex.assert_rank([reward, value, mask, bootstrap], [1, 1, 1, 0])
 
   def back(later, now):
-    r, v, chosen = now
+    r, v, chosen, gamma, lam = now
     value_later, advantage_later = later
     delta = r + gamma * value_later - v
-    advantage = delta + gamma * gae_lambda * advantage_later
+    advantage = delta + gamma * lam * advantage_later
     kept = jnp.where(chosen, v, value_later)
     carried = jnp.where(chosen, advantage, advantage_later)
     return (kept, carried), jnp.where(chosen, advantage, 0.0)
 
-  steps = masked.fill(reward, mask), masked.fill(value, mask), mask
+  steps = (
+    *(masked.fill(reward, mask), masked.fill(value, mask), mask),
+    *(per_token(gamma, mask), per_token(gae_lambda, mask)),
+  )
   start = bootstrap, jnp.float32(0)
   return jax.lax.scan(back, start, steps, reverse=True)[1]
 
@@ -93,8 +133,8 @@ def vtrace_advantage(
   mask: jax.Array,
   bootstrap: jax.Array,
   rho: jax.Array,
-  gamma: float,
-  gae_lambda: float,
+  gamma,
+  gae_lambda,
   rho_bar: float,
   c_bar: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -110,12 +150,12 @@ def vtrace_advantage(
   chex.assert_rank([reward, value, mask, bootstrap, rho], [1, 1, 1, 0, 1])
 
   def back(later, now):
-    r, v, ratio, chosen = now
+    r, v, ratio, chosen, gamma, lam = now
     value_later, target_later, error_later = later
     delta = r + gamma * value_later - v
-    c = gae_lambda * jnp.minimum(ratio, c_bar)
+    c = lam * jnp.minimum(ratio, c_bar)
     error = jnp.minimum(ratio, rho_bar) * delta + gamma * c * error_later
-    mixed = gae_lambda * target_later + (1 - gae_lambda) * value_later
+    mixed = lam * target_later + (1 - lam) * value_later
     advantage = jnp.minimum(ratio, 1.0) * (r + gamma * mixed - v)
     after = v, error + v, error
     carry = jax.tree.map(lambda x, y: jnp.where(chosen, x, y), after, later)
@@ -126,7 +166,7 @@ def vtrace_advantage(
     masked.fill(reward, mask),
     masked.fill(value, mask),
     masked.fill(rho, mask, 1.0),
-    mask,
+    *(mask, per_token(gamma, mask), per_token(gae_lambda, mask)),
   )
   start = bootstrap, bootstrap, jnp.float32(0)
   return jax.lax.scan(back, start, steps, reverse=True)[1]

@@ -12,6 +12,7 @@
   stops       stop texts -> an automaton over tokens
   pieces      completions -> the text that each token adds
   pairs       preferred completions and the others
+  turns       observations -> the ids between turns
 
 Nothing here imports jax, transformers or datasets before it is used.
 """
@@ -44,6 +45,7 @@ from jaxrl_tok.data.tokenizers import (
   text_ids,
   word_tokenizer,
 )
+from jaxrl_tok.data.turns import check_history, make_talk
 
 __all__ = [
   'LONG_PROMPTS',
@@ -57,12 +59,14 @@ __all__ = [
   'batch_at',
   'bpe_tokenizer',
   'byte_tokenizer',
+  'check_history',
   'choose_buckets',
   'data_fingerprint',
   'decode_all',
   'encode_prompts',
   'end_at_stop',
   'make_pieces',
+  'make_talk',
   'open_records',
   'prompt_ids',
   'prompt_set',

@@ -42,6 +42,9 @@ class Chat(NamedTuple):
 
   kwargs: dict = {}  # noqa: RUF012  variables of the template
   date: str | None = None  # YYYY-MM-DD, as strftime_now has it; None: today
+  # whether the assistant's turn is opened after the messages; False: an
+  # observation may follow them
+  opened: bool = True
 
 
 # --- messages ----------------------------------------------------------------
@@ -237,7 +240,8 @@ def render(tokenizer, messages: list[dict], chat: Chat, tools=None) -> str:
   """Text of messages, to be completed by the policy.
 
   A last message of the assistant is continued where its text ends; after any
-  other one the assistant's turn is opened. Raises ValueError, in one line,
+  other one the assistant's turn is opened, unless chat.opened is False: then
+  the messages are written as they are. Raises ValueError, in one line,
   where the tokenizer has no template or the template refuses the messages.
   """
   if not template_text(tokenizer):
@@ -247,7 +251,7 @@ def render(tokenizer, messages: list[dict], chat: Chat, tools=None) -> str:
     )
   check_default(tokenizer, tools)
   messages = plain_messages(messages)
-  continued = messages[-1]['role'] in WRITERS
+  continued = chat.opened and messages[-1]['role'] in WRITERS
   if continued and not content_text(messages[-1].get('content')).strip():
     messages, continued = messages[:-1], False  # nothing to continue
   try:
@@ -255,7 +259,7 @@ def render(tokenizer, messages: list[dict], chat: Chat, tools=None) -> str:
       messages,
       tools=tools,
       tokenize=False,
-      add_generation_prompt=not continued,
+      add_generation_prompt=chat.opened and not continued,
       continue_final_message=continued,
       **dated(tokenizer, chat, tools),
       **chat.kwargs,

@@ -4,7 +4,7 @@
 2. `figures.py` draws the metrics, `goodhart.py` the reward against its audit.
 3. `read_samples` keeps the held-out completions before and after training, and
    the sampled ones of the first and the latest steps; `shade` colours a token
-   by its advantage.
+   by its advantage (tokens.py).
 4. `write_report` fills report.html.jinja and replaces report.html at once.
 
 Completions are untrusted text. The page has no script and loads nothing, Jinja
@@ -13,20 +13,18 @@ escapes every string, and colours are made of numbers only. Never imports jax.
 
 import json
 import math
-import re
-import unicodedata
 from collections.abc import Callable
 from functools import cache
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import yaml
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from jaxrl_tok.report import goodhart
 from jaxrl_tok.report.charts import figure
+from jaxrl_tok.report.episodes import episode
 from jaxrl_tok.report.figures import (
   HELD_OUT,
   curve,
@@ -36,14 +34,20 @@ from jaxrl_tok.report.figures import (
 )
 from jaxrl_tok.report.files import atomic_write, iterate_rows, number
 from jaxrl_tok.report.kept import kept_tables
+from jaxrl_tok.report.tokens import (
+  TOKENS,
+  clip,
+  entries,
+  shade,
+  shown_tokens,
+)
 
 # limits of the page
-LATEST_STEPS, GROUPS, SAMPLES, TOKENS, PAIRS, MESSAGES = 3, 3, 8, 600, 20, 40
-DARKEST = 0.62  # opacity of the largest advantage; text stays readable on it
+LATEST_STEPS, GROUPS, SAMPLES, PAIRS, MESSAGES = 3, 3, 8, 20, 40
 COLUMNS = {  # of samples.jsonl; any other was logged by a reward
   *('step', 'time', 'split', 'evaluation', 'prompt', 'completion', 'answer'),
   *('reward', 'components', 'tokens', 'logp', 'rewards', 'advantage', 'extra'),
-  *('index', 'length', 'ended', 'metrics'),
+  *('index', 'length', 'ended', 'metrics', 'turns', 'ended_by', 'chosen'),
 }
 
 
@@ -104,18 +108,6 @@ def read_samples(
 
 
 # --- words
-
-
-def clip(text: object, limit: int = 4000) -> str:
-  """Text of at most so many characters, and how many more there are."""
-  text = '' if text is None else str(text)
-  more = len(text) - limit
-  return text if more <= 0 else f'{text[:limit]} … ({more} more characters)'
-
-
-def entries(value: object) -> list:
-  """Value where it is a list, [] otherwise."""
-  return value if isinstance(value, list) else []
 
 
 def duration(seconds: float) -> str:
@@ -208,7 +200,8 @@ def shown_sample(row: dict, unit: str = '') -> dict:
   if unit == '%' and reward is not None:
     mark = 'right' if reward > 0.5 else 'wrong'
   return {
-    'completion': conversation(row.get('completion')),
+    'completion': episode(row, conversation)
+    or conversation(row.get('completion')),
     'reward': 'not scored' if reward is None else figure(reward),
     'mark': mark,
     'components': [
@@ -270,64 +263,7 @@ def comparisons(samples: Samples, unit: str = '') -> list[dict]:
   return found
 
 
-# --- credit: one token, one colour
-
-
-def shade(advantage: object, largest: float) -> str:
-  """CSS of a token: its sign picks the hue, its share of the largest the alpha.
-
-  Blue tokens are pushed to be likelier, orange ones less likely. Made of
-  numbers only, because everything else in a sample is untrusted.
-  """
-  advantage = number(advantage) or 0.0
-  if not advantage or largest <= 0:
-    return ''
-  alpha = DARKEST * min(1.0, abs(advantage) / largest)
-  red, green, blue = (37, 99, 235) if advantage > 0 else (234, 88, 12)
-  return f'background:rgba({red},{green},{blue},{alpha:.4f})'
-
-
-def visible(token: object) -> Markup:
-  """Token with its markup escaped and its invisible characters marked."""
-  text = ''.join(
-    f'⟨U+{ord(c):04X}⟩'
-    if c not in '\n\r\t'
-    and unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp')
-    else c
-    for c in str(token)[:200]
-  )
-  marks = {' ': '␣', '\n': '↵', '\r': '␍', '\t': '⇥', '\xa0': '⍽'}
-  marked = re.sub(
-    '[ \n\r\t\xa0]', lambda m: f'<i>{marks[m[0]]}</i>', str(escape(text))
-  )
-  return Markup(marked or '<i>·</i>')
-
-
-def shown_tokens(row: dict, largest: float) -> list[dict]:
-  """Tokens of a sample, with their shades and numbers."""
-  columns = [entries(row.get(k)) for k in ('logp', 'rewards', 'advantage')]
-  tokens = entries(row.get('tokens'))
-  columns = [column[: len(tokens)] for column in columns]
-  shown = []
-  for token, *values in islice(zip_longest(tokens, *columns), TOKENS):
-    logp, reward, advantage = map(number, values)
-    credit = ['–' if v is None else f'{v:+.3f}' for v in (reward, advantage)]
-    chance = (
-      '–'
-      if logp is None
-      else (f'{logp:.3f} (p = {math.exp(min(logp, 0)):.3g})')
-    )
-    shown.append(
-      {
-        'text': visible(token),
-        'style': shade(advantage, largest),
-        'paid': bool(reward),
-        'newline': '\n' in str(token),
-        'title': f'{clip(repr(token), 200)}\nlog-prob {chance}\n'
-        f'reward {credit[0]}\nadvantage {credit[1]}',
-      }
-    )
-  return shown
+# --- credit
 
 
 def credit(samples: Samples, unit: str = '') -> dict:

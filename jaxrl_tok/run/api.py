@@ -26,6 +26,7 @@ from jaxrl_tok.run.settings import (
   with_values,
 )
 from jaxrl_tok.run.task import Caller, Task
+from jaxrl_tok.run.turns import check_turns
 
 if TYPE_CHECKING:
   from jaxrl_tok.run.result import Result
@@ -158,15 +159,16 @@ def start(
   task: Task, settings: Settings, given: Arguments, caller, task_flags: dict
 ):
   """Prepares the run and runs it; imports jax."""
-  from jaxrl_tok.run import launch
-  from jaxrl_tok.run.build import Own
-  from jaxrl_tok.run.prepare import prepare
-
   if not isinstance(task, Task):
     raise ValueError(
       f'a run needs a Task, and this is a {type(task).__name__}; return '
       'Task(data, reward)'
     )
+  check_turns(task, settings)
+  from jaxrl_tok.run import launch
+  from jaxrl_tok.run.build import Own
+  from jaxrl_tok.run.prepare import prepare
+
   evaluations = (*task.evaluations, *given.evaluations)
   task, own = dataclasses.replace(task, evaluations=evaluations), given.own
   return launch.run(prepare(task, settings, Own(**own), caller, task_flags))

@@ -87,6 +87,8 @@ def choices_of(settings: Settings) -> dict:
     found['scale'] = None
   if 'aggregation' in found:
     found['aggregate'] = found.pop('aggregation')
+  if settings.turns.discount != 'token':
+    found['discount'] = settings.turns.discount
   if f.baseline == 'ema':
     found['baseline'] = advantages.ema(f.ema_decay)
   return found

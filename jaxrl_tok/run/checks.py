@@ -65,13 +65,15 @@ RANGES = (
     'num_prompts num_generations max_prompt_length max_completion_length '
     'max_steps held_out keep d_model num_layers num_heads num_kv_heads d_ff '
     'warm_start_max_steps warm_start_batch_size warm_start_check_every epochs '
-    'mini_batches length_buckets cpu_devices replay_capacity',
+    'mini_batches length_buckets cpu_devices replay_capacity max_turns '
+    'max_episode_length environment_workers',
   ),
   (
     lambda x: x > 0,
     'above 0',
     'temperature learning_rate warm_start_learning_rate lora_alpha kl_horizon '
-    'critic_learning_rate rho_bar c_bar ratio_cap constraint_rate',
+    'critic_learning_rate rho_bar c_bar ratio_cap constraint_rate '
+    'turn_deadline',
   ),
   (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
   (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda min_lr_ratio'),

@@ -19,11 +19,16 @@ from jaxrl_tok.report import goodhart
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run.inputs import Rewards
 from jaxrl_tok.run.prepare import EvalSetup, Setup
-from jaxrl_tok.step import device_rewards
+from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.step import device_rewards, episodes
+from jaxrl_tok.step.episodes import Sizes
 from jaxrl_tok.step.programs import (
   EvaluationShape,
   Programs,
+  counts,
+  one_each,
 )
+from jaxrl_tok.step.turns import with_rewards
 
 SHOWN = 20  # held-out completions in samples.jsonl
 LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
@@ -71,6 +76,36 @@ def evaluation_shape(
   return shape._replace(device_score=score, columns=columns)
 
 
+def sizes_of(count: int, prompts, sampler: SamplerConfig) -> Sizes:
+  """Sizes of the episodes of `count` prompts."""
+  samples, longest = sampler.samples_per_prompt, prompts.buckets[-1]
+  return Sizes(count, samples, longest, counts(sampler))
+
+
+def played(
+  setup: Setup, e: EvalSetup, sample: Callable, key, scorer, step: int
+) -> Callable:
+  """Returns `play` of evaluate_held_out; a record's seed is the same in every
+  evaluation."""
+  world, seed = setup.world, setup.settings.run.seed
+
+  def rollout(number, prompts, examples, index):
+    found = episodes.play(
+      functools.partial(sample, jax.random.fold_in(key, number)),
+      world,
+      sizes_of(e.num_prompts, e.data, e.sampler),
+      examples,
+      prompts,
+      episodes.episode_seeds(
+        seed, episodes.EVALUATION, index % e.data.num_records
+      ),
+      step,
+    )
+    return found.rollout, with_rewards(scorer, found, world.on_error)
+
+  return rollout
+
+
 def run_evaluation(
   setup: Setup,
   e: EvalSetup,
@@ -83,15 +118,19 @@ def run_evaluation(
   """Runs an evaluation by any sampler: Evaluated.
 
   Args:
-    sample: (key, Prompts) -> Rollout.
+    sample: (key, Prompts) -> Rollout; of episodes (key, rows, number of the
+      turn, Prompts) -> Rollout.
     device: scorer of its rewards on the device, compiled; None without any.
     step: updates that the policy has had.
     mismatch, reference: see evaluate_held_out.
   """
   key = jax.random.fold_in(jax.random.key(setup.settings.run.seed), step)
+  scorer, play = setup.scorer(e.rewards, device), None
+  if setup.world is not None:
+    play = played(setup, e, sample, key, scorer, step)
   return evaluate_held_out(
     lambda number, prompts: sample(jax.random.fold_in(key, number), prompts),
-    setup.scorer(e.rewards, device),
+    scorer,
     e.data,
     e.num_prompts,
     e.data.buckets[-1],
@@ -100,7 +139,18 @@ def run_evaluation(
     e.evaluation.name,
     mismatch,
     reference if reads_reference(e.evaluation.metrics) else None,
+    play,
   )
+
+
+def make_draw(setup: Setup, sampler: SamplerConfig) -> Callable:
+  """Sampler (params, key, Prompts, rule) -> Rollout, or of a turn (params, key,
+  rows, number of the turn, Prompts, rule) -> Rollout; compiled when it is
+  used."""
+  if setup.world is None:
+    return jax.jit(make_sampler(setup.policy, sampler))
+  sample = make_sampler(setup.policy, one_each(sampler))
+  return jax.jit(episodes.make_turn(sample))
 
 
 def evaluate_params(
@@ -113,12 +163,12 @@ def evaluate_params(
   """Runs an evaluation of parameters, as after step 0.
 
   Args:
-    draw: sampler of e.sampler's choices, compiled when it is used.
+    draw: see make_draw, of e.sampler's choices.
     reference: see evaluate_held_out.
   """
 
-  def sample(key, prompts):
-    return draw(params, key, prompts, setup.rule)
+  def sample(*args):
+    return draw(params, *args, setup.rule)
 
   device = jit_scorer(setup, e)
   return run_evaluation(setup, e, sample, device, reference=reference)
@@ -183,7 +233,11 @@ def run_by_programs(
 ) -> Evaluated:
   """Runs an evaluation by the run's programs."""
   name = e.evaluation.name
-  sample = functools.partial(programs.evaluations[name], state)
+  if setup.world is None:
+    sample = programs.evaluations[name]
+  else:
+    sample = programs.turn(e.sampler)
+  sample = functools.partial(sample, state)
   device = programs.evaluation_scores.get(name)
   mismatch, reference = (
     f and functools.partial(f, state)

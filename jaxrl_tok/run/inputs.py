@@ -22,6 +22,7 @@ from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 from jaxrl_tok.run.settings import DataSettings, Settings, with_values
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.turns import REWARD as ENVIRONMENT
 
 DEFAULT_LENGTH = 64  # tokens of a completion at most, by default
 
@@ -52,16 +53,15 @@ def is_empty(given) -> bool:
   return given is None or (isinstance(given, list | tuple | dict) and not given)
 
 
-def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
+def split_rewards(given, others: dict | None = None) -> Rewards:
   """Splits named reward functions into those of the host and the device. There
-  may be none beside a reward model."""
-  is_device, model = device_rewards.is_on_device, device_rewards.REWARD_MODEL
-  taken = () if reward_model_weight is None else (model,)
+  may be none beside others: {name: weight} of rewards that no function of the
+  task's gives."""
+  is_device, others = device_rewards.is_on_device, others or {}
   functions, weights = {}, {}
-  if reward_model_weight is None or not is_empty(given):
-    functions, weights = rewards.name_rewards(given, taken)
-  if reward_model_weight is not None:
-    weights = weights | {model: reward_model_weight}
+  if not others or not is_empty(given):
+    functions, weights = rewards.name_rewards(given, others)
+  weights = weights | others
   return Rewards(
     {k: f for k, f in functions.items() if not is_device(f)},
     {k: f for k, f in functions.items() if is_device(f)},
@@ -69,29 +69,49 @@ def split_rewards(given, reward_model_weight: float | None = None) -> Rewards:
   )
 
 
-def model_weight(settings: Settings) -> float | None:
-  """Weight of the reward model; None without one."""
-  model = settings.model
-  return model.reward_model_weight if model.reward_model else None
+def model_weight(settings: Settings) -> dict:
+  """Weight {name: float} of the reward model; {} without one."""
+  model, name = settings.model, device_rewards.REWARD_MODEL
+  return {name: model.reward_model_weight} if model.reward_model else {}
+
+
+def environment_weight(task: Task) -> dict:
+  """Weight {name: 1} of the environment's reward; {} without one."""
+  return {} if task.environment is None else {ENVIRONMENT: 1.0}
+
+
+def check_on_host(task: Task, found: Rewards) -> Rewards:
+  """Rewards, which beside an environment are all on the host. Raises ValueError
+  for others."""
+  if task.environment is not None and found.device:
+    raise ValueError(
+      'episodes of several turns cannot go with the @on_device reward '
+      f'{next(iter(found.device))}: it reads one completion; write it for the '
+      'host'
+    )
+  return found
 
 
 def rewards_of_evaluation(given, task: Task, settings: Settings) -> Rewards:
   """Rewards of an evaluation: those `given`, where that is None the task's, or
   the reward model where the task has no other. An empty tuple is none."""
-  if given is not None and is_empty(given):
+  played = environment_weight(task)
+  if given is not None and is_empty(given) and not played:
     return Rewards({}, {}, {})
   if given is not None or not is_empty(task.rewards):
-    return split_rewards(task.rewards if given is None else given)
-  return split_rewards((), model_weight(settings))
+    given = task.rewards if given is None else given
+    return check_on_host(task, split_rewards(given, played))
+  return split_rewards((), model_weight(settings) | played)
 
 
 def rewards_of(task: Task, settings: Settings) -> Rewards:
   """Rewards of training; with --steps_per_call those that are JAX functions.
   Raises ValueError where the task has none."""
-  weight, given = model_weight(settings), task.rewards
+  others, given = model_weight(settings), task.rewards
   if settings.run.steps_per_call and task.device_rewards is not None:
     given = task.device_rewards
-  found = split_rewards(given, weight)
+  found = split_rewards(given, others | environment_weight(task))
+  found = check_on_host(task, found)
   found = with_constraints(task, settings, found)
   if settings.run.steps_per_call and found.host:
     raise ValueError(
@@ -348,6 +368,6 @@ def prompt_set(
     columns=columns,
     name=name,
     num_prompts=settings.sampling.num_prompts,
-    chat=chat_of(settings),
+    chat=chat_of(settings)._replace(opened=task.environment is None),
     whole=model.is_encoder_decoder,
   )

@@ -31,10 +31,9 @@ from jaxrl_tok.report.evaluated import (
 )
 from jaxrl_tok.report.statistics import Difference, Estimate, bounds, crossing
 from jaxrl_tok.run.build import Own
-from jaxrl_tok.run.evaluations import evaluate_params
+from jaxrl_tok.run.evaluations import evaluate_params, make_draw
 from jaxrl_tok.run.prepare import EvalSetup, Setup, prepare, sampler_of
 from jaxrl_tok.run.task import Caller, Task
-from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.reference import make_reference_logp
 
 DRAWS = 1000  # bootstrap samples of metrics that are no means
@@ -198,7 +197,7 @@ def judge(
   with jax.set_mesh(setup.mesh):
     with setup.logger.doing(f'reading {name}'):
       params = setup.policy.merge_params(*setup.trainable.load(setup.mesh))
-    draw = jax.jit(make_sampler(setup.policy, e.sampler))
+    draw = make_draw(setup, e.sampler)
     reference = make_reference(setup, plan.reference)
     with setup.logger.doing(f'evaluating {name}'):
       found = evaluate_params(setup, e, params, draw, reference)

@@ -7,6 +7,7 @@
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
@@ -44,6 +45,7 @@ from jaxrl_tok.run.evaluations import (
   evaluation_shape,
   not_logged,
   read_reward_model,
+  sizes_of,
   warn_of_audit,
 )
 from jaxrl_tok.run.prepare import Setup
@@ -58,11 +60,13 @@ from jaxrl_tok.step.collectors import (
   single_turn,
 )
 from jaxrl_tok.step.device_steps import table_rows
+from jaxrl_tok.step.episodes import World
 from jaxrl_tok.step.programs import (
   Networks,
   Programs,
   compile_programs,
 )
+from jaxrl_tok.step.turns import turns
 from jaxrl_tok.train import (
   DeviceRewardError,
   LoopConfig,
@@ -107,14 +111,24 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
       setup.algorithm.greedy,
     )
   scorer = setup.scorer(setup.rewards, programs.device_score, training=True)
-  collector = single_turn(
-    programs.sample,
-    scorer,
-    setup.data,
-    run.seed,
-    sampling.num_prompts,
-    programs.greedy,
-  )
+  if setup.world is None:
+    collector = single_turn(
+      programs.sample,
+      scorer,
+      setup.data,
+      run.seed,
+      sampling.num_prompts,
+      programs.greedy,
+    )
+  else:
+    collector = turns(
+      programs.turn(setup.config.sampler),
+      setup.world,
+      scorer,
+      setup.data,
+      run.seed,
+      sizes_of(setup.config.num_prompts, setup.data, setup.config.sampler),
+    )
   records_at = functools.partial(examples_at, setup.data, run.seed)
   rounds = setup.algorithm.dynamic_sampling_rounds
   if rounds > 1:
@@ -361,6 +375,11 @@ def check_last(metrics: dict, step: int, skipped: int = 0) -> None:
     )
 
 
+def closing(world: World | None):
+  """Context that ends the environments of a run."""
+  return contextlib.nullcontext() if world is None else world.stepper
+
+
 def run(setup: Setup) -> Result | None:
   """Runs a prepared run; None with --print_config, which only prints."""
   began = time.monotonic()
@@ -370,7 +389,7 @@ def run(setup: Setup) -> Result | None:
     state = new_state(setup, *setup.trainable.structs())
     record.print_config(setup, state)
     return None
-  with jax.set_mesh(setup.mesh):
+  with jax.set_mesh(setup.mesh), closing(setup.world):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
     begins = setup.settings.run.resume  # 'never', 'auto' or a step

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import data, distribution, processes, rewards, sharding
+from jaxrl_tok.environments import Stepper
 from jaxrl_tok.evaluation import reads_reference
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
@@ -19,6 +20,7 @@ from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.checks import check_micro_batch
 from jaxrl_tok.run.inputs import (
   Rewards,
+  chat_of,
   check_chat_used,
   completion_length,
   constraint_functions,
@@ -34,12 +36,17 @@ from jaxrl_tok.run.inputs import (
 from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
+from jaxrl_tok.run.turns import max_length
 from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step.collectors import Scorer
+from jaxrl_tok.step.episodes import Limits, World
 from jaxrl_tok.step.programs import ProgramConfig
 
 EVAL_BATCH = 512  # held-out prompts at a time
-RESERVED = ('prompt', 'answer', 'completion', 'reward', 'tokens', 'advantage')
+RESERVED = (
+  *('prompt', 'answer', 'completion', 'reward', 'tokens', 'advantage'),
+  *('turns', 'ended_by', 'numbers'),
+)
 
 
 class EvalSetup(NamedTuple):
@@ -76,6 +83,7 @@ class Setup(NamedTuple):
   config: ProgramConfig
   logger: Logger
   pieces: Callable  # see data/pieces.py
+  world: World | None = None  # environments of the task
 
   def decode(self, ids: list[list[int]], skip_special_tokens=True) -> list:
     return data.decode_all(
@@ -176,14 +184,21 @@ def micro_batches(settings: Settings, mini_batches: int) -> int | None:
 
 
 def program_config(
-  settings: Settings, model, mini_batches: int, T: int
+  settings: Settings,
+  model,
+  mini_batches: int,
+  T: int,
+  turn_length: int | None = None,
 ) -> ProgramConfig:
-  """Choices that the run's programs are compiled for."""
+  """Choices that the run's programs are compiled for. turn_length: tokens of a
+  turn, where completions are episodes."""
   s = settings.sampling
   return ProgramConfig(
     num_prompts=s.num_prompts,
     samples_per_prompt=s.num_generations,
     max_completion_length=T,
+    turn_length=turn_length,
+    seats=settings.turns.seats,
     pad_token=model.pad_token,
     truncate=s.truncates,
     compact_levels=s.compact_levels,
@@ -235,6 +250,65 @@ def make_rule(settings: Settings, model):
       skip_special_tokens=not settings.run.keep_special_tokens,
     ),
   )
+
+
+def make_world(
+  task: Task, settings: Settings, model, T: int, *records
+) -> World | None:
+  """Makes the environments of a task, whose episodes have T tokens at most;
+  None without any. records: data sets that are played.
+
+  Raises ValueError for a model or a chat template that has no episodes.
+  """
+  if task.environment is None:
+    return None
+  if model.is_encoder_decoder:
+    raise ValueError(
+      f'episodes of several turns need one text that goes on, and '
+      f'{model.origin} is an encoder-decoder; pass a decoder'
+    )
+  f, chat = settings.turns, chat_of(settings)
+  for found in records:
+    data.check_history(model.tokenizer, chat, found[0], f.history)
+  on_error = settings.run.reward_on_error
+  return World(
+    Stepper(
+      task.environment,
+      f.turn_deadline,
+      f.environment_workers,
+      f.environment_processes,
+      'raise' if on_error == 'raise' else 'end',
+    ),
+    data.make_talk(
+      model.tokenizer,
+      model.end_tokens,
+      model.vocab_size,
+      chat,
+      settings.run.keep_special_tokens,
+    ),
+    Limits(
+      *(f.max_turns, T, f.cut_turns, settings.model.length_buckets, f.seats)
+    ),
+    on_error,
+  )
+
+
+def check_played(world: World | None, algorithm, mesh) -> None:
+  """Refuses what episodes of several turns cannot go with."""
+  if world is None:
+    return
+  if algorithm.greedy:
+    raise ValueError(
+      f'{algorithm.name} compares with greedy completions, and episodes of '
+      'several turns have none; choose another algorithm'
+    )
+  everyone = list(range(processes.count()))
+  if processes.each_row_once(mesh, sharding.row_shards(mesh)) != everyone:
+    raise ValueError(
+      'some processes share rows, as the tensor axis of --mesh spans them, and '
+      'each would play their episodes; pass a --mesh whose tensor axis lies '
+      'within a process'
+    )
 
 
 def check_evaluation(e: Evaluation, taken, steps_per_call: int) -> None:
@@ -381,7 +455,12 @@ def prepare(
   chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
+  turn_length, world = None, None
+  if task.environment is not None:
+    turn_length, T = T, max_length(settings, T)
+    world = make_world(task, settings, model, T, split.train, split.held_out)
   algorithm = build.make_algorithm(settings, own, T, found.constraints)
+  check_played(world, algorithm, mesh)
   parts = algorithm.passes.mini_batches
   check_devices(settings, mesh, parts)
   check_warm_start(task, settings, model, mesh)
@@ -390,7 +469,7 @@ def prepare(
   )
   trainable = models.make_trainable(settings, model)
   policy, critic, dtype = make_networks(settings, model, trainable, algorithm)
-  config = program_config(settings, model, parts, T)
+  config = program_config(settings, model, parts, T, turn_length)
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
   )
@@ -429,4 +508,5 @@ def prepare(
     config,
     logger,
     make_pieces(settings, model, found, *(e.rewards for e in evaluations)),
+    world,
   )

@@ -1,5 +1,6 @@
 """Result of a run: its numbers, its samples, and the policy, ready to use."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from jaxrl_tok.data.chat import content_text
 from jaxrl_tok.report import mirror
 from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
-from jaxrl_tok.run.evaluations import evaluate_params
+from jaxrl_tok.run.evaluations import evaluate_params, make_draw
 from jaxrl_tok.run.inputs import chat_of, renames
-from jaxrl_tok.run.prepare import Setup, make_evaluations
+from jaxrl_tok.run.prepare import Setup, make_evaluations, make_world
 from jaxrl_tok.run.task import Task
+from jaxrl_tok.run.turns import max_length
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.reference import make_reference_logp
 
@@ -126,11 +128,20 @@ class Result:
     evaluations = make_evaluations(
       task, s.settings, s.model, held_out, s.config, s.mesh
     )
-    with jax.set_mesh(s.mesh):
+    T = max_length(s.settings, s.config.sampler.max_completion_length)
+    world = make_world(
+      task, s.settings, s.model, T, evaluations[0].data.records
+    )
+    setup = s._replace(world=world)
+    with jax.set_mesh(s.mesh), contextlib.ExitStack() as opened:
+      if world is not None:
+        opened.enter_context(world.stepper)
       for e in evaluations:
         draw = self._sampler(e.sampler)
+        if world is not None:
+          draw = make_draw(setup, e.sampler)
         found |= evaluate_params(
-          s, e, self.params, draw, self._reference_logp
+          setup, e, self.params, draw, self._reference_logp
         ).metrics
     return found
 

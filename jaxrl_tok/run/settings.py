@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
+from jaxrl_tok.credit.names import DISCOUNTS
 from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 
 
@@ -137,7 +138,7 @@ class ModelSettings:
   length_buckets: int = 2
   """Completion lengths that the update is compiled for, each half the one
   before, down to 32 tokens; a step takes the shortest that holds its
-  completions."""
+  completions. So it is with the transcripts that turns are sampled after."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,38 @@ class SamplingSettings:
   @property
   def truncates(self) -> bool:
     return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSettings:
+  """Episodes of several turns, of a task with an environment;
+  --max_completion_length is that of a turn."""
+
+  max_turns: int = 8
+  """Turns of an episode at most."""
+  max_episode_length: int | None = None
+  """Tokens of an episode at most, observations included and its prompt not (the
+  T of an update); default: twice --max_turns times --max_completion_length."""
+  cut_turns: Literal['act', 'end'] = 'act'
+  """Turns without an end token within --max_completion_length: the environment
+  gets their text (act), or the episode is over (end)."""
+  discount: Literal[DISCOUNTS] = 'token'
+  """Unit that --gamma and --gae_lambda count: tokens, or turns."""
+  seats: Literal[1, 2] = 1
+  """Seats of the environment, all played by the policy (self-play); each is
+  credited with its own rewards."""
+  history: Literal['template', 'sampled'] = 'template'
+  """Earlier turns in a later one's prompt, where prompts are messages: as the
+  chat template writes them, refused where it rewrites them, or always as they
+  were sampled."""
+  turn_deadline: float = 30.0
+  """Seconds in which an environment must answer; a late one ends its
+  episode."""
+  environment_workers: int = 8
+  """Environments that answer side by side."""
+  environment_processes: bool = False
+  """Run each environment in a process of its own, which can be ended where it
+  is late; a thread cannot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +326,7 @@ class Settings:
   data: DataSettings = DataSettings()
   model: ModelSettings = ModelSettings()
   sampling: SamplingSettings = SamplingSettings()
+  turns: TurnSettings = TurnSettings()
   algorithm: AlgorithmSettings = AlgorithmSettings()  # noqa: RUF009  frozen
   optimizer: OptimizerSettings = OptimizerSettings()
   size: SizeSettings = SizeSettings()

@@ -58,8 +58,8 @@ class Task:
   rewards: Any = None
   """A reward function, several, or {function: weight}; those marked
   @on_device are JAX functions of a rollout. A weight is a number, or a function
-  of a TrainerState (rewards.ramp). Beside a --reward_model there may be
-  none."""
+  of a TrainerState (rewards.ramp). Beside a --reward_model or an environment
+  there may be none."""
   held_out: Any = 512
   """Records as above, or how many of the training ones to hold out."""
   eval_rewards: Any = None
@@ -86,3 +86,7 @@ class Task:
   """Functions whose means are limited, never part of the reward: a function
   (its limit is --constraint 'NAME<=LIMIT'), several, {function: '<=0.01'} or
   {name: (function, '>=20')}. They are written as rewards are."""
+  environment: Callable | None = None
+  """Function that makes an environment, for one episode of several turns
+  (environments/protocol.py): its class, or environments.maze(). Its reward is
+  one of the rewards, of weight 1; `rewards` judge the whole episode."""

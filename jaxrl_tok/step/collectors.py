@@ -2,6 +2,7 @@
 transformations do.
 
   single_turn(...)             G completions of each of the next prompts
+  turns.turns(...)             G episodes in an environment, of each of them
   dynamic(collector, rounds)   until every group's rewards differ (DAPO)
   off_policy.replayed(...)     with groups of earlier steps beside the new ones
   off_policy.ahead(...)        sampled while the step before is scored

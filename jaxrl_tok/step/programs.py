@@ -21,6 +21,11 @@ from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
 from jaxrl_tok.step import memory
 from jaxrl_tok.step.compile import QUICKLY, Job, compile_all
 from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
+from jaxrl_tok.step.episodes import (
+  make_turn,
+  row_counts,
+  transcript_lengths,
+)
 from jaxrl_tok.step.mismatch import make_mismatch
 from jaxrl_tok.step.reference import make_reference_kl, make_reference_logp
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
@@ -44,6 +49,8 @@ class ProgramConfig:
   num_prompts: int = 32  # C
   samples_per_prompt: int = 16  # G
   max_completion_length: int = 32  # T
+  turn_length: int | None = None  # tokens of a turn; None: there are no turns
+  seats: int = 1  # that the policy plays
   pad_token: int = 0
   truncate: bool = False
   compact_levels: int = 0
@@ -59,7 +66,7 @@ class ProgramConfig:
   def sampler(self) -> SamplerConfig:
     return SamplerConfig(
       self.samples_per_prompt,
-      self.max_completion_length,
+      self.turn_length or self.max_completion_length,
       self.pad_token,
       truncate=self.truncate,
       compact_levels=self.compact_levels,
@@ -111,6 +118,9 @@ class Programs(NamedTuple):
   reference_kl: Callable | None  # (state, Rollout) -> nats a token
   # (state, an evaluation's Rollout) -> float32 [B, T]; None: of no evaluation
   reference_logp: Callable | None
+  # sampler -> (state, key, rows, number of the turn, Prompts) -> Rollout; None:
+  # there are no turns
+  turn: Callable | None = None
 
 
 def completion_lengths(T: int, count: int) -> list[int]:
@@ -197,6 +207,56 @@ class _Run(NamedTuple):
     )
     job = Job([jax.jit(sample, out_shardings=self.shapes.rows)], args)
     return job, rollout
+
+  def rollout(self, count: int, length: int, sampler: SamplerConfig):
+    """Structs of the Rollout that an update or a measure of it is given."""
+    if self.config.turn_length is None:
+      return self.sampled(count, length, sampler)[1]
+    B = count * sampler.samples_per_prompt
+    array, size = self.shapes.array, (B, self.config.max_completion_length)
+    return Rollout(
+      self.shapes.prompts(count, length),
+      array(*size),
+      array(*size, dtype=bool),
+      array(*size, dtype=np.float32),
+      array(*size) if counts(sampler) else None,
+      array(B, dtype=bool),
+      array(B),
+      turn=array(*size),
+      seat=array(*size) if self.config.seats > 1 else None,
+    )
+
+
+def counts(sampler: SamplerConfig) -> bool:
+  """Tells whether a sampler records num_kept."""
+  return sampler.truncate or sampler.greedy
+
+
+def one_each(sampler: SamplerConfig) -> SamplerConfig:
+  """Sampler of a turn: a completion of each transcript."""
+  return dataclasses.replace(sampler, samples_per_prompt=1)
+
+
+def turn_jobs(
+  run: _Run, rows: int, prompt_length: int, sampler: SamplerConfig
+) -> dict:
+  """Jobs {name: Job} of the turns of so many rows; see episodes.py."""
+  config, shapes, sampler = run.config, run.shapes, one_each(sampler)
+  turn = jax.jit(
+    make_turn(make_sampling(run.networks.policy, sampler)),
+    out_shardings=shapes.rows,
+  )
+  jobs, scalar = {}, shapes.array(sharding=shapes.whole)
+  for R in row_counts(rows, row_shards(shapes.rows.mesh)):
+    for P in transcript_lengths(
+      prompt_length, config.max_completion_length, config.length_buckets
+    ):
+      args = (
+        *(run.state.policy_params, run.state.key, shapes.array(R), scalar),
+        *(shapes.prompts(R, P), run.networks.rule),
+      )
+      jobs['turn', sampler, R, P] = Job([turn], args)
+  return jobs
 
 
 def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
@@ -299,7 +359,7 @@ def update_jobs(run: _Run, P: int) -> dict:
   """Jobs {name: Job} of updates by batches whose prompts are of length P."""
   n, config, shapes, jobs = run.networks, run.config, run.shapes, {}
   C = config.num_prompts + config.replay_groups
-  _, rollout = run.sampled(C, P, config.sampler)
+  rollout = run.rollout(C, P, config.sampler)
   jobs |= reference_kl_job(run, rollout)
   scored = shapes.scored(rollout, list(n.weights), n.algorithm.greedy, C)
   # the state comes out placed as it went in: no compilation at step 2
@@ -371,9 +431,13 @@ def compile_programs(
   columns = {k: shapes.like(v, C) for k, v in columns.items()}
   run, jobs = _Run(networks, config, state, shapes, columns), {}
   for name, e in evaluations.items():
-    jobs['evaluation', name], rollout = run.sampled(
-      e.num_prompts, e.prompt_length, e.sampler
-    )
+    size = e.num_prompts, e.prompt_length, e.sampler
+    rollout = run.rollout(*size)
+    if config.turn_length is None:
+      jobs['evaluation', name], _ = run.sampled(*size)
+    else:
+      rows = e.num_prompts * e.sampler.samples_per_prompt
+      jobs |= turn_jobs(run, rows, e.prompt_length, e.sampler)
     jobs |= mismatch_job(run, rollout)
     if e.reference:
       jobs |= reference_logp_job(run, rollout)
@@ -389,7 +453,10 @@ def compile_programs(
     _, rollout = run.sampled(C, table.tokens.shape[1], config.sampler)
     jobs |= reference_kl_job(run, rollout)
   else:
-    for P in data.buckets:
+    if config.turn_length is not None:
+      rows = C * config.samples_per_prompt
+      jobs |= turn_jobs(run, rows, data.buckets[-1], config.sampler)
+    for P in data.buckets if config.turn_length is None else ():
       jobs |= sampling_jobs(run, P)
     # a replay buffer holds prompts of one length
     for P in data.buckets[-1:] if config.replay_groups else data.buckets:
@@ -422,6 +489,17 @@ def bind(
     return lambda state, key, prompts: compiled(
       state.policy_params, key, prompts, n.rule, state.step
     )
+
+  turns = by_name('turn')
+
+  def turn(sampler: SamplerConfig) -> Callable:
+    sampler = one_each(sampler)
+
+    def run(state: TrainState, key, rows, number, prompts: Prompts) -> Rollout:
+      compiled = turns[(sampler, *prompts.tokens.shape)]
+      return compiled(state.policy_params, key, rows, number, prompts, n.rule)
+
+    return run
 
   scores = by_name('device_score')
 
@@ -468,6 +546,7 @@ def bind(
     mismatch,
     reference_kl if measures else None,
     reference_logp if logps else None,
+    turn if turns else None,
   )
 
 

@@ -285,6 +285,8 @@ def shortened(update: Callable, length: int) -> Callable:
       mask=cut(rollout.mask),
       logp=cut(rollout.logp),
       num_kept=cut(rollout.num_kept),
+      turn=cut(rollout.turn),
+      seat=cut(rollout.seat),
     )
     rewards = {name: cut(x) for name, x in scored.rewards.items()}
     state, metrics, advantage = update(
