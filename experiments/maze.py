@@ -7,8 +7,8 @@ from jaxrl_tok import Task, environments, main
 from jaxrl_tok.data import word_tokenizer
 from jaxrl_tok.environments.games.maze import FREE, MOVES, describe
 
-# a token is a sentence, a move, or the end of a line
-SENTENCE = r'[^.\n]+\.? ?|[.\n]'
+# a token is a move, a sentence, or the end of a line
+SENTENCE = r'move (?:up|down|left|right)|[^.\n]+\.? ?|[.\n]'
 
 
 def make_tokenizer(observed: str):

@@ -11,6 +11,7 @@ import functools
 import random
 import sys
 import threading
+import warnings
 from typing import NamedTuple
 
 import gymnasium
@@ -383,27 +384,24 @@ def test_a_completion_is_an_episode_of_tokens():
 
 @pytest.mark.slow
 def test_stable_baselines_takes_our_tokens():
-  """check_env warns of nothing, and PPO's steps raise the reward."""
-  import warnings
-
+  """check_env warns of nothing, and PPO's steps change its policy."""
   checker = pytest.importorskip('stable_baselines3.common.env_checker')
+  import torch
   from stable_baselines3 import PPO
 
+  torch.set_num_threads(1)
   _, env = tokens_of(2)
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     checker.check_env(env)
-  model = PPO(
-    'MultiInputPolicy', env, n_steps=256, batch_size=64, seed=0, ent_coef=0.01
-  )
+  model = PPO('MultiInputPolicy', env, n_steps=64, batch_size=32, seed=0)
   before = [p.detach().clone() for p in model.policy.parameters()]
-  model.learn(1024)
-  assert model.num_timesteps == 1024
-  changed = [
-    not bool((p == q).all()) for p, q in zip(model.policy.parameters(), before)
-  ]
-  assert any(changed)
-  print('PPO of stable-baselines3: 1024 steps of tokens')
+  model.learn(128)
+  assert model.num_timesteps == 128
+  pairs = zip(model.policy.parameters(), before)
+  changed = sum(not bool((p == q).all()) for p, q in pairs)
+  assert changed
+  print(f'PPO of stable-baselines3: 128 tokens, {changed} arrays changed')
 
 
 @pytest.mark.slow
