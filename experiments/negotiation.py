@@ -4,9 +4,9 @@ r"""REINFORCE plays both seats of a negotiation against itself.
 
 The game is environments/games/negotiation.py: books, hats and balls, worth 10
 points to each seat; offers in turn, at most four turns. One policy takes both
-seats, and each is paid its own points (--seats 2). In the equilibrium seat 0
-gets 1.0 and seat 1 0.31 on average: the one who makes the last offer that can
-still be accepted has the power, and seat 1 could make it only in vain.
+seats, and each is paid its own points (--seats 2). The last offer that can
+still be accepted is seat 0's, so that in the equilibrium it gets 1.0, and seat
+1 what is worth nothing to seat 0: 0.31 on average.
 
 A tiny decoder of words starts from random weights; a turn is 5 tokens at most.
 """

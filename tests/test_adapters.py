@@ -203,7 +203,7 @@ def test_a_client_of_openenv():
   assert played.rewards == [0.0, 1.0]
   with Stepper(make) as stepper:
     stepper.reset([0], [{}])
-  assert Client.closed == 1
+  assert Client.closed == 2
   with pytest.raises(ValueError, match='a function that makes one') as e:
     environments.from_openenv('http://localhost', str)
   one_line(e)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrl_tok.environments.check import check_reset, check_step
-from jaxrl_tok.environments.protocol import Maker, name_of
+from jaxrl_tok.environments.protocol import Maker, close, name_of
 
 Player = Callable[[dict, list, list], str]
 
@@ -43,10 +43,14 @@ def play(
   max_turns: int = 1000,
 ) -> list[Played]:
   """Episodes of a player, one for each example, with seeds from `seed` on."""
-  return [
-    play_one(make(), player, example, seed + i, max_turns)
-    for i, example in enumerate(examples)
-  ]
+  found = []
+  for i, example in enumerate(examples):
+    environment = make()
+    try:
+      found.append(play_one(environment, player, example, seed + i, max_turns))
+    finally:
+      close(environment)
+  return found
 
 
 def play_one(
