@@ -7,6 +7,9 @@
   check.py     what an environment may return
   tools.py     functions that a policy calls; tool_calls.py: formats of calls
   toolbox.py   calculate, lookup
+  adapters.py  from_gymnasium(), from_textarena(), from_openenv(), from_trl(),
+               from_lmrl(), from_reasoning_gym()
+  token_env.py our episode of one completion as a gymnasium.Env
   play.py      scripted players, their scores and transcripts
 
 Games, of one file each in games/: a maker, its examples and a player.
@@ -24,6 +27,16 @@ Games, of one file each in games/: a maker, its examples and a player.
 Nothing here imports jax.
 """
 
+from jaxrl_tok.environments.adapters import (
+  from_gymnasium,
+  from_lmrl,
+  from_openenv,
+  from_reasoning_gym,
+  from_textarena,
+  from_trl,
+  reasoning_gym_examples,
+  trl_tools,
+)
 from jaxrl_tok.environments.games.calculator import (
   calculator,
   calculator_examples,
@@ -63,6 +76,7 @@ from jaxrl_tok.environments.stepping import (
   Stepper,
   Turn,
 )
+from jaxrl_tok.environments.token_env import token_env
 from jaxrl_tok.environments.tool_calls import Call, parse_calls
 from jaxrl_tok.environments.toolbox import calculate, lookup
 from jaxrl_tok.environments.tools import tool_schemas, tools, with_tools
@@ -83,6 +97,12 @@ __all__ = [
   'dialogue',
   'dialogue_examples',
   'dialogue_player',
+  'from_gymnasium',
+  'from_lmrl',
+  'from_openenv',
+  'from_reasoning_gym',
+  'from_textarena',
+  'from_trl',
   'guess_number',
   'guess_number_examples',
   'guess_number_player',
@@ -95,8 +115,11 @@ __all__ = [
   'negotiation_player',
   'parse_calls',
   'play',
+  'reasoning_gym_examples',
+  'token_env',
   'tool_schemas',
   'tools',
+  'trl_tools',
   'twenty_questions',
   'twenty_questions_examples',
   'twenty_questions_player',

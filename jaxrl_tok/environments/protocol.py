@@ -6,8 +6,8 @@ text.
 - The prompt is the example's, a record of the data; `reset` returns what is
   read after it, '' where the prompt tells everything. `step` returns what is
   read after the action.
-- An observation is text, or a list of messages where the prompt is one:
-  [{'role': 'user', 'content': ...}] or a tool's answer.
+- An observation is text; where the prompt is messages, the user says it, or it
+  is a list of messages, such as a tool's answer.
 - Equal seeds and examples give equal episodes for equal actions, also when
   others run beside them: draw from random.Random(seed), never from the random
   module itself. The rows of a prompt's group get one seed.
