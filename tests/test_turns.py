@@ -50,6 +50,7 @@ TALK = Talk(
   lambda example, first: ids_of(first),
   lambda example, first, observation, last: ids_of(observation),
   texts,
+  ids_of,
 )
 
 

@@ -181,7 +181,6 @@ def test_what_turns_cannot_go_with_is_one_line(settings, fact):
     ({'environment': None}, {'max_turns': 4}, '--max_turns has no effect'),
     ({'environment': None}, {'discount': 'turn'}, '--discount has no effect'),
     ({'environment': Guess()}, {}, 'the environment is a Guess'),
-    ({'answers': 'answer'}, {}, 'a supervised start'),
   ],
 )
 def test_tasks_that_cannot_be_are_one_line(changes, settings, fact):

@@ -211,3 +211,29 @@ def test_messages_of_tools_are_observations(tokenizer):
   said = [{'role': 'tool', 'content': '4'}]
   ids = talk.between({'prompt': [USER]}, '', said, tokenizer.eos_token_id)
   assert tokenizer.decode(ids) == '\n<tool>4<eos>\n<assistant>'
+
+
+@pytest.mark.parametrize('prompt', ['hi', [USER]], ids=['text', 'messages'])
+def test_a_demonstration_is_an_episode(tokenizer, prompt):
+  """Ids and mask of an episode in which a policy says the same."""
+  end, said = tokenizer.eos_token_id, ['a', 'b', 'c']
+  talk = make_talk(tokenizer, [end], 258)
+  chat = Chat(opened=False)
+  (ids,) = data.encode_prompts(tokenizer, [prompt], chat=chat)
+  turns = [talk.write(text) for text in ('go', 'stop')]
+  tokens, mask = play(talk, (prompt, ids), said, turns)
+  shown = [
+    {'observation': 'a'},
+    {'action': 'go', 'observation': 'b', 'reward': 0.0},
+    {'action': 'stop', 'observation': 'c'},
+  ]
+  found = data.demonstrate(talk, {'prompt': prompt}, shown)
+  assert found == (tokens.tolist(), mask.tolist())
+
+
+@pytest.mark.parametrize('turns', [None, [], [{'action': 'a'}], [{}, {}]])
+def test_what_is_no_demonstration_is_refused(tokenizer, turns):
+  talk = make_talk(tokenizer, [tokenizer.eos_token_id], 258)
+  with pytest.raises(ValueError, match='a demonstration is') as e:
+    data.demonstrate(talk, {'prompt': 'a'}, turns)
+  assert '\n' not in str(e.value)
