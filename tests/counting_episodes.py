@@ -1,5 +1,6 @@
 """Environment that a process imports: it counts, and sleeps where told to."""
 
+import os
 import random
 import time
 
@@ -15,6 +16,8 @@ class Count:
     return f'{example["start"]} {self.rng.random()}', {'seed': seed}
 
   def step(self, action):
+    if action == 'exit':  # its process is gone
+      os._exit(3)
     time.sleep(float(action))
     self.said.append(action)
     text = f'{len(self.said)} {self.rng.random()}'

@@ -561,3 +561,20 @@ def test_endless_records_that_are_all_held_out_are_named():
 def test_a_held_out_number_that_makes_no_sense_is_refused(held, says):
   with pytest.raises(ValueError, match=says):
     data.split([{'prompt': f'{i}'} for i in range(9)], held)
+
+
+def test_an_episode_tells_records_of_one_prompt_apart(tmp_path):
+  """In lists, functions and files: it is held out as part of the prompt is."""
+  rows = [{'prompt': 'Guess!', 'episode': f'e{i}'} for i in range(10)]
+  path = tmp_path / 'games.jsonl'
+  path.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
+
+  def endless(seed, index):
+    return rows[index % 10]
+
+  for source in (rows, str(path), endless):
+    found = data.split(source, 2)
+    held = {r['episode'] for r in found.held_out}
+    train = {found.train[i]['episode'] for i in range(8)}
+    assert len(held) == 2
+    assert not held & train

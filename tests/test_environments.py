@@ -246,6 +246,9 @@ def test_processes_answer_as_threads_do_and_can_be_killed():
     assert found[1][2].ended == 'deadline'
     again = play(stepper, starts(2), [['0'] * 3] * 2)  # one process is new
     assert again == own
+    stepper.reset(*starts(1))
+    with pytest.raises(EpisodeError, match='its process ended, exit code 3'):
+      stepper.step({0: 'exit'})
     processes = [e.process for e in stepper.idle]
   assert not any(p.is_alive() for p in processes if p)
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import POLICY, RULE, assert_close
 
+from experiments.studies.alive import alive
 from jaxrl_tok.credit import advantages, algorithms, sequence
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.types import Prompts
@@ -185,6 +186,16 @@ def test_the_bias_is_one_reward_for_each_further_turn(turns):
   np.testing.assert_allclose(
     credits['alive'] - credits['ours'], -R * further, atol=1e-5
   )
+
+
+def test_the_study_has_this_credit():
+  """experiments/studies/alive.py, written for a run."""
+  game = episodes(3)
+  reward = rewards_of(game, 'by prefix')
+  index = np.array([0, 5, 14, 7])
+  inputs = advantage_inputs(rollout_of(game, index[None]), reward[index])
+  want = of_rows_alive(game, reward, index[None])[0]
+  np.testing.assert_allclose(jax.jit(alive)(inputs, {}), want, atol=1e-5)
 
 
 # --- discounts

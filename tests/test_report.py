@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_tok.report import charts, figures, files, row_chart
+from jaxrl_tok.report import charts, figures, files, row_chart, tokens
 from jaxrl_tok.report import page as report
 
 HOSTILE = (
@@ -135,7 +135,7 @@ def test_hostile_text_is_shown_and_never_obeyed(tmp_path, evil):
       assert re.fullmatch(r'[a-z]+:(rgba\([\d,.]+\)|[\d.]+%)', value)
   seen = evil.encode(errors='replace').decode()
   assert page.text.count(seen) >= 8
-  assert '\u202e' not in str(report.visible(evil))
+  assert '\u202e' not in str(tokens.visible(evil))
 
 
 def test_the_page_has_a_policy_and_no_address_to_load(tmp_path):
@@ -302,7 +302,7 @@ def test_ticks_are_even_and_cover():
 
 def test_shading_grows_with_the_advantage_and_its_sign_is_the_hue():
   def parts(advantage):
-    css = report.shade(advantage, 2.0)
+    css = tokens.shade(advantage, 2.0)
     *hue, alpha = re.fullmatch(r'background:rgba\((.*)\)', css)[1].split(',')
     return hue, float(alpha)
 
@@ -311,12 +311,12 @@ def test_shading_grows_with_the_advantage_and_its_sign_is_the_hue():
     hues, alphas = zip(*(parts(sign * size) for size in sizes))
     assert all(hue == hues[0] for hue in hues)
     assert list(alphas) == sorted(set(alphas))
-    assert alphas[-1] == report.DARKEST
+    assert alphas[-1] == tokens.DARKEST
   assert parts(1)[0] != parts(-1)[0]
   assert parts(1)[1] == parts(-1)[1]
-  assert parts(5)[1] == report.DARKEST
+  assert parts(5)[1] == tokens.DARKEST
   for nothing in (0, None, math.nan, '1;color:red'):
-    assert report.shade(nothing, 2.0) == ''
+    assert tokens.shade(nothing, 2.0) == ''
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_shading_grows_with_the_advantage_and_its_sign_is_the_hue():
   ],
 )
 def test_no_token_is_invisible(token, shown):
-  assert Page(str(report.visible(token))).text == shown
+  assert Page(str(tokens.visible(token))).text == shown
 
 
 def test_a_token_says_its_numbers(tmp_path):

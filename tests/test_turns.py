@@ -3,6 +3,7 @@
 An action is the text of its ids, '3 4'; an observation is ids as text, too.
 """
 
+import functools
 import random
 import time
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_collectors
 from conftest import (
   END,
   OTHER_END,
@@ -24,9 +26,10 @@ from jaxrl_tok.data.turns import Talk
 from jaxrl_tok.environments import EpisodeError, Stepper
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step import episodes
-from jaxrl_tok.step.collectors import Scorer, score
+from jaxrl_tok.step.collectors import Scorer, dynamic, examples_at, score
 from jaxrl_tok.step.episodes import Limits, Sizes, World
-from jaxrl_tok.step.turns import episode_metrics, with_rewards
+from jaxrl_tok.step.off_policy import replayed
+from jaxrl_tok.step.turns import episode_metrics, turns, with_rewards
 from jaxrl_tok.step.update import shortened
 
 C, G, T = 4, 4, 24
@@ -47,6 +50,7 @@ TALK = Talk(
   lambda example, first: ids_of(first),
   lambda example, first, observation, last: ids_of(observation),
   texts,
+  ids_of,
 )
 
 
@@ -220,6 +224,44 @@ def test_limits_end_an_episode(limits, ended, why, turns, tokens):
     assert sum(episode.reward) == turns - cut
 
 
+class Pair(Echo):
+  """Two seats take turns; at the end each gets another reward."""
+
+  def reset(self, seed, example):
+    self.count = 0
+    return '3', {'seat': 0}
+
+  def step(self, action):
+    seat, self.count = self.count % 2, self.count + 1
+    over = self.count == 3
+    rewards = {0: 1.0, 1: -1.0} if over else {seat: 0.1}
+    info = {'seat': 1 - seat, 'rewards': rewards}
+    return '3', rewards[seat], over, False, info
+
+
+def test_rewards_by_seat_stand_on_the_last_turn_of_each():
+  found = simple(Pair, [4, 5], [6, 7], [8, 1], limits=Limits(5, 30, seats=2))
+  for row, episode in enumerate(found.episodes):
+    assert episode.tokens == [3, 4, 5, 3, 6, 7, 3, 8, 1]
+    paid = {t: r for t, r in enumerate(episode.reward) if r}
+    assert paid == pytest.approx({2: 0.1, 5: 0.1 - 1, 8: 1.0})
+    seat = found.rollout.seat[row, : len(episode.tokens)]
+    chosen = np.asarray(seat)[episode.mask].tolist()
+    assert chosen == [0, 0, 1, 1, 0, 0]
+    assert episode.numbers['reward/seat_1'] == pytest.approx(-0.9)
+    assert [t['seat'] for t in episode.story[1:]] == [0, 1, 0]
+
+
+def test_a_game_of_two_seats_asks_for_two():
+  class Other(Pair):
+    def reset(self, seed, example):
+      super().reset(seed, example)
+      return '3', {'seat': 1}
+
+  with pytest.raises(ValueError, match='--seats 1'):
+    simple(Other, [4, 5])
+
+
 class Hangs(Echo):
   """Game of seed 1 hangs in its second turn."""
 
@@ -318,3 +360,70 @@ def test_an_update_of_some_columns_takes_the_turns_along(played):
   _, _, advantage = shortened(update, 12)(None, scored, None)
   assert advantage.shape == rollout.mask.shape
   assert seen[0].turn.shape == seen[0].mask.shape == (C * G, 12)
+
+
+# --- the collector and its wrappers
+
+
+class Lucky(Echo):
+  """Pays by the row's first id and its seed; half of the games pay nothing."""
+
+  def step(self, action):
+    paid = float(ids_of(action)[0]) if self.seed % 2 else 1.0
+    return '3', paid, False, False, {}
+
+
+def by_row(state, key, rows, number, prompts):
+  """Turns [row + 1, 8]."""
+  tokens = np.stack([np.asarray(rows) + 1, np.full(len(rows), 8)], 1)
+  on = np.ones(tokens.shape, bool)
+  found = make_rollout(None, tokens, on, -1.0 * tokens)
+  return found._replace(ended=np.ones(len(rows), bool))
+
+
+def collector_of():
+  world = world_of(Lucky, Limits(max_turns=2, max_length=9))
+  host = rewards.make_scorer({}, texts, sorted(ENDS))
+  scorer = Scorer(host, None, {'environment': 1.0}, rewards.TrainerState)
+  sizes = Sizes(test_collectors.C, 3, 4, False)
+  prompts = test_collectors.prompts_of(test_collectors.HALF)
+  return turns(by_row, world, scorer, prompts, 0, sizes)
+
+
+def with_replay(collector):
+  examples = functools.partial(
+    examples_at, test_collectors.prompts_of(test_collectors.HALF), 0
+  )
+  return replayed(collector, 8, 2, examples, 4)
+
+
+@pytest.mark.parametrize('wrap', [lambda c: c, lambda c: dynamic(c, 3)])
+def test_stories_go_with_their_rows(wrap):
+  (step, *_) = test_collectors.collect(wrap(collector_of()))
+  paid = step.batch.scored.reward.sum(1)
+  told = [
+    sum(t.get('reward', 0) for t in story)
+    for story in step.batch.extra['turns']
+  ]
+  np.testing.assert_allclose(paid, told)
+  assert step.batch.metrics['turns'] == 2
+  tokens, mask = (
+    np.asarray(getattr(step.batch.scored.rollout, k))
+    for k in ('tokens', 'mask')
+  )
+  assert (tokens[:, 2] == 3).all()
+  assert mask[0].tolist() == [True, True, False, True, True, *[False] * 4]
+
+
+def test_games_without_variance_are_drawn_anew():
+  (step, *_) = test_collectors.collect(dynamic(collector_of(), 8))
+  rows = np.asarray(step.batch.scored.reward.sum(1)).reshape(-1, 3)
+  assert (rows.max(1) > rows.min(1)).all()
+
+
+def test_episodes_are_replayed_and_resumed(tmp_path):
+  whole = test_collectors.collect(with_replay(collector_of()), 4)
+  cursor = test_collectors.saved_and_restored(whole[1].cursor, tmp_path)
+  rest = test_collectors.collect(with_replay(collector_of()), 2, 2, cursor)
+  test_collectors.assert_same_batches(rest, whole[2:])
+  assert whole[-1].batch.scored.rollout.turn.shape == (18, 9)

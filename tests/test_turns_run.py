@@ -21,6 +21,7 @@ SMALL = {
   'num_generations': 2,
   'max_completion_length': 2,
   'max_turns': 3,
+  'max_episode_length': 16,
   'length_buckets': 1,
   'report_to': 'none',
   'eval_every': 2,
@@ -97,7 +98,6 @@ def test_samples_hold_the_episodes(ran):
     paid = sum(turn['reward'] for turn in turns)
     even = row['components']['even']
     assert row['reward'] == pytest.approx(paid + even, abs=1e-5)
-    assert ''.join(turn['action'] for turn in turns) == row['completion']
     assert row['ended_by'] in ('terminated', 'max_turns')
   credit = [row for row in ran.samples if row['split'] == 'train']
   for row in credit:
@@ -141,7 +141,7 @@ def test_four_devices_play_the_same_episodes(ran, tmp_path):
   found = run(tmp_path / 'run', 4, mesh='data=2,fsdp=2', max_steps=2)
   for a, b in zip(phase(found, 'train'), phase(ran, 'train')[:2], strict=True):
     assert a['turns'] == b['turns']
-    for name in ('reward', 'entropy', 'grad_norm', 'return_mean'):
+    for name in ('reward', 'entropy', 'grad_norm', 'advantage_std'):
       assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
@@ -181,7 +181,6 @@ def test_what_turns_cannot_go_with_is_one_line(settings, fact):
     ({'environment': None}, {'max_turns': 4}, '--max_turns has no effect'),
     ({'environment': None}, {'discount': 'turn'}, '--discount has no effect'),
     ({'environment': Guess()}, {}, 'the environment is a Guess'),
-    ({'answers': 'answer'}, {}, 'a supervised start'),
   ],
 )
 def test_tasks_that_cannot_be_are_one_line(changes, settings, fact):

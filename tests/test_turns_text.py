@@ -97,7 +97,7 @@ pieces = st.text('lowernwidst ', min_size=1, max_size=6)
 def test_what_was_sampled_is_never_tokenised_again(merging, actions, said):
   """Any ids may be sampled, also those that the tokenizer would merge."""
   end = merging.eos_token_id
-  talk = make_talk(merging, [end])
+  talk = make_talk(merging, [end], 300)
   said = said[: len(actions) + 1]
   ids = data.text_ids(merging, 'new')
   tokens, mask = play(talk, ('new', ids), said, actions)
@@ -140,7 +140,7 @@ def conversation(first, said, actions):
 def test_a_chat_is_what_its_template_writes(tokenizer, first, ends):
   """Also where a turn was cut: its end is then no choice of the policy's."""
   end, actions = tokenizer.eos_token_id, ['go', '', ' so ']
-  talk = make_talk(tokenizer, [end])
+  talk = make_talk(tokenizer, [end], 258)
   (ids,) = data.encode_prompts(tokenizer, [[USER]], chat=Chat(opened=False))
   turns = [data.text_ids(tokenizer, a or 'x') + [end] * ends for a in actions]
   tokens, mask = play(talk, ([USER], ids), [first, 'b', 'c', 'd'], turns)
@@ -182,7 +182,7 @@ def test_turns_stay_as_they_were_sampled(tokenizer):
   """With --history sampled, the text between is that of the last turn."""
   tokenizer.chat_template = FORGETS
   end = tokenizer.eos_token_id
-  talk: Talk = make_talk(tokenizer, [end])
+  talk: Talk = make_talk(tokenizer, [end], 258)
   ids = talk.between({'prompt': [USER]}, '', 'b', end)
   assert tokenizer.decode(ids) == '\n<user>b<eos>\n<assistant>'
 
@@ -200,14 +200,40 @@ def test_an_observation_that_does_not_fit(tokenizer, prompt, observation, fact):
     "{%- for m in messages %}{% if m.role == 'nobody' %}"
     "{{ raise_exception('who') }}{% endif %}",
   )
-  talk = make_talk(tokenizer, [tokenizer.eos_token_id])
+  talk = make_talk(tokenizer, [tokenizer.eos_token_id], 258)
   with pytest.raises(ValueError, match=fact) as e:
     talk.between({'prompt': prompt}, '', observation, 0)
   assert '\n' not in str(e.value)
 
 
 def test_messages_of_tools_are_observations(tokenizer):
-  talk = make_talk(tokenizer, [tokenizer.eos_token_id])
+  talk = make_talk(tokenizer, [tokenizer.eos_token_id], 258)
   said = [{'role': 'tool', 'content': '4'}]
   ids = talk.between({'prompt': [USER]}, '', said, tokenizer.eos_token_id)
   assert tokenizer.decode(ids) == '\n<tool>4<eos>\n<assistant>'
+
+
+@pytest.mark.parametrize('prompt', ['hi', [USER]], ids=['text', 'messages'])
+def test_a_demonstration_is_an_episode(tokenizer, prompt):
+  """Ids and mask of an episode in which a policy says the same."""
+  end, said = tokenizer.eos_token_id, ['a', 'b', 'c']
+  talk = make_talk(tokenizer, [end], 258)
+  chat = Chat(opened=False)
+  (ids,) = data.encode_prompts(tokenizer, [prompt], chat=chat)
+  turns = [talk.write(text) for text in ('go', 'stop')]
+  tokens, mask = play(talk, (prompt, ids), said, turns)
+  shown = [
+    {'observation': 'a'},
+    {'action': 'go', 'observation': 'b', 'reward': 0.0},
+    {'action': 'stop', 'observation': 'c'},
+  ]
+  found = data.demonstrate(talk, {'prompt': prompt}, shown)
+  assert found == (tokens.tolist(), mask.tolist())
+
+
+@pytest.mark.parametrize('turns', [None, [], [{'action': 'a'}], [{}, {}]])
+def test_what_is_no_demonstration_is_refused(tokenizer, turns):
+  talk = make_talk(tokenizer, [tokenizer.eos_token_id], 258)
+  with pytest.raises(ValueError, match='a demonstration is') as e:
+    data.demonstrate(talk, {'prompt': 'a'}, turns)
+  assert '\n' not in str(e.value)

@@ -277,15 +277,15 @@ def returns(
     B, T = mask.shape
     C = scored.rollout.prompts.length.shape[0]
     ticks = jax.vmap(sequence.to_clock)(mask, mask)
-    turn, gammas = clock_turns(inputs), gamma
+    turn = clock_turns(inputs)
+    gamma_BxT = jnp.full((B, T), gamma)
     if discount == 'turn' and turn is not None:
-      gammas = jax.vmap(sequence.by_turn, (None, 0, 0))(gamma, turn, ticks)
+      gamma_BxT = jax.vmap(sequence.by_turn, (None, 0, 0))(gamma, turn, ticks)
 
     def held(reward_BxT):
       """Returns by the clock, the last held: [C, G, T]."""
       reward = jax.vmap(sequence.to_clock)(masked.fill(reward_BxT, mask), mask)
-      axes = 0, 0, None if gammas is gamma else 0
-      togo = jax.vmap(sequence.reward_to_go, axes)(reward, ticks, gammas)
+      togo = jax.vmap(sequence.reward_to_go)(reward, ticks, gamma_BxT)
       return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
     greedy = None
@@ -294,17 +294,10 @@ def returns(
       greedy = togo(*scored.greedy, gamma)
 
     def base(returns_CxGxT, valid_CxG):
-      if turn is not None:
-        flat = returns_CxGxT.reshape(B, T)
-        flat = jax.vmap(sequence.turn_starts)(flat, turn)
-        returns_CxGxT = flat.reshape(C, B // C, T)
-      given = returns_CxGxT, valid_CxG, carries, greedy
-      b = baseline.apply(*given)
+      seen = at_turns(returns_CxGxT, turn)
+      b = baseline.apply(seen, valid_CxG, carries, greedy)
       check_array(f'baseline {baseline.name}', b, None, C=None, G=None, T=None)
-      if turn is None:
-        return b
-      at = jnp.maximum(turn, 0).reshape(C, B // C, T)
-      return jnp.take_along_axis(jnp.broadcast_to(b, at.shape), at, axis=2)
+      return at_tokens(b, turn, returns_CxGxT.shape)
 
     def normalise(reward_BxT, applies_B):
       applies_CxG = applies_B.reshape(C, B // C)
@@ -333,6 +326,24 @@ def returns(
     return Advantage(found_BxT, metrics=metrics)
 
   return advantage
+
+
+def at_turns(returns_CxGxT: jax.Array, turn: jax.Array | None) -> jax.Array:
+  """Returns by the number of their turn, 0 after the last one; by the clock
+  where there are no turns."""
+  if turn is None:
+    return returns_CxGxT
+  flat = returns_CxGxT.reshape(turn.shape)
+  found = jax.vmap(sequence.turn_starts)(flat, turn)
+  return found.reshape(returns_CxGxT.shape)
+
+
+def at_tokens(b: jax.Array, turn: jax.Array | None, shape: tuple) -> jax.Array:
+  """Baseline b of rank 3, by the number of a turn, by the clock."""
+  if turn is None:
+    return b
+  at = jnp.maximum(turn, 0).reshape(shape)
+  return jnp.take_along_axis(jnp.broadcast_to(b, shape), at, axis=2)
 
 
 def clock_turns(inputs: AdvantageInputs) -> jax.Array | None:

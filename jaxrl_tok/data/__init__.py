@@ -45,7 +45,7 @@ from jaxrl_tok.data.tokenizers import (
   text_ids,
   word_tokenizer,
 )
-from jaxrl_tok.data.turns import check_history, make_talk
+from jaxrl_tok.data.turns import check_history, demonstrate, make_talk
 
 __all__ = [
   'LONG_PROMPTS',
@@ -63,6 +63,7 @@ __all__ = [
   'choose_buckets',
   'data_fingerprint',
   'decode_all',
+  'demonstrate',
   'encode_prompts',
   'end_at_stop',
   'make_pieces',

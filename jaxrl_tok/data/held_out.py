@@ -17,7 +17,7 @@ from jaxrl_tok.data.order import (
   RANGE,
   redrawn_index,
 )
-from jaxrl_tok.data.records import Records, hash_prompt, select, text_bytes
+from jaxrl_tok.data.records import Records, hash_record, select, text_bytes
 from jaxrl_tok.data.sources import open_records
 
 
@@ -53,7 +53,7 @@ def without(train: Records, held_out: Records) -> Records:
     rows = train.read(numbers)
     for place, number in enumerate(numbers):
       attempt = 0
-      while hash_prompt(rows[place]['prompt'], '') in hashes:
+      while hash_record(rows[place]) in hashes:
         attempt += 1
         if attempt > ATTEMPTS:
           raise ValueError(
@@ -92,7 +92,7 @@ def generated_prompts(records: Records, count: int) -> Records:
   while drawn < draws:
     number = HELD_OUT_START + drawn % RANGE
     (record,) = records.read([number])
-    found.setdefault(hash_prompt(record['prompt'], ''), (number, record))
+    found.setdefault(hash_record(record), (number, record))
     drawn += 1
     if drawn == draws and len(found) < seldom:
       draws, seldom = 20 * count + 100, 0

@@ -2,7 +2,10 @@
 
   {'prompt': text or messages, ...columns that the rewards read}
 
-A column `tools` beside messages is given to the chat template, too.
+A column `tools` beside messages is given to the chat template, too. A column
+`episode` tells records of one prompt apart, as a game's with a hidden start: it
+is held out or trained on as if it were part of the prompt (in lists, functions
+and jsonl files).
 
 1. `check_record` refuses, by name, a record that cannot be used.
 2. `Records` holds a source: how to read record i, and a hash of each prompt.
@@ -11,6 +14,7 @@ A column `tools` beside messages is given to the chat template, too.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,7 @@ from jaxrl_tok.rewards.functions import ARGUMENTS
 
 RESERVED = frozenset(ARGUMENTS)  # names that no column may have
 MESSAGES = -1  # in Records.num_bytes
+EPISODE = 'episode'  # column that tells records of one prompt apart
 CHUNK = 4096  # records read at a time
 
 
@@ -140,8 +145,10 @@ def rename(record: dict, columns: dict[str, str]) -> dict:
   return {columns.get(name, name): value for name, value in record.items()}
 
 
-def key_of(prompt) -> bytes:
-  """UTF-8 of a prompt; equal for equal prompts."""
+def key_of(prompt, episode=None) -> bytes:
+  """UTF-8 of a prompt and its episode, if any; equal for equal ones."""
+  if episode is not None:
+    prompt = [prompt, episode]
   if not isinstance(prompt, str):
     prompt = json.dumps(prompt, ensure_ascii=False, sort_keys=True, default=str)
   return prompt.encode('utf-8')
@@ -153,11 +160,16 @@ def hash_bytes(key: bytes) -> int:
   return int.from_bytes(digest, 'little')
 
 
-def hash_prompt(prompt, where: str) -> int:
+def hash_prompt(prompt, where: str, episode=None) -> int:
   try:
-    return hash_bytes(key_of(prompt))
+    return hash_bytes(key_of(prompt, episode))
   except UnicodeEncodeError as e:
     raise surrogate_error(e, where) from None
+
+
+def hash_record(record: dict, where: str = '') -> int:
+  """Hash of a record's prompt and episode: equal ones are one record."""
+  return hash_prompt(record['prompt'], where, record.get(EPISODE))
 
 
 def text_bytes(prompt) -> int:
@@ -178,7 +190,7 @@ def data_fingerprint(records: Records) -> str:
   hashes = records.hashes
   if hashes is None:
     some = records.read(range(16))
-    hashes = np.array([hash_prompt(r['prompt'], '') for r in some], np.uint64)
+    hashes = np.array([hash_record(r) for r in some], np.uint64)
   return hashlib.blake2b(
     hashes.astype('<u8').tobytes(), digest_size=8
   ).hexdigest()
@@ -187,12 +199,17 @@ def data_fingerprint(records: Records) -> str:
 # --- sources in memory -------------------------------------------------------
 
 
-def from_prompts(name: str, prompts, read: Callable, where: Callable):
-  """Records of prompts that are checked one by one."""
+def from_prompts(
+  name: str, prompts, read: Callable, where: Callable, episodes=None
+):
+  """Records of prompts that are checked one by one. episodes: that of each
+  prompt, or None where it has none."""
   hashes, num_bytes = array('Q'), array('i')
-  for i, prompt in enumerate(prompts):
+  for i, (prompt, episode) in enumerate(
+    zip(prompts, episodes or itertools.repeat(None))
+  ):
     check_prompt(prompt, where(i))
-    hashes.append(hash_prompt(prompt, where(i)))
+    hashes.append(hash_prompt(prompt, where(i), episode))
     num_bytes.append(text_bytes(prompt))
   if not hashes:
     raise ValueError(f'{name}: no records; give {{"prompt": ...}} for each')
@@ -222,6 +239,7 @@ def from_list(source: Sequence[dict], columns: dict, name: str) -> Records:
     (row['prompt'] for row in rows),
     lambda numbers: [rows[i] for i in numbers],
     where,
+    (row.get(EPISODE) for row in rows),
   )
 
 
@@ -244,7 +262,7 @@ def from_function(
       rows.append(record)
     return rows
 
-  if read([0])[0]['prompt'] != read([0])[0]['prompt']:
+  if hash_record(read([0])[0], where(0)) != hash_record(read([0])[0], where(0)):
     raise ValueError(
       f'{where(0)} gives another prompt each time; make it a function of seed '
       'and index alone, so that a resumed run sees the same records'

@@ -21,6 +21,7 @@ import numpy as np
 from jaxrl_tok.data.chat import without_nulls
 from jaxrl_tok.data.records import (
   CHUNK,
+  EPISODE,
   MESSAGES,
   RESERVED,
   Records,
@@ -32,6 +33,7 @@ from jaxrl_tok.data.records import (
   from_list,
   from_prompts,
   hash_bytes,
+  hash_record,
   key_of,
   rename,
 )
@@ -235,9 +237,12 @@ def scan_jsonl(file, path: Path, columns: dict):
     if b'\\u' in raw and SURROGATE.search(raw):
       check_surrogates(record, f'{path}:{number}')
     key = key_of(prompt)
+    if EPISODE in record:
+      hashes.append(hash_record(record))
+    else:
+      hashes.append(hash_bytes(key))
     offsets.append(offset)
     sizes.append(len(raw))
-    hashes.append(hash_bytes(key))
     num_bytes.append(len(key) if type(prompt) is str else MESSAGES)
   return tuple(
     np.frombuffer(a, a.typecode) if a else np.zeros(0, a.typecode)

@@ -81,10 +81,10 @@ def _finish(tokenizer):
 WORD = r' ?\p{L}+|(?m:.)'  # letters with a space before them; a character
 
 
-def word_tokenizer(texts: Iterable[str]):
+def word_tokenizer(texts: Iterable[str], piece: str = WORD):
   """A tokenizer with one id for each piece of the texts, then <unk>, <pad> and
   <eos>. A piece is a word with the space before it, or one character that is no
-  letter.
+  letter; or what another regular expression matches.
 
   # 'sum(x*x for x in xs)' -> 'sum', '(', 'x', '*', 'x', ' for', ...
 
@@ -94,9 +94,9 @@ def word_tokenizer(texts: Iterable[str]):
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  cut = pre_tokenizers.Split(Regex(WORD), 'isolated')
-  pieces = {piece for t in texts for piece, _ in cut.pre_tokenize_str(t)}
-  vocab = {piece: i for i, piece in enumerate([*sorted(pieces), '<unk>'])}
+  cut = pre_tokenizers.Split(Regex(piece), 'isolated')
+  pieces = {word for t in texts for word, _ in cut.pre_tokenize_str(t)}
+  vocab = {word: i for i, word in enumerate([*sorted(pieces), '<unk>'])}
   tokenizer = Tokenizer(models.WordLevel(vocab, '<unk>'))
   tokenizer.pre_tokenizer = cut
   tokenizer.decoder = decoders.Fuse()

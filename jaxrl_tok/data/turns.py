@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from jaxrl_tok.data.chat import Chat, render, tools_of
-from jaxrl_tok.data.tokenizers import decode_all, encode_texts
+from jaxrl_tok.data.tokenizers import answer_ids, decode_all, encode_texts
 
 MARK = 'jaxrl-tok-said'  # stands for a turn, in renderings
 SAYINGS = MARK, f'<think>\nso\n</think>\n\n{MARK}'
@@ -32,11 +32,13 @@ class Talk(NamedTuple):
   # (example, observation of reset, observation, last id of the turn) -> ids
   between: Callable
   texts: Callable  # ids of turns -> texts, their end tokens left out
+  write: Callable  # text of a turn -> ids, its end token included
 
 
 def make_talk(
   tokenizer,
   end_tokens: Collection[int],
+  vocab_size: int,
   chat: Chat = Chat(),  # noqa: B008  a record
   keep_special_tokens: bool = False,
 ) -> Talk:
@@ -46,7 +48,13 @@ def make_talk(
   ends = frozenset(end_tokens)
 
   def ids_of(text: str) -> list[int]:
-    return encode_texts(tokenizer, [text])[0] if text else []
+    ids = encode_texts(tokenizer, [text])[0] if text else []
+    if ids and max(ids) >= vocab_size:
+      raise ValueError(
+        f'an observation has token id {max(ids)} and the model has '
+        f'{vocab_size} rows; use the tokenizer that belongs to the model'
+      )
+    return ids
 
   def lead(example: dict, first) -> list[int]:
     if is_text(example, first):
@@ -77,7 +85,36 @@ def make_talk(
     shown = [ids[:-1] if ids and ids[-1] in ends else ids for ids in rows]
     return decode_all(tokenizer, shown, not keep_special_tokens)
 
-  return Talk(lead, between, texts)
+  def write(text: str) -> list[int]:
+    return answer_ids(tokenizer, text, list(end_tokens))
+
+  return Talk(lead, between, texts, write)
+
+
+def demonstrate(talk: Talk, example: dict, turns: list) -> tuple[list, list]:
+  """(ids, mask) of an episode that is shown to a policy, True on its turns.
+
+  turns: as samples.jsonl has them: {'observation': ...}, of reset, then for
+    each turn {'action': ..., 'observation': ...}, what was observed after it.
+
+  Raises ValueError, in one line, for what is no such list.
+  """
+  whole = isinstance(turns, list) and all(isinstance(t, dict) for t in turns)
+  if not whole or [i for i, t in enumerate(turns) if 'action' not in t] != [0]:
+    raise ValueError(
+      'a demonstration is [{"observation": ...}, {"action": ..., '
+      f'"observation": ...}}, ...], not {str(turns)[:60]}'
+    )
+  first = turns[0].get('observation', '')
+  ids = list(talk.lead(example, first))
+  mask = [False] * len(ids)
+  for turn, following in zip(turns[1:], [*turns[2:], None]):
+    said = talk.write(turn['action'])
+    ids, mask = ids + said, mask + [True] * len(said)
+    if following is not None:
+      seen = talk.between(example, first, turn['observation'], said[-1])
+      ids, mask = ids + seen, mask + [False] * len(seen)
+  return ids, mask
 
 
 def is_text(example: dict, observation) -> bool:

@@ -9,7 +9,7 @@ import multiprocessing
 import traceback
 from typing import Any, NamedTuple
 
-from jaxrl_tok.environments.protocol import Maker, name_of
+from jaxrl_tok.environments.protocol import Maker, close, name_of
 from jaxrl_tok.rewards.calls import describe_error
 from jaxrl_tok.rewards.functions import (
   get_name,
@@ -62,11 +62,8 @@ class Episode:
 
   def close(self) -> None:
     """Calls the environment's own close, if it has one."""
-    close = getattr(self.environment, 'close', None)
-    self.environment = None
-    if close is not None:
-      with contextlib.suppress(Exception):
-        close()
+    environment, self.environment = self.environment, None
+    close(environment)
 
   def prepare(self) -> None:
     """Does nothing: there is no process to start."""
@@ -120,6 +117,8 @@ class RemoteEpisode:
 
   def ask(self, method: str, *arguments) -> Outcome:
     process, pipe = self.process, self.pipe
+    if process is None:
+      return Outcome(self.name, None, Failure('its process was ended', ''))
     try:
       pipe.send((method, arguments))
       outcome = pipe.recv()

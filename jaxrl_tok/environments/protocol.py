@@ -6,11 +6,12 @@ text.
 - The prompt is the example's, a record of the data; `reset` returns what is
   read after it, '' where the prompt tells everything. `step` returns what is
   read after the action.
-- An observation is text, or a list of messages where the prompt is one:
-  [{'role': 'user', 'content': ...}] or a tool's answer.
+- An observation is text; where the prompt is messages, the user says it, or it
+  is a list of messages, such as a tool's answer.
 - Equal seeds and examples give equal episodes for equal actions, also when
   others run beside them: draw from random.Random(seed), never from the random
   module itself. The rows of a prompt's group get one seed.
+- A method `close`, if there is one, is called once the episode is over.
 - `terminated`: the episode is over by its own rules. `truncated`: it was cut
   off, by a limit of steps.
 
@@ -25,6 +26,7 @@ that has just acted, and equals info['rewards'][seat] where there are rewards by
 seat; what another seat gets at this step belongs to the last turn that it took.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -42,6 +44,15 @@ class Environment(Protocol):
 
 
 Maker = Callable[[], Environment]
+
+
+def close(environment) -> None:
+  """Calls an environment's own `close`, if it has one; what that raises is of
+  no more interest."""
+  method = getattr(environment, 'close', None)
+  if method is not None:
+    with contextlib.suppress(Exception):
+      method()
 
 
 def name_of(environment) -> str:

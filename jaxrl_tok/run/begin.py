@@ -28,9 +28,11 @@ from jaxrl_tok.run.settings import flatten
 from jaxrl_tok.run.warm_start import warm_start
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step import device_rewards
+from jaxrl_tok.step.programs import mesh_shapes
 from jaxrl_tok.step.state import make_state
+from jaxrl_tok.step.turn_programs import episode_rollout
 from jaxrl_tok.step.update import make_update
-from jaxrl_tok.types import Greedy, Scored
+from jaxrl_tok.types import Greedy, Rollout, Scored
 
 DATA = 'data_fingerprint'  # in a checkpoint's settings
 
@@ -167,6 +169,8 @@ def check_shapes(setup: Setup) -> None:
     rollout = jax.eval_shape(
       functools.partial(trace_rollout, setup), state, batch
     )
+    if setup.world is not None:
+      rollout = traced_episodes(setup, batch)
     score = device_rewards.make_device_scorer(rewards.device)
     found.append((rollout, *jax.eval_shape(score, None, rollout, columns)))
   if own:
@@ -180,6 +184,15 @@ def trace_rollout(setup: Setup, state, prompts):
   rollout = sample(params, state.key, prompts, setup.rule)
   evaluate_rollout(setup.policy, params, rollout, setup.rule)
   return rollout
+
+
+def traced_episodes(setup: Setup, prompts) -> Rollout:
+  """Structs of the prompts' episodes."""
+  config, size = setup.config, prompts.tokens.shape
+  return episode_rollout(
+    *(mesh_shapes(), *size, config.sampler, config.max_completion_length),
+    config.seats,
+  )
 
 
 def trace_update(setup: Setup, state, rollout, rewards: dict, applies: dict):

@@ -25,9 +25,8 @@ from jaxrl_tok.step.episodes import Sizes
 from jaxrl_tok.step.programs import (
   EvaluationShape,
   Programs,
-  counts,
-  one_each,
 )
+from jaxrl_tok.step.turn_programs import counts, one_each
 from jaxrl_tok.step.turns import with_rewards
 
 SHOWN = 20  # held-out completions in samples.jsonl

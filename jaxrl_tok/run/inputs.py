@@ -326,7 +326,7 @@ def completion_length(task: Task, settings: Settings, model, split) -> int:
   given, column = settings.sampling.max_completion_length, task.answers
   new = model.directory is None and model.hf_config is not None
   learns = column is not None and new
-  if not learns or split.train.num_records is None:
+  if not learns or split.train.num_records is None or task.environment:
     return given or DEFAULT_LENGTH
   need = 0
   for records in (split.train, split.held_out):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import data, distribution, processes, rewards, sharding
-from jaxrl_tok.environments import Stepper
 from jaxrl_tok.evaluation import reads_reference
 from jaxrl_tok.models import kernels
 from jaxrl_tok.models.mask_policy import masked_policy
@@ -20,7 +19,6 @@ from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.checks import check_micro_batch
 from jaxrl_tok.run.inputs import (
   Rewards,
-  chat_of,
   check_chat_used,
   completion_length,
   constraint_functions,
@@ -37,9 +35,10 @@ from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.run.turns import max_length
+from jaxrl_tok.run.world import check_played, make_world
 from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step.collectors import Scorer
-from jaxrl_tok.step.episodes import Limits, World
+from jaxrl_tok.step.episodes import World
 from jaxrl_tok.step.programs import ProgramConfig
 
 EVAL_BATCH = 512  # held-out prompts at a time
@@ -252,61 +251,6 @@ def make_rule(settings: Settings, model):
   )
 
 
-def make_world(
-  task: Task, settings: Settings, model, T: int, *records
-) -> World | None:
-  """Makes the environments of a task, whose episodes have T tokens at most;
-  None without any. records: data sets that are played.
-
-  Raises ValueError for a model or a chat template that has no episodes.
-  """
-  if task.environment is None:
-    return None
-  if model.is_encoder_decoder:
-    raise ValueError(
-      f'episodes of several turns need one text that goes on, and '
-      f'{model.origin} is an encoder-decoder; pass a decoder'
-    )
-  f, chat = settings.turns, chat_of(settings)
-  for found in records:
-    data.check_history(model.tokenizer, chat, found[0], f.history)
-  on_error = settings.run.reward_on_error
-  return World(
-    Stepper(
-      task.environment,
-      f.turn_deadline,
-      f.environment_workers,
-      f.environment_processes,
-      'raise' if on_error == 'raise' else 'end',
-    ),
-    data.make_talk(
-      model.tokenizer, model.end_tokens, chat, settings.run.keep_special_tokens
-    ),
-    Limits(
-      *(f.max_turns, T, f.cut_turns, settings.model.length_buckets, f.seats)
-    ),
-    on_error,
-  )
-
-
-def check_played(world: World | None, algorithm, mesh) -> None:
-  """Refuses what episodes of several turns cannot go with."""
-  if world is None:
-    return
-  if algorithm.greedy:
-    raise ValueError(
-      f'{algorithm.name} compares with greedy completions, and episodes of '
-      'several turns have none; choose another algorithm'
-    )
-  everyone = list(range(processes.count()))
-  if processes.each_row_once(mesh, sharding.row_shards(mesh)) != everyone:
-    raise ValueError(
-      'some processes share rows, as the tensor axis of --mesh spans them, and '
-      'each would play their episodes; pass a --mesh whose tensor axis lies '
-      'within a process'
-    )
-
-
 def check_evaluation(e: Evaluation, taken, steps_per_call: int) -> None:
   """Refuses an evaluation that cannot be, or that says nothing."""
   n = steps_per_call
@@ -451,10 +395,9 @@ def prepare(
   chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
   T = completion_length(task, settings, model, split)
-  turn_length, world = None, None
-  if task.environment is not None:
-    turn_length, T = T, max_length(settings, T)
-    world = make_world(task, settings, model, T, split.train, split.held_out)
+  turn_length = None if task.environment is None else T
+  T = T if turn_length is None else max_length(settings, T)
+  world = make_world(task, settings, model, T, split.train, split.held_out)
   algorithm = build.make_algorithm(settings, own, T, found.constraints)
   check_played(world, algorithm, mesh)
   parts = algorithm.passes.mini_batches

@@ -104,6 +104,12 @@ def adapter_of(setup: Setup) -> dict | None:
   }
 
 
+def environment_of(setup: Setup) -> dict:
+  """{'environment': its name}; {} without one."""
+  make = setup.task.environment
+  return {} if make is None else {'environment': get_name(make)}
+
+
 def signatures(setup: Setup) -> dict:
   """{'signatures': {name: text}} of rewards and metrics that have one, as those
   of sacrebleu; {} without any."""
@@ -131,6 +137,7 @@ def settings_of_run(setup: Setup) -> dict:
     'algorithm_resolved': compose.described(setup.algorithm),
     'rewards': describe_weights(setup.rewards.weights),
     'constraints': list(map(str, setup.rewards.constraints)),
+    **environment_of(setup),
     **signatures(setup),
     'reward_unit': setup.task.reward_unit,
     'compute_dtype': setup.dtype,

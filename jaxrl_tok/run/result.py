@@ -19,9 +19,10 @@ from jaxrl_tok.report.files import read_metrics, read_rows
 from jaxrl_tok.report.page import Report
 from jaxrl_tok.run.evaluations import evaluate_params, make_draw
 from jaxrl_tok.run.inputs import chat_of, renames
-from jaxrl_tok.run.prepare import Setup, make_evaluations, make_world
+from jaxrl_tok.run.prepare import Setup, make_evaluations
 from jaxrl_tok.run.task import Task
 from jaxrl_tok.run.turns import max_length
+from jaxrl_tok.run.world import make_world
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.reference import make_reference_logp
 

@@ -71,7 +71,9 @@ class Task:
   in training."""
   answers: str | None = None
   """Column of right answers: where no model is given, a new policy learns them
-  by supervision first; @on_device rewards read its tokens."""
+  by supervision first; @on_device rewards read its tokens. With an environment
+  it holds demonstrations, the `turns` of samples.jsonl: [{'observation': ...},
+  {'action': ..., 'observation': ...}, ...]."""
   device_rewards: Any = None
   """The rewards as JAX functions, for --steps_per_call; None: `rewards`."""
   evaluations: Sequence[Evaluation] = ()

@@ -52,11 +52,6 @@ def check_turns(task: Task, settings: Settings) -> None:
       settings.model.reward_model,
       '--reward_model: it reads one completion; leave it out',
     ),
-    (
-      task.answers,
-      'answers: a supervised start learns one completion; leave Task.answers '
-      'out, and pass the --model that it would make',
-    ),
   )
   for refused, text in rules:
     if refused:

@@ -19,16 +19,14 @@ from jaxrl_tok import __version__, data, processes, sharding
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
-from jaxrl_tok.rewards.functions import describe_weights
+from jaxrl_tok.rewards.functions import describe_weights, get_name
 from jaxrl_tok.run.cache import user_cache
-from jaxrl_tok.run.evaluations import jit_scorer, run_evaluation
+from jaxrl_tok.run.evaluations import jit_scorer, make_draw, run_evaluation
 from jaxrl_tok.run.fit import Plan, fit
 from jaxrl_tok.run.inputs import answer_ids
 from jaxrl_tok.run.prepare import Setup, make_networks
-from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.compile import QUICKLY
 from jaxrl_tok.step.supervised import answer_loss
-from jaxrl_tok.types import Prompts
 
 
 def digest(records) -> str:
@@ -77,6 +75,9 @@ def cache_dir(setup: Setup) -> Path:
       digest(setup.evaluations[0].data.records),
     ],
   }
+  if setup.world is not None:
+    name = get_name(setup.task.environment)
+    recipe['turns'] = [name, dataclasses.asdict(setup.settings.turns)]
   text = json.dumps(recipe, sort_keys=True).encode()
   key = hashlib.sha256(text).hexdigest()[:16]
   return user_cache() / f'{setup.caller.name}-{key}'
@@ -90,6 +91,27 @@ def plain_policy(setup: Setup):
   return make_networks(setup.settings, setup.model, setup.trainable, algorithm)[
     0
   ]
+
+
+def shown_episode(setup: Setup, example: dict) -> tuple[list, list]:
+  """(ids, mask) of a record's demonstration. Raises ValueError."""
+  T, turns = setup.config.max_completion_length, example.get(setup.task.answers)
+  ids, mask = data.demonstrate(setup.world.talk, example, turns)
+  if len(ids) > T:
+    raise ValueError(
+      f'--max_episode_length {T} cannot hold a demonstration of {len(ids)} '
+      f'tokens; pass --max_episode_length {len(ids)} or more'
+    )
+  return ids, mask
+
+
+def target(setup: Setup, example: dict) -> tuple[list, list]:
+  """(ids, mask) that are learnt of a record: its answer, or of an episode the
+  policy's turns."""
+  if setup.world is not None:
+    return shown_episode(setup, example)
+  ids = target_ids(setup, example)
+  return ids, [True] * len(ids)
 
 
 def target_ids(setup: Setup, example: dict) -> list[int]:
@@ -135,8 +157,8 @@ def batch_at(setup: Setup, number: int) -> tuple:
   tokens = np.full((n, T), setup.model.pad_token, np.int32)
   mask = np.zeros((n, T), bool)
   for i, example in enumerate(examples):
-    row = target_ids(setup, example)
-    tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    row, on = target(setup, example)
+    tokens[i, : len(row)], mask[i, : len(row)] = row, on
   return sharding.put_rows(setup.mesh, (prompts, tokens, mask))
 
 
@@ -145,11 +167,12 @@ def make_judge(setup: Setup):
   e = setup.evaluations[0]
   own = dataclasses.replace(e.evaluation, metrics=())  # the reward alone
   e, device = e._replace(evaluation=own), jit_scorer(setup, e)
-  draw = jax.jit(make_sampler(plain_policy(setup), setup.config.greedy))
+  plain = setup._replace(policy=plain_policy(setup))
+  draw = make_draw(plain, setup.config.greedy)
 
   def evaluate(params) -> float:
-    def sample(key, prompts: Prompts):
-      return draw(params, key, prompts, setup.rule)
+    def sample(*args):
+      return draw(params, *args, setup.rule)
 
     return run_evaluation(setup, e, sample, device)[0]['eval/reward']
 

@@ -297,6 +297,8 @@ def respond(world: World, live: dict[int, Episode], turns: dict) -> None:
       'reward': answer.reward,
       'observation': answer.observation,
     }
+    if world.limits.seats > 1 and 'rewards' in answer.info:
+      episode.story[-1]['rewards'] = answer.info['rewards']
     if answer.ended:
       episode.ended = answer.ended
     elif episode.turns >= world.limits.max_turns:

@@ -16,18 +16,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet, batch_at
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
 from jaxrl_tok.step import memory
 from jaxrl_tok.step.compile import QUICKLY, Job, compile_all
 from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
-from jaxrl_tok.step.episodes import (
-  make_turn,
-  row_counts,
-  transcript_lengths,
-)
 from jaxrl_tok.step.mismatch import make_mismatch
 from jaxrl_tok.step.reference import make_reference_kl, make_reference_logp
+from jaxrl_tok.step.turn_programs import (
+  bound_turn,
+  episode_rollout,
+  make_sampling,
+  turn_jobs,
+)
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
 from jaxrl_tok.types import (
   Algorithm,
@@ -170,16 +171,6 @@ def mesh_shapes() -> Shapes:
   )
 
 
-def make_sampling(policy: Policy, config: SamplerConfig) -> Callable:
-  """Returns sample(policy_params, key, Prompts, rule, version) -> Rollout."""
-  sample = make_sampler(policy, config)
-
-  def run(policy_params: tuple, *args):
-    return sample(policy.merge_params(*policy_params), *args)
-
-  return run
-
-
 class _Run(NamedTuple):
   """Arguments that the functions below share."""
 
@@ -212,51 +203,11 @@ class _Run(NamedTuple):
     """Structs of the Rollout that an update or a measure of it is given."""
     if self.config.turn_length is None:
       return self.sampled(count, length, sampler)[1]
-    B = count * sampler.samples_per_prompt
-    array, size = self.shapes.array, (B, self.config.max_completion_length)
-    return Rollout(
-      self.shapes.prompts(count, length),
-      array(*size),
-      array(*size, dtype=bool),
-      array(*size, dtype=np.float32),
-      array(*size) if counts(sampler) else None,
-      array(B, dtype=bool),
-      array(B),
-      turn=array(*size),
-      seat=array(*size) if self.config.seats > 1 else None,
+    return episode_rollout(
+      self.shapes,
+      *(count, length, sampler, self.config.max_completion_length),
+      self.config.seats,
     )
-
-
-def counts(sampler: SamplerConfig) -> bool:
-  """Tells whether a sampler records num_kept."""
-  return sampler.truncate or sampler.greedy
-
-
-def one_each(sampler: SamplerConfig) -> SamplerConfig:
-  """Sampler of a turn: a completion of each transcript."""
-  return dataclasses.replace(sampler, samples_per_prompt=1)
-
-
-def turn_jobs(
-  run: _Run, rows: int, prompt_length: int, sampler: SamplerConfig
-) -> dict:
-  """Jobs {name: Job} of the turns of so many rows; see episodes.py."""
-  config, shapes, sampler = run.config, run.shapes, one_each(sampler)
-  turn = jax.jit(
-    make_turn(make_sampling(run.networks.policy, sampler)),
-    out_shardings=shapes.rows,
-  )
-  jobs, scalar = {}, shapes.array(sharding=shapes.whole)
-  for R in row_counts(rows, row_shards(shapes.rows.mesh)):
-    for P in transcript_lengths(
-      prompt_length, config.max_completion_length, config.length_buckets
-    ):
-      args = (
-        *(run.state.policy_params, run.state.key, shapes.array(R), scalar),
-        *(shapes.prompts(R, P), run.networks.rule),
-      )
-      jobs['turn', sampler, R, P] = Job([turn], args)
-  return jobs
 
 
 def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
@@ -432,10 +383,10 @@ def compile_programs(
   run, jobs = _Run(networks, config, state, shapes, columns), {}
   for name, e in evaluations.items():
     size = e.num_prompts, e.prompt_length, e.sampler
-    rollout = run.rollout(*size)
     if config.turn_length is None:
-      jobs['evaluation', name], _ = run.sampled(*size)
+      jobs['evaluation', name], rollout = run.sampled(*size)
     else:
+      rollout = run.rollout(*size)
       rows = e.num_prompts * e.sampler.samples_per_prompt
       jobs |= turn_jobs(run, rows, e.prompt_length, e.sampler)
     jobs |= mismatch_job(run, rollout)
@@ -492,15 +443,6 @@ def bind(
 
   turns = by_name('turn')
 
-  def turn(sampler: SamplerConfig) -> Callable:
-    sampler = one_each(sampler)
-
-    def run(state: TrainState, key, rows, number, prompts: Prompts) -> Rollout:
-      compiled = turns[(sampler, *prompts.tokens.shape)]
-      return compiled(state.policy_params, key, rows, number, prompts, n.rule)
-
-    return run
-
   scores = by_name('device_score')
 
   def device_score(rollout: Rollout, columns: dict):
@@ -546,7 +488,7 @@ def bind(
     mismatch,
     reference_kl if measures else None,
     reference_logp if logps else None,
-    turn if turns else None,
+    functools.partial(bound_turn, n, turns) if turns else None,
   )
 
 

@@ -1,0 +1,73 @@
+r"""REINFORCE learns to ask a user what is missing, and to book.
+
+  python -m experiments.dialogue
+
+The user is environments/games/dialogue.py: a goal of food, area and price, one
+of them told at first; little patience, less without 'please'. 1 for the right
+booking, -0.1 a turn before it, -1 where the user leaves. The scripted player
+gets 0.85.
+
+A tiny decoder of words starts from random weights; a turn is 5 tokens at most.
+"""
+
+import functools
+
+from jaxrl_tok import Task, environments, main
+from jaxrl_tok.data import word_tokenizer
+from jaxrl_tok.environments.games.dialogue import HELLO, SAID, SLOTS, UNSURE
+
+SAYINGS = (
+  'Thank you!\n',
+  'That is not what I wanted.\n',
+  'Goodbye.\n',
+  'which please?',
+  'book food area price',
+)
+
+
+def dialogue(num_users: int = 240) -> Task:
+  """Tables in restaurants, for simulated users.
+
+  Args:
+    num_users: Users to train with, of 288; the others are held out.
+  """
+  if not 1 <= num_users <= 287:
+    raise ValueError(
+      f'--num_users {num_users} must be in 1..287, so that one is held out'
+    )
+  users = environments.dialogue_examples()
+  forms = [*HELLO.values(), *SAID.values()]
+  values = [value for values in SLOTS.values() for value in values]
+  texts = [form.format(value) for form in forms for value in values]
+  texts += [*SAYINGS, UNSURE, *values, *(f' {value}' for value in values)]
+  texts += [f' {text}' for text in SAID.values()]
+  return Task(
+    users[:num_users],
+    environment=environments.dialogue(),
+    held_out=users[num_users:],
+    tokenizer=functools.partial(word_tokenizer, texts),
+    description='simulated users who want a table',
+  )
+
+
+def run(argv=None):
+  return main(
+    dialogue,
+    argv,
+    max_steps=400,
+    num_prompts=32,
+    num_generations=8,
+    max_turns=6,
+    max_completion_length=5,
+    max_episode_length=96,
+    learning_rate=1e-3,
+    lr_schedule='linear',
+    entropy_coef=0.01,
+    length_buckets=1,
+    eval_every=50,
+    save_every=0,
+  )
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,75 @@
+r"""REINFORCE learns to guess hidden words, turn by turn.
+
+  python -m experiments.wordle
+
+The game is environments/games/wordle.py: 200 words, six guesses, a letter of
+answer for each letter; a wrong guess costs 1. A tiny decoder of words (a word
+is a token, an answer as well) starts from random weights, so that at first it
+guesses what is no word of the list.
+
+A turn is one token: --max_completion_length 1 leaves no room for an end token,
+and --cut_turns act gives the environment the word. The held-out episodes are
+the same 200 words, greedily.
+"""
+
+import functools
+
+from jaxrl_tok import Task, environments, main
+from jaxrl_tok.data import word_tokenizer
+from jaxrl_tok.environments.games.wordle import PROMPT, WORDS
+
+# a token is a line: a prompt, a word, an answer
+LINE = r'[^\n]+\n?|\n'
+
+
+def wordle(num_words: int = 200) -> Task:
+  """Wordle.
+
+  Args:
+    num_words: Words of the list, from its start.
+  """
+  if not 5 <= num_words <= len(WORDS):
+    raise ValueError(
+      f'--num_words {num_words} must be in 5..{len(WORDS)}, words of the list'
+    )
+  words = WORDS[:num_words]
+  texts = [PROMPT, 'not in the list\n', *words]
+  texts += [f'{a} {b} {c} {d} {e}\n' for a, b, c, d, e in answers()]
+  return Task(
+    environments.wordle_examples(words),
+    environment=environments.wordle(words),
+    held_out=environments.wordle_examples(words, 'test'),
+    tokenizer=functools.partial(word_tokenizer, texts, LINE),
+    description=f'{num_words} hidden words of five letters',
+  )
+
+
+def answers():
+  """Answers that there are: five of g, y and b."""
+  found = [()]
+  for _ in range(5):
+    found = [(*marks, mark) for marks in found for mark in 'gyb']
+  return found
+
+
+def run(argv=None):
+  return main(
+    wordle,
+    argv,
+    max_steps=300,
+    num_prompts=32,
+    num_generations=8,
+    max_turns=6,
+    max_completion_length=1,
+    max_episode_length=12,
+    learning_rate=1e-3,
+    lr_schedule='linear',
+    entropy_coef=0.01,
+    length_buckets=1,
+    eval_every=50,
+    save_every=0,
+  )
+
+
+if __name__ == '__main__':
+  run()

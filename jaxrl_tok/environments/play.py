@@ -1,0 +1,111 @@
+"""Play: episodes of scripted players, their scores and their transcripts.
+
+A player is a function of what has been seen:
+
+  player(example, observations, actions) -> action
+
+`observations` are that of reset and those after each of `actions`; a player
+reads of the example what a policy reads, its prompt.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from jaxrl_tok.environments.check import check_reset, check_step
+from jaxrl_tok.environments.protocol import Maker, close, name_of
+
+Player = Callable[[dict, list, list], str]
+
+
+class Played(NamedTuple):
+  """Episode that was played."""
+
+  example: dict
+  observations: list  # that of reset, and one after each action
+  actions: list
+  rewards: list  # one for each action
+  ended: str  # 'terminated', 'truncated', or '' where it was left
+  info: dict  # the last one
+  infos: list = []  # noqa: RUF012  that of reset, and one after each action
+
+  @property
+  def total(self) -> float:
+    """Sum of the rewards."""
+    return sum(self.rewards)
+
+
+def play(
+  make: Maker,
+  player: Player,
+  examples: Iterable[dict],
+  seed: int = 0,
+  max_turns: int = 1000,
+) -> list[Played]:
+  """Episodes of a player, one for each example, with seeds from `seed` on."""
+  found = []
+  for i, example in enumerate(examples):
+    environment = make()
+    try:
+      found.append(play_one(environment, player, example, seed + i, max_turns))
+    finally:
+      close(environment)
+  return found
+
+
+def play_one(
+  environment, player: Player, example: dict, seed: int, max_turns: int
+) -> Played:
+  """Episode of a player."""
+  where = f'environment {name_of(environment)}'
+  observation, info = check_reset(environment.reset(seed, example), where)
+  seen, said, rewards, ended = [observation], [], [], ''
+  infos = [info]
+  while not ended and len(said) < max_turns:
+    action = player(example, list(seen), list(said))
+    found = check_step(environment.step(action), where)
+    observation, reward, terminated, truncated, info = found
+    said.append(action)
+    seen.append(observation)
+    rewards.append(reward)
+    infos.append(info)
+    ended = 'terminated' if terminated else 'truncated' if truncated else ''
+  return Played(example, seen, said, rewards, ended, info, infos)
+
+
+def random_player(actions: Sequence[str], seed: int = 0) -> Player:
+  """Player that takes any of some actions; a walk of its own in each
+  episode."""
+  rng = random.Random(seed)
+
+  def player(example, observations, said) -> str:
+    return rng.choice(actions)
+
+  return player
+
+
+def noisy(player: Player, actions: Sequence[str], share: float, seed: int = 0):
+  """Player that takes any action in a share of its turns."""
+  rng = random.Random(seed)
+
+  def mixed(example, observations, said) -> str:
+    if rng.random() < share:
+      return rng.choice(actions)
+    return player(example, observations, said)
+
+  return mixed
+
+
+def imitation_records(played: Iterable[Played], end: str) -> list[dict]:
+  """Records that teach a player's actions by supervision, one a turn:
+  {'prompt': the transcript so far, 'answer': the action}.
+
+  end: text of the token that ends a turn, as the policy's transcripts have it.
+  """
+  records = []
+  for episode in played:
+    text = episode.example['prompt'] + episode.observations[0]
+    for action, seen in zip(episode.actions, episode.observations[1:]):
+      records.append({'prompt': text, 'answer': action})
+      text += action + end + seen
+  return records
