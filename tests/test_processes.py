@@ -17,7 +17,7 @@ from jaxrl_tok import main
 
 PROGRAM = Path(__file__).with_name('process_runs.py')
 HEARTBEAT = 10
-COMPARED = 'supervised', 'groups', 'tensor', 'turns'
+COMPARED = 'supervised', 'groups', 'tensor'
 TIMES = ('time', 'step_time', 'tokens_per_second')
 
 
@@ -106,6 +106,14 @@ def test_two_processes_are_one(alone, tmp_path):
   assert wait(start(2, 4, out, ','.join(COMPARED))) == [0, 0], log_of(out, 1)
   for name in COMPARED:
     check_same(alone / name, out / name)
+
+
+@pytest.mark.slow  # a minute; rows of two processes are tested always
+def test_episodes_of_two_processes_are_those_of_one(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  assert wait(start(1, 8, one, 'turns')) == [0], log_of(one, 0)
+  assert wait(start(2, 4, two, 'turns')) == [0, 0], log_of(two, 1)
+  check_same(one / 'turns', two / 'turns')
 
 
 @pytest.mark.slow  # a minute; two processes are tested always

@@ -10,7 +10,9 @@ it. With the mean of the rows alive every reward is 0 after it is centred, so
 that nothing is learnt: the expected gradient is exactly 0, see
 tests/test_exact_turns.py.
 
-NUMBERS
+Held-out turns after 60 updates, seed 0 (one seed alone so far): leave-one-out
+3.81 -> 6.00, the mean of the rows alive 3.81 -> 2.75, a drift by chance. Half a
+minute of a CPU core.
 """
 
 from pathlib import Path
