@@ -32,6 +32,7 @@ from jaxrl_tok.step.turn_programs import (
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
 from jaxrl_tok.types import (
   Algorithm,
+  Greedy,
   Policy,
   Prompts,
   Rollout,
@@ -50,8 +51,6 @@ class ProgramConfig:
   num_prompts: int = 32  # C
   samples_per_prompt: int = 16  # G
   max_completion_length: int = 32  # T
-  turn_length: int | None = None  # tokens of a turn; None: there are no turns
-  seats: int = 1  # that the policy plays
   pad_token: int = 0
   truncate: bool = False
   compact_levels: int = 0
@@ -62,6 +61,8 @@ class ProgramConfig:
   replay_groups: int = 0  # groups of earlier steps in a batch
   reference_kl: bool = False  # measured for the log
   reward_on_error: str = 'raise'  # of rewards on the device
+  turn_length: int | None = None  # tokens of a turn; None: there are no turns
+  seats: int = 1  # that the policy plays
 
   @property
   def sampler(self) -> SamplerConfig:
@@ -158,7 +159,9 @@ class Shapes(NamedTuple):
       {n: self.array(B, T, dtype=f32) for n in names},
       {n: self.array(B, dtype=bool) for n in names},
       {n: self.array(dtype=f32, sharding=self.whole) for n in names},
-      self.array(C, dtype=f32) if greedy else None,
+      Greedy(self.array(C, T, dtype=f32), self.array(C, T, dtype=bool))
+      if greedy
+      else None,
     )
 
 
