@@ -222,6 +222,7 @@ def few_programs():
     patch.setattr(jax, 'eval_shape', few.eval_shape)
     yield few
   few.clear()
+  gc.collect()  # compiled programs lie in cycles, which it seldom sees
 
 
 @pytest.fixture
