@@ -227,7 +227,7 @@ class Counter:
 
 
 class Slow(Counter):
-  """The same, async."""
+  """Counter whose reward is a coroutine."""
 
   async def get_reward(self) -> float:
     await asyncio.sleep(0)

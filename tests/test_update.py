@@ -1,5 +1,6 @@
 """Laws of the update: what must change nothing, and what may never be NaN."""
 
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jaxrl_tok.credit import advantages, algorithms, losses, sequence
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step.groups import merge_rows, split_groups, split_rows
+from jaxrl_tok.step.programs import bound_update
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import (
   check_scored,
@@ -30,7 +32,7 @@ from jaxrl_tok.step.update import (
   make_update,
   shortened,
 )
-from jaxrl_tok.types import Prompts, Scored
+from jaxrl_tok.types import Greedy, Prompts, Scored
 
 # hands out the gradient as the optimizer's state
 RECORD = optax.GradientTransformation(
@@ -39,6 +41,7 @@ RECORD = optax.GradientTransformation(
 )
 REINFORCE = algorithms.reinforce(advantages.leave_one_out())
 GRPO = algorithms.grpo()
+REMAX = algorithms.remax()
 
 
 class Found(NamedTuple):
@@ -177,7 +180,9 @@ def test_when_groups_may_be_left_out(changes, flat):
 # --- columns -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('algorithm', [REINFORCE, GRPO], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+  'algorithm', [REINFORCE, GRPO, REMAX], ids=lambda a: a.name
+)
 @pytest.mark.parametrize('holes', [False, True])
 def test_a_shorter_update_changes_nothing(tiny, batch, run, algorithm, holes):
   """Rows over by column 6, some with observed tokens between two turns."""
@@ -186,6 +191,10 @@ def test_a_shorter_update_changes_nothing(tiny, batch, run, algorithm, holes):
   if holes:
     mask[::2] = [1, 1, 0, 0, 0, 1, 0, 0, 0]
   given = with_mask(batch, mask)
+  if algorithm.greedy:
+    greedy = np.arange(9) < np.array([1, 4, 5, 6])[:, None]
+    rewards = np.where(greedy, np.arange(9, dtype=np.float32), 0)
+    given = given._replace(greedy=Greedy(rewards, greedy))
   assert columns_needed(mask) == 6
   want = run(given, algorithm)
   found = run(given, algorithm, length=6)
@@ -203,6 +212,26 @@ def test_columns_reach_to_the_last_turn():
   assert columns_needed(mask) == 26
   mask[2] = True
   assert columns_needed(mask) == 40
+
+
+def test_an_update_holds_the_greedy_completions(batch):
+  """The shortest program that holds every chosen token is taken, also where a
+  greedy completion is the longest."""
+  taken = []
+
+  def program(length):
+    return lambda *given: (taken.append(length), {}, None)
+
+  P = batch.rollout.prompts.tokens.shape[1]
+  update = bound_update(
+    types.SimpleNamespace(rule=None), {(P, n): program(n) for n in (4, 6, 9)}
+  )
+  short = with_mask(batch, np.asarray(batch.rollout.mask) & (np.arange(9) < 4))
+  for length in (1, 4, 5, 6, 8):
+    greedy = np.broadcast_to(np.arange(9) < length, (4, 9))
+    update(None, short._replace(greedy=Greedy(np.zeros((4, 9)), greedy)))
+  update(None, short)
+  assert taken == [4, 4, 6, 6, 9, 4]
 
 
 def test_padding_changes_nothing(tiny, reward, run):

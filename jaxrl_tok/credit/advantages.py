@@ -278,14 +278,12 @@ def returns(
     C = scored.rollout.prompts.length.shape[0]
     ticks = jax.vmap(sequence.to_clock)(mask, mask)
     turn = clock_turns(inputs)
-    gamma_BxT = jnp.full((B, T), gamma)
-    if discount == 'turn' and turn is not None:
-      gamma_BxT = jax.vmap(sequence.by_turn, (None, 0, 0))(gamma, turn, ticks)
+    each = jax.vmap(sequence.to_clock)(discounts(inputs, discount, gamma), mask)
 
     def held(reward_BxT):
       """Returns by the clock, the last held: [C, G, T]."""
       reward = jax.vmap(sequence.to_clock)(masked.fill(reward_BxT, mask), mask)
-      togo = jax.vmap(sequence.reward_to_go)(reward, ticks, gamma_BxT)
+      togo = jax.vmap(sequence.reward_to_go)(reward, ticks, each)
       return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
     greedy = None
@@ -356,15 +354,14 @@ def clock_turns(inputs: AdvantageInputs) -> jax.Array | None:
 
 
 def discounts(
-  inputs: AdvantageInputs, discount: str, gamma: float, gae_lambda: float
-) -> tuple:
-  """(gamma, lambda) [B, T] of each token, which count turns with discount
-  'turn': within a turn both are 1."""
+  inputs: AdvantageInputs, discount: str, value: float
+) -> jax.Array:
+  """Value of gamma or lambda at each token, [B, T]; with discount 'turn' it
+  counts turns, and is 1 within one."""
   mask, turn = inputs.mask, inputs.rollout.turn
   if discount == 'turn' and turn is not None:
-    by_turn = jax.vmap(sequence.by_turn, (None, 0, 0))
-    return by_turn(gamma, turn, mask), by_turn(gae_lambda, turn, mask)
-  return jnp.full(mask.shape, gamma), jnp.full(mask.shape, gae_lambda)
+    return jax.vmap(sequence.by_turn, (None, 0, 0))(value, turn, mask)
+  return jnp.full(mask.shape, value)
 
 
 def _value_after(inputs: AdvantageInputs, bootstrap_truncated: bool):
@@ -394,7 +391,7 @@ def gae(
   def advantage(inputs: AdvantageInputs, carries: dict) -> Advantage:
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
-    steps = discounts(inputs, discount, gamma, gae_lambda)
+    steps = (discounts(inputs, discount, x) for x in (gamma, gae_lambda))
     found = jax.vmap(sequence.gae_advantage)(
       inputs.reward, value, mask, last, *steps
     )
@@ -418,7 +415,7 @@ def vtrace(
     value, mask = inputs.value[:, :-1], inputs.mask
     last = _value_after(inputs, bootstrap_truncated)
     rho = jnp.exp(losses.bounded(masked.fill(inputs.log_change, mask)))
-    steps = discounts(inputs, discount, gamma, gae_lambda)
+    steps = (discounts(inputs, discount, x) for x in (gamma, gae_lambda))
     found, target = jax.vmap(sequence.vtrace_advantage, (0,) * 7 + (None,) * 2)(
       *(inputs.reward, value, mask, last, rho, *steps, rho_bar, c_bar)
     )

@@ -497,11 +497,12 @@ def bind(
 
 def bound_update(n: Networks, updates: dict) -> Callable:
   """Returns update(state, Scored), by the program with the fewest columns that
-  hold every chosen token."""
+  hold every chosen token, those of greedy completions included."""
 
   def update(state: TrainState, scored: Scored):
-    rollout = scored.rollout
-    needed = columns_needed(processes.local(rollout.mask))
+    rollout, greedy = scored.rollout, scored.greedy
+    masks = rollout.mask, *(() if greedy is None else (greedy.mask,))
+    needed = columns_needed(*processes.local(masks))
     if len(updates) > 1:
       needed = processes.largest(needed)
     P = rollout.prompts.tokens.shape[1]

@@ -271,8 +271,9 @@ def skipped_metrics(state: TrainState, steps: Step) -> dict:
 
 
 def shortened(update: Callable, length: int) -> Callable:
-  """Update that computes the first `length` columns only, of rollouts without a
-  chosen token after them; its advantage has all T."""
+  """Update that computes the first `length` columns only, of rollouts, and
+  greedy completions, without a chosen token after them; its advantage has all
+  T."""
 
   def run(state: TrainState, scored: Scored, rule: SamplingRule):
     rollout = scored.rollout
@@ -289,18 +290,21 @@ def shortened(update: Callable, length: int) -> Callable:
       turn=cut(rollout.turn),
       seat=cut(rollout.seat),
     )
-    rewards = {name: cut(x) for name, x in scored.rewards.items()}
-    state, metrics, advantage = update(
-      state, scored._replace(rollout=short, rewards=rewards), rule
+    scored = scored._replace(
+      rollout=short,
+      rewards={name: cut(x) for name, x in scored.rewards.items()},
+      greedy=jax.tree.map(cut, scored.greedy),
     )
+    state, metrics, advantage = update(state, scored, rule)
     rest = ((0, 0), (0, T - length))
     return state, metrics, jnp.pad(advantage, rest)
 
   return run
 
 
-def columns_needed(mask) -> int:
-  """Index of the last column with a chosen token of any row, + 1; at least 1.
-  Rows with holes (observations between turns) count to their last turn."""
-  columns = mask.any(axis=0).nonzero()[0]
-  return int(columns[-1]) + 1 if len(columns) else 1
+def columns_needed(*masks) -> int:
+  """Index of the last column with a chosen token of any row of masks [., T],
+  + 1; at least 1. Rows with holes (observations between turns) count to their
+  last turn."""
+  chosen = (mask.any(axis=0).nonzero()[0] for mask in masks)
+  return max(int(columns[-1]) + 1 if len(columns) else 1 for columns in chosen)
