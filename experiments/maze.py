@@ -1,6 +1,7 @@
 r"""PPO learns to walk through LMRL-Gym's maze, turn by turn.
 
   python -m experiments.maze
+  python -m experiments.maze --walks 8        # begins by imitating random walks
 
 The maze is environments/games/maze.py, a double T with 25 starts: a step costs
 1, what is no move costs 4, the step to the goal nothing, and an episode has 100
@@ -12,10 +13,9 @@ turns at most. The mean return over the starts:
   -85.5    random moves
 
 A tiny decoder starts from random weights, so that at first most of what it says
-is no move; or from random walks, which it has learnt by supervision:
-
-  python -m experiments.maze_walks --output_dir runs/walks
-  python -m experiments.maze --model runs/walks/export
+is no move; or, with --walks 8, from walks of 20 moves, 8 from each start, which
+it first learns by supervision. Random ones show the form of a move, and no way
+to the goal; with --noise 0.5 every other move is the best one.
 
 A sentence of the observation is a token, and so is a move. A turn is its move
 alone: --max_completion_length 1 leaves no room for an end token, and
@@ -31,6 +31,7 @@ from typing import Literal
 from jaxrl_tok import Task, environments, main
 from jaxrl_tok.data import word_tokenizer
 from jaxrl_tok.environments.games.maze import FREE, MOVES, describe
+from jaxrl_tok.environments.play import demonstration, noisy, play
 
 # a token is a move, a sentence, or the end of a line
 SENTENCE = r'move (?:up|down|left|right)|[^.\n]+\.? ?|[.\n]'
@@ -43,14 +44,40 @@ def make_tokenizer(observed: str):
   return word_tokenizer(texts, SENTENCE)
 
 
-def maze(observed: Literal['fully', 'partially'] = 'fully') -> Task:
+def with_walks(
+  examples: list[dict], observed: str, walks: int, noise: float
+) -> list[dict]:
+  """Records of each start `walks` times, each with a walk of its own."""
+  player = noisy(environments.maze_player(observed), list(MOVES), noise)
+  short = environments.maze(observed, max_steps=20)
+  return [
+    record.example | {'walk': demonstration(record), 'episode': f'walk {i}'}
+    for i, record in enumerate(play(short, player, examples * walks))
+  ]
+
+
+def maze(
+  observed: Literal['fully', 'partially'] = 'fully',
+  walks: int = 0,
+  noise: float = 1.0,
+) -> Task:
   """The double T maze.
 
   Args:
     observed: What a turn tells: position, goal and walls, or walls alone.
+    walks: Walks from each start that are imitated first; 0: none are.
+    noise: Share of their moves that are random, the others being optimal.
   """
+  if walks < 0 or not 0 <= noise <= 1:
+    raise ValueError(
+      f'--walks {walks} is 0 or more, and --noise {noise} a share in [0, 1]'
+    )
+  train = environments.maze_examples(observed)
+  if walks:
+    train = with_walks(train, observed, walks, noise)
   return Task(
-    environments.maze_examples(observed),
+    train,
+    answers='walk' if walks else None,
     environment=environments.maze(observed),
     held_out=environments.maze_examples(observed, 'test'),
     tokenizer=functools.partial(make_tokenizer, observed),
@@ -76,6 +103,10 @@ def run(argv=None):
     entropy_coef=0.01,
     value_clip=0.0,
     critic_learning_rate=1e-2,
+    warm_start_stop_at=0.0,
+    warm_start_max_steps=200,
+    warm_start_batch_size=25,
+    warm_start_check_every=100,
     eval_every=20,
     save_every=0,
   )

@@ -8,13 +8,12 @@ from experiments import (
   dialogue,
   guess_number,
   maze,
-  maze_walks,
   negotiation,
   twenty_questions,
   wordle,
 )
 from jaxrl_tok import environments
-from jaxrl_tok.data import open_records, split
+from jaxrl_tok.data import demonstrate, make_talk, open_records, split
 from jaxrl_tok.environments.play import play
 
 CASES = {
@@ -81,17 +80,23 @@ def test_a_good_player_fits_into_the_settings(name, monkeypatch):
     assert sum(said) + ends + seen <= chosen['max_episode_length']
 
 
-def test_walks_are_cut_into_moves():
-  task = maze_walks.maze_walks(walks=1)
-  tokenizer = task.tokenizer()
-  for record in [*task.train, *task.held_out]:
-    assert len(tokenizer.encode(record['answer'])) == 1
-    assert tokenizer.unk_token_id not in tokenizer.encode(record['prompt'])
-  assert {r['answer'] for r in task.train} == {
-    'move up',
-    'move down',
-    'move left',
-    'move right',
-  }
-  with pytest.raises(ValueError, match='a share of the moves'):
-    maze_walks.maze_walks(noise=2)
+def test_walks_are_shown_as_they_are_walked(monkeypatch):
+  """A shown move is one token without an end, as a sampled one; each walk of a
+  start is another record, and none is held out."""
+  task = maze.maze(walks=2)
+  tokenizer, T = task.tokenizer(), 1
+  assert settings_of(maze, monkeypatch)['max_completion_length'] == T
+  talk = make_talk(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+  moves = set()
+  for record in task.train:
+    ids, mask = demonstrate(talk, record, record['walk'], T)
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.unk_token_id not in ids
+    said = [i for i, on in zip(ids, mask) if on]
+    assert len(said) == len(record['walk']) - 1
+    moves |= {tokenizer.decode([i]) for i in said}
+  assert moves == {'move up', 'move down', 'move left', 'move right'}
+  found = split(task.train, task.held_out)
+  assert found.train.num_records == 2 * len(maze.maze().train)
+  with pytest.raises(ValueError, match='a share in'):
+    maze.maze(noise=2)

@@ -18,7 +18,7 @@ from jaxrl_tok.environments.games import (
   wordle,
 )
 from jaxrl_tok.environments.play import (
-  imitation_records,
+  demonstration,
   noisy,
   play,
   random_player,
@@ -154,23 +154,18 @@ def test_moves_of_the_maze():
     episode.reset(0, {'start': [0, 0]})
 
 
-def test_a_walk_becomes_records_to_imitate():
+def test_a_walk_becomes_a_demonstration():
   examples = environments.maze_examples()[:2]
   played = play(
     environments.maze(),
     noisy(environments.maze_player(), list(maze.MOVES), 0.3),
     examples,
   )
-  records = imitation_records(played, '<eos>')
-  assert len(records) == sum(len(p.actions) for p in played)
-  first = played[0]
-  assert records[0] == {
-    'prompt': examples[0]['prompt'],
-    'answer': first.actions[0],
-  }
-  assert records[1]['prompt'] == (
-    f'{examples[0]["prompt"]}{first.actions[0]}<eos>{first.observations[1]}'
-  )
+  for episode in played:
+    first, *turns = demonstration(episode)
+    assert first == {'observation': episode.observations[0]}
+    assert [t['action'] for t in turns] == episode.actions
+    assert [t['observation'] for t in turns] == episode.observations[1:]
 
 
 # --- words, numbers, questions -----------------------------------------------

@@ -227,13 +227,20 @@ def test_a_demonstration_is_an_episode(tokenizer, prompt):
     {'action': 'go', 'observation': 'b', 'reward': 0.0},
     {'action': 'stop', 'observation': 'c'},
   ]
-  found = data.demonstrate(talk, {'prompt': prompt}, shown)
+  longest = max(map(len, turns))
+  found = data.demonstrate(talk, {'prompt': prompt}, shown, longest)
   assert found == (tokens.tolist(), mask.tolist())
+  # a turn of all its tokens has no end, as where it is sampled
+  ids, mask = data.demonstrate(talk, {'prompt': prompt}, shown, longest - 1)
+  chosen = [i for i, on in zip(ids, mask) if on]
+  assert chosen == [*turns[0], *turns[1][:-1]]
+  with pytest.raises(ValueError, match='a demonstrated turn has 5 tokens'):
+    data.demonstrate(talk, {'prompt': prompt}, shown, longest - 2)
 
 
 @pytest.mark.parametrize('turns', [None, [], [{'action': 'a'}], [{}, {}]])
 def test_what_is_no_demonstration_is_refused(tokenizer, turns):
   talk = make_talk(tokenizer, [tokenizer.eos_token_id], 258)
   with pytest.raises(ValueError, match='a demonstration is') as e:
-    data.demonstrate(talk, {'prompt': 'a'}, turns)
+    data.demonstrate(talk, {'prompt': 'a'}, turns, 9)
   assert '\n' not in str(e.value)

@@ -91,13 +91,19 @@ def make_talk(
   return Talk(lead, between, texts, write)
 
 
-def demonstrate(talk: Talk, example: dict, turns: list) -> tuple[list, list]:
+def demonstrate(
+  talk: Talk, example: dict, turns: list, turn_length: int
+) -> tuple[list, list]:
   """(ids, mask) of an episode that is shown to a policy, True on its turns.
 
-  turns: as samples.jsonl has them: {'observation': ...}, of reset, then for
-    each turn {'action': ..., 'observation': ...}, what was observed after it.
+  Args:
+    turns: as samples.jsonl has them: {'observation': ...}, of reset, then for
+      each turn {'action': ..., 'observation': ...}, what was observed after it.
+    turn_length: tokens of a turn at most; one whose text has as many is cut
+      before its end token, as it is where it is sampled.
 
-  Raises ValueError, in one line, for what is no such list.
+  Raises ValueError, in one line, for what is no such list, and for a turn that
+  is too long.
   """
   whole = isinstance(turns, list) and all(isinstance(t, dict) for t in turns)
   if not whole or [i for i, t in enumerate(turns) if 'action' not in t] != [0]:
@@ -110,6 +116,13 @@ def demonstrate(talk: Talk, example: dict, turns: list) -> tuple[list, list]:
   mask = [False] * len(ids)
   for turn, following in zip(turns[1:], [*turns[2:], None]):
     said = talk.write(turn['action'])
+    if len(said) > turn_length + 1:
+      raise ValueError(
+        f'a demonstrated turn has {len(said)} tokens, which '
+        f'--max_completion_length {turn_length} cannot hold; pass '
+        f'--max_completion_length {len(said)}'
+      )
+    said = said[:turn_length]
     ids, mask = ids + said, mask + [True] * len(said)
     if following is not None:
       seen = talk.between(example, first, turn['observation'], said[-1])

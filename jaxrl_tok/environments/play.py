@@ -96,16 +96,12 @@ def noisy(player: Player, actions: Sequence[str], share: float, seed: int = 0):
   return mixed
 
 
-def imitation_records(played: Iterable[Played], end: str) -> list[dict]:
-  """Records that teach a player's actions by supervision, one a turn:
-  {'prompt': the transcript so far, 'answer': the action}.
-
-  end: text of the token that ends a turn, as the policy's transcripts have it.
-  """
-  records = []
-  for episode in played:
-    text = episode.example['prompt'] + episode.observations[0]
-    for action, seen in zip(episode.actions, episode.observations[1:]):
-      records.append({'prompt': text, 'answer': action})
-      text += action + end + seen
-  return records
+def demonstration(played: Played) -> list[dict]:
+  """Turns of an episode for Task.answers, as samples.jsonl has them:
+  [{'observation': ...}, {'action': ..., 'observation': ...}, ...]."""
+  first, *seen = played.observations
+  turns = zip(played.actions, seen)
+  return [
+    {'observation': first},
+    *({'action': a, 'observation': o} for a, o in turns),
+  ]

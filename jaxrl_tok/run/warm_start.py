@@ -96,7 +96,8 @@ def plain_policy(setup: Setup):
 def shown_episode(setup: Setup, example: dict) -> tuple[list, list]:
   """(ids, mask) of a record's demonstration. Raises ValueError."""
   T, turns = setup.config.max_completion_length, example.get(setup.task.answers)
-  ids, mask = data.demonstrate(setup.world.talk, example, turns)
+  talk, length = setup.world.talk, setup.config.turn_length
+  ids, mask = data.demonstrate(talk, example, turns, length)
   if len(ids) > T:
     raise ValueError(
       f'--max_episode_length {T} cannot hold a demonstration of {len(ids)} '
