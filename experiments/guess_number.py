@@ -5,6 +5,9 @@ r"""REINFORCE learns to halve an interval, turn by turn.
 The game is environments/games/guess_number.py: 'higher' or 'lower' after each
 guess, a wrong one costs 1. Numbers are tokens of a tiny decoder that starts
 from random weights. Halving is optimal: a mean return of -2.27 for 15 numbers.
+Held-out, before and after 300 steps, with seeds 0, 1 and 2: -8.73 to -2.73,
+-8.27 to -2.47 and -8.20 to -2.73, every number found in the end; 1:20 on 2 CPU
+cores.
 
 A turn is one token: --max_completion_length 1 leaves no room for an end token,
 and --cut_turns act gives the environment the number. The held-out episodes are

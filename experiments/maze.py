@@ -15,7 +15,8 @@ turns at most. The mean return over the starts:
 A tiny decoder starts from random weights, so that at first most of what it says
 is no move; or, with --walks 8, from walks of 20 moves, 8 from each start, which
 it first learns by supervision. Random ones show the form of a move, and no way
-to the goal; with --noise 0.5 every other move is the best one.
+to the goal; with --noise 0.5 every other move is the best one. With seed 0 the
+imitation has an eval/reward of -84.7; what PPO makes of it is not measured.
 
 A sentence of the observation is a token, and so is a move. A turn is its move
 alone: --max_completion_length 1 leaves no room for an end token, and

@@ -5,7 +5,9 @@ r"""REINFORCE learns to guess hidden words, turn by turn.
 The game is environments/games/wordle.py: 200 words, six guesses, a letter of
 answer for each letter; a wrong guess costs 1. A tiny decoder of words (a word
 is a token, an answer as well) starts from random weights, so that at first it
-guesses what is no word of the list.
+guesses what is no word of the list. These settings are too few steps: with seed
+0 the mean return is -5.95 before and after 300 of them, 1.5 % of the words are
+found, and a scripted player has -1.6.
 
 A turn is one token: --max_completion_length 1 leaves no room for an end token,
 and --cut_turns act gives the environment the word. The held-out episodes are

@@ -1,12 +1,14 @@
 """A warm start is a policy, made once for all that begins the same way."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from test_train import flags as tiny
 
 from experiments import arithmetic
-from jaxrl_tok import data
+from jaxrl_tok import data, environments
 from jaxrl_tok.run import cache, flags, warm_start
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.prepare import prepare
@@ -152,6 +154,18 @@ def test_a_cached_one_is_of_the_same_tokenizer(setup_of):
     model = setup.model._replace(tokenizer=data.bpe_tokenizer(texts, 259))
     found.add(warm_start.cache_dir(setup._replace(model=model)))
   assert len(model.tokenizer) == 259
+  assert len(found) == 2
+
+
+def test_a_cached_one_is_of_turns_of_the_same_length(setup_of):
+  """A demonstrated turn is cut at its length."""
+  setup = setup_of()
+  task = dataclasses.replace(setup.task, environment=environments.maze())
+  found = set()
+  for length in (1, 2, 2):
+    config = dataclasses.replace(setup.config, turn_length=length)
+    played = setup._replace(task=task, world=..., config=config)
+    found.add(warm_start.cache_dir(played))
   assert len(found) == 2
 
 

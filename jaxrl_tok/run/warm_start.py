@@ -77,7 +77,8 @@ def cache_dir(setup: Setup) -> Path:
   }
   if setup.world is not None:
     name = get_name(setup.task.environment)
-    recipe['turns'] = [name, dataclasses.asdict(setup.settings.turns)]
+    turns = dataclasses.asdict(setup.settings.turns)
+    recipe['turns'] = [name, turns, setup.config.turn_length]
   text = json.dumps(recipe, sort_keys=True).encode()
   key = hashlib.sha256(text).hexdigest()[:16]
   return user_cache() / f'{setup.caller.name}-{key}'

@@ -82,9 +82,8 @@ class Episode:
   turns: int = 0
   seats: int = 1
   acting: int = 0  # seat that acts next
-  last: dict = dataclasses.field(
-    default_factory=dict
-  )  # {seat: its last column}
+  # {seat: its last column}
+  last: dict = dataclasses.field(default_factory=dict)
   ended: str = ''  # one of REASONS; '' while it goes on
   info: dict = dataclasses.field(default_factory=dict)  # the last one
 
