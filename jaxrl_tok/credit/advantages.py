@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxrl_tok import masked
 from jaxrl_tok.credit import losses, sequence
 from jaxrl_tok.policy import check_array
-from jaxrl_tok.types import Advantage, AdvantageInputs, Carry, Scored
+from jaxrl_tok.types import Advantage, AdvantageInputs, Carry, Greedy, Scored
 
 # --- baselines ---------------------------------------------------------------
 
@@ -155,12 +155,16 @@ def greedy() -> Baseline:
   return Baseline('greedy', apply, greedy=True)
 
 
-def greedy_returns(reward: jax.Array, mask: jax.Array, gamma) -> jax.Array:
-  """Returns [T] of a greedy completion, the last held; NaN where it has no
+def greedy_returns(greedy: Greedy | None, gamma: float) -> jax.Array | None:
+  """Returns [C, T] of greedy completions, the last held; NaN where one has no
   reward."""
-  togo = sequence.reward_to_go(jnp.nan_to_num(reward), mask, gamma)
-  missing = jnp.any(jnp.isnan(reward))
-  return jnp.where(missing, jnp.nan, sequence.hold_last(togo, mask))
+
+  def one(reward, mask):
+    togo = sequence.reward_to_go(jnp.nan_to_num(reward), mask, gamma)
+    missing = jnp.any(jnp.isnan(reward))
+    return jnp.where(missing, jnp.nan, sequence.hold_last(togo, mask))
+
+  return None if greedy is None else jax.vmap(one)(*greedy)
 
 
 # --- scales ------------------------------------------------------------------
@@ -286,10 +290,7 @@ def returns(
       togo = jax.vmap(sequence.reward_to_go)(reward, ticks, each)
       return jax.vmap(sequence.hold_last)(togo, ticks).reshape(C, B // C, T)
 
-    greedy = None
-    if scored.greedy is not None:
-      togo = jax.vmap(greedy_returns, (0, 0, None))
-      greedy = togo(*scored.greedy, gamma)
+    greedy = greedy_returns(scored.greedy, gamma)
 
     def base(returns_CxGxT, valid_CxG):
       seen = at_turns(returns_CxGxT, turn)
