@@ -1,6 +1,7 @@
 """Placement of arrays on devices: the mesh, and each array's axes on it.
 
-1. `make_mesh('data=-1,fsdp=1,tensor=1')` lays out the devices.
+1. `make_mesh('data=-1,fsdp=1,tensor=1')` lays out the devices; those of several
+   slices so that only `data` crosses the network between them.
 2. `tree_shardings(mesh, tree, rules)` matches regexes against the path of
    every leaf. The path of an optimizer moment contains that of its parameter,
    so one rule places both.
@@ -10,11 +11,13 @@
    process are its own rows (processes.py).
 """
 
+import functools
 import math
 import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -48,16 +51,57 @@ def split_cpu(devices: int) -> None:
 def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
   """Mesh data x fsdp x tensor with Auto axes over the devices.
 
-  Raises ValueError when the product of the sizes is not the device count.
+  Raises ValueError when the product of the sizes is not the device count, or
+  slices cannot share them.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(spec, len(devices))
+  types = (AxisType.Auto,) * len(AXES)
+  if num_slices(devices) > 1:
+    return jax.sharding.Mesh(device_order(sizes, devices), AXES, types)
   return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+    tuple(sizes.values()), AXES, axis_types=types, devices=devices
   )
+
+
+def num_slices(devices) -> int:
+  """Number of slices, joined by a slow network, that the devices are of."""
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def device_order(sizes: dict, devices) -> np.ndarray:
+  """Devices of several slices [data, fsdp, tensor]: data crosses the network
+  between slices, fsdp only where data is too small for that.
+
+  Raises ValueError where tensor would have to.
+  """
+  from jax.experimental import mesh_utils
+
+  slices = num_slices(devices)
+  over = {'data': math.gcd(sizes['data'], slices)}
+  over['fsdp'] = slices // over['data']
+  if sizes['fsdp'] % over['fsdp']:
+    raise ValueError(
+      f'--mesh data={sizes["data"]},fsdp={sizes["fsdp"]} cannot be shared by '
+      f'{slices} slices; pass a data that {slices} divides, or --mesh auto'
+    )
+  between = [over.get(axis, 1) for axis in AXES]
+  inside = [sizes[axis] // n for axis, n in zip(AXES, between)]
+  return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+
+
+def platform() -> str:
+  """Platform that computes, 'cpu', 'gpu' or 'tpu', also inside jit: of the
+  mesh (jax.set_mesh), whose devices may be absent, else of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """Kind of the devices of platform(), as jax names it: 'TPU v5 lite'."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  device = jax.local_devices()[0] if device is None else device
+  return device.device_kind
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
@@ -116,6 +160,15 @@ def tree_shardings(mesh, tree, rules):
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def sharded_structs(mesh, tree, rules):
+  """ShapeDtypeStructs of a tree of arrays or structs, placed by rules."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    tree,
+    tree_shardings(mesh, tree, rules),
+  )
 
 
 def born_sharded(make, mesh, rules, *args, compiler_options=None):
@@ -206,7 +259,7 @@ def on_whole_cpu() -> bool:
   of every matrix."""
   mesh = jax.sharding.get_abstract_mesh()
   split = not mesh.empty and mesh.shape['fsdp'] * mesh.shape['tensor'] > 1
-  return jax.default_backend() == 'cpu' and not split
+  return platform() == 'cpu' and not split
 
 
 def on_each_device(function, spec, *args):
@@ -228,7 +281,37 @@ def on_each_device(function, spec, *args):
   return split(*args)
 
 
-def on_own_rows(function, whole, rows):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_own(x, axis, dtype):
+  """Gathers x over fsdp along an axis, inside a shard_map, as dtype; its
+  gradient is summed in x's own dtype."""
+  parts = jax.lax.all_gather(x.astype(dtype), 'fsdp', axis=axis, tiled=True)
+  return parts.astype(x.dtype)
+
+
+def _gather_own_forward(x, axis, dtype):
+  return _gather_own(x, axis, dtype), None
+
+
+def _gather_own_backward(axis, dtype, _, gradient):
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape['tensor'] == 1:
+    return (
+      jax.lax.psum_scatter(
+        gradient, 'fsdp', scatter_dimension=axis, tiled=True
+      ),
+    )
+  # the partitioner would gather a part of tensor for a scatter of its own
+  part = gradient.shape[axis] // mesh.shape['fsdp']
+  start = jax.lax.axis_index('fsdp') * part
+  summed = jax.lax.psum(gradient, 'fsdp')
+  return (jax.lax.dynamic_slice_in_dim(summed, start, part, axis),)
+
+
+_gather_own.defvjp(_gather_own_forward, _gather_own_backward)
+
+
+def on_own_rows(function, whole, rows, rules=(), dtypes=None):
   """Calls function(whole, rows) on every device with its rows, split over data
   and fsdp; what is `whole` is gathered over them once before, and its gradient
   summed once after. A loop in the function has no collective but those of
@@ -237,6 +320,8 @@ def on_own_rows(function, whole, rows):
   Args:
     function: (whole, rows) -> arrays of rows.
     whole, rows: trees of arrays.
+    rules: those that placed `whole`.
+    dtypes: tree of dtypes that `whole` is gathered as.
 
   Without a mesh, and where the devices cannot share the rows equally, it is
   function(whole, rows).
@@ -245,14 +330,107 @@ def on_own_rows(function, whole, rows):
   shards = 1 if mesh.empty else num_shards(mesh, ROWS)
   if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
     return function(whole, rows)
+  leaves, tree = jax.tree.flatten(whole)
+  kinds = jax.tree.leaves(dtypes) if rules else [x.dtype for x in leaves]
+  specs = [s.spec for s in jax.tree.leaves(tree_shardings(mesh, whole, rules))]
+  # what the rules split over fsdp is gathered inside, so that its gradient is
+  # split where it is summed
+  split = mesh.shape['fsdp'] > 1
+  axes = [
+    list(s).index('fsdp') if split and 'fsdp' in s else None for s in specs
+  ]
+
+  def own(leaves, rows):
+    leaves = [
+      x if axis is None else _gather_own(x, axis, dtype)
+      for x, axis, dtype in zip(leaves, axes, kinds)
+    ]
+    return function(jax.tree.unflatten(tree, leaves), rows)
+
+  held = [
+    PartitionSpec(*(() if axis is None else (*(None,) * axis, 'fsdp')))
+    for axis in axes
+  ]
   call = jax.shard_map(
-    function,
-    in_specs=(PartitionSpec(), PartitionSpec(ROWS)),
+    own,
+    in_specs=(held, PartitionSpec(ROWS)),
     out_specs=PartitionSpec(ROWS),
     axis_names=set(ROWS),
     check_vma=False,
   )
-  return call(whole, rows)
+  return call(leaves, rows)
+
+
+def rules_of_rollout(rules) -> tuple:
+  """Rules of the parameters that a token loop reads: split over tensor only."""
+  return tuple(
+    (pattern, PartitionSpec(*(a if a == 'tensor' else None for a in spec)))
+    for pattern, spec in rules
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, split, whole):
+  x = jax.lax.with_sharding_constraint(x, split)
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x, split, whole):
+  return _gather(x, split, whole), None
+
+
+def _gather_backward(split, whole, _, gradient):
+  return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gathered(weights, rules):
+  """Gathers a layer's weights over fsdp, inside jit, where they are used; their
+  gradients are summed and split again at once. Products would otherwise each
+  gather, or sum, for themselves."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape['fsdp'] == 1:
+    return weights
+
+  def one(x, split, whole):
+    if split.spec == whole.spec:
+      return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # int8, which nothing trains
+      return jax.lax.with_sharding_constraint(x, whole.spec)
+    return _gather(x, split.spec, whole.spec)
+
+  return jax.tree.map(
+    one,
+    weights,
+    tree_shardings(mesh, weights, rules),
+    tree_shardings(mesh, weights, rules_of_rollout(rules)),
+  )
+
+
+def lookup_shared(table: jax.Array, ids: jax.Array, dtype):
+  """Rows [R, t, D] of table [V, D], each device of fsdp with a part of D, for
+  ids [R, t]; None where they cannot share them equally, or need not."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape['fsdp'] == 1:
+    return None
+  if table.shape[1] % mesh.shape['fsdp'] or len(ids) % num_shards(mesh, ROWS):
+    return None
+
+  def own(table, ids):
+    ids = jax.lax.all_gather(ids, 'fsdp', tiled=True)
+    found = table.astype(dtype)[ids]
+    return jax.lax.all_to_all(found, 'fsdp', 0, 2, tiled=True)
+
+  call = jax.shard_map(
+    own,
+    in_specs=(PartitionSpec(None, 'fsdp'), PartitionSpec(ROWS)),
+    out_specs=PartitionSpec(ROWS),
+    axis_names=set(ROWS),
+    check_vma=False,
+  )
+  return call(table, ids)
 
 
 def gathered_for_rollout(params, rules):
@@ -263,11 +441,7 @@ def gathered_for_rollout(params, rules):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return params
-  kept = tuple(
-    (pattern, PartitionSpec(*(a if a == 'tensor' else None for a in spec)))
-    for pattern, spec in rules
-  )
-  shardings = tree_shardings(mesh, params, kept)
+  shardings = tree_shardings(mesh, params, rules_of_rollout(rules))
   return jax.tree.map(
     lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), params, shardings
   )

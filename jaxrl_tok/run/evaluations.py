@@ -20,10 +20,8 @@ from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.run.inputs import Rewards
 from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.step import device_rewards
-from jaxrl_tok.step.programs import (
-  EvaluationShape,
-  Programs,
-)
+from jaxrl_tok.step.programs import Programs
+from jaxrl_tok.step.shapes import EvaluationShape
 
 SHOWN = 20  # held-out completions in samples.jsonl
 LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
