@@ -36,6 +36,8 @@ SHARE: dict[str, Callable] = {
   'all-to-all': lambda n: (n - 1) / n,
   'collective-permute': lambda n: 1,
 }
+# a TPU's reduce-scatter: an all-reduce fused with the slice of its result
+SCATTER = 'all-reduce-scatter'
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$')
 _ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
@@ -133,7 +135,34 @@ def turns_of(op: _Op, found: dict) -> float | None:
   if len(compares) != 1 or 'direction=LT' not in compares[0].rest:
     return None
   named = re.findall(r'%([\w.\-]+)', compares[0].rest.partition(')')[0])
-  return next((limits[n] for n in named if n in limits), None)
+  limit = next((limits[n] for n in named if n in limits), None)
+  counters = [
+    int(m[1])
+    for x in body
+    if x.name in named and (m := re.search(r'index=(\d+)', x.rest))
+  ]
+  if limit is None or len(counters) != 1:
+    return limit
+  return -(-limit // step_of(op, counters[0], found))
+
+
+def step_of(op: _Op, counter: int, found: dict) -> int:
+  """Step of a loop's counter, an element of its tuple: 2 where the compiler has
+  unrolled it once."""
+  name = re.search(r'body=%?([\w.\-]+)', op.rest)[1]
+  body = {x.name: x for x in found.get(name, ())}
+  root = next((x for x in reversed(body.values()) if x.kind == 'tuple'), None)
+  operands = re.findall(r'%([\w.\-]+)', root.rest) if root else []
+  new = body.get(operands[counter]) if counter < len(operands) else None
+  if new is None or new.kind != 'add':
+    return 1
+  steps = [
+    int(m[1])
+    for name in re.findall(r'%([\w.\-]+)', new.rest.partition(')')[0])
+    if name in body and (m := re.match(r'(\d+)\)', body[name].rest))
+    if body[name].kind == 'constant'
+  ]
+  return steps[0] if len(steps) == 1 and steps[0] > 0 else 1
 
 
 def collectives(text: str, turns: list | None = None) -> list[Collective]:
@@ -163,8 +192,10 @@ def collectives(text: str, turns: list | None = None) -> list[Collective]:
     for op in found.get(name, ()):
       kind = op.kind.removesuffix('-start')
       if kind in KINDS:
-        shapes = shapes_of(op.kind, op.type)
-        moved = num_bytes(shapes) * SHARE[kind](group_size(op.rest))
+        shapes, n = shapes_of(op.kind, op.type), group_size(op.rest)
+        moved = num_bytes(shapes) * SHARE[kind](n)
+        if fused and name.startswith(SCATTER):
+          kind, moved = 'reduce-scatter', moved / 2
         said = re.search(r'op_name="([^"]*)"', op.rest)
         said = said[1] if said else op.name
         new = Collective(kind, moved, times, shapes, where, said)

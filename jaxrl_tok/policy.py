@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import distribution
-from jaxrl_tok.sharding import on_own_rows, path_name, platform
+from jaxrl_tok.sharding import (
+  gather_own,
+  on_own_rows,
+  path_name,
+  platform,
+  split_axes,
+)
 from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule, TokenStats
 
 # Logits alive at once: 4 MiB of float32 on a CPU, whose cache holds them, and
@@ -252,7 +258,7 @@ def _token_stats(
   paths = list(_dtypes(params))
 
   def stats_of_rows(whole, part):
-    rule, read = whole
+    rule, read = gather_own(whole, axes, dtypes)
     filled = [
       read[path] if on else jnp.zeros(x.shape, x.dtype)
       for path, x, on in zip(paths, leaves, is_read)
@@ -264,14 +270,13 @@ def _token_stats(
     return _in_chunks(stats, min(wanted, T), part)
 
   read = {p: x for p, x, on in zip(paths, leaves, is_read) if on}
-  cast = _dtypes(jax.eval_shape(policy.cast_params, params))
-  dtypes = (
-    jax.tree.map(lambda x: x.dtype, rule),
-    {path: cast.get(path, x.dtype) for path, x in read.items()},
+  whole, cast = (
+    (rule, read),
+    _dtypes(jax.eval_shape(policy.cast_params, params)),
   )
-  return on_own_rows(
-    stats_of_rows, (rule, read), part, policy.partition_rules, dtypes
-  )
+  axes = split_axes(whole, policy.partition_rules)
+  dtypes = {f'1/{path}': cast.get(path, x.dtype) for path, x in read.items()}
+  return on_own_rows(stats_of_rows, whole, part, axes)
 
 
 def evaluate(

@@ -223,7 +223,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   Without a mesh (jax.set_mesh) it returns x.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or rows_are_own():
     return x
   spec = PartitionSpec(ROWS, *(None,) * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, spec)
@@ -272,19 +272,77 @@ def on_each_device(function, spec, *args):
   Without a mesh it is function(*args).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or rows_are_own():
     return function(*args)
   specs = tuple(_fit(PartitionSpec(*spec), x.shape, mesh) for x in args)
   split = jax.shard_map(
-    function, in_specs=specs, out_specs=specs[0], check_vma=False
+    function,
+    in_specs=specs,
+    out_specs=specs[0],
+    check_vma=False,
   )
   return split(*args)
 
 
+def rows_are_own() -> bool:
+  """Tells, inside jit, whether a device sees its own rows only, as inside of
+  on_own_rows; it then holds all of the heads that it gathers, too."""
+  return 'fsdp' in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def split_axes(tree, rules) -> dict[str, int]:
+  """Axes {path: axis} that rules split over fsdp, of the leaves where they do;
+  {} without a mesh, and beside tensor, whose parts the partitioner would gather
+  with those of fsdp: it then places all collectives itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape['fsdp'] == 1 or mesh.shape['tensor'] > 1:
+    return {}
+  placed = tree_shardings(mesh, tree, rules)
+  specs = {
+    path_name(path): list(place.spec)
+    for path, place in jax.tree_util.tree_leaves_with_path(placed)
+  }
+  return {k: spec.index('fsdp') for k, spec in specs.items() if 'fsdp' in spec}
+
+
+def on_own_rows(function, whole, rows, axes: dict):
+  """Calls function(whole, rows) on every device with its rows, split over data
+  and fsdp, and its part of `whole`, which gather_own makes whole. A loop in the
+  function has no collective but those of tensor and what it gathers itself;
+  gradients of `whole` are summed where it is gathered.
+
+  Args:
+    function: (whole, rows) -> arrays of rows.
+    whole, rows: trees of arrays.
+    axes: split_axes of `whole`.
+
+  Without a mesh, and where the devices cannot share the rows equally, it is
+  function(whole, rows).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else num_shards(mesh, ROWS)
+  if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
+    return function(whole, rows)
+
+  def held(path, x):
+    axis = axes.get(path_name(path))
+    return PartitionSpec(*(() if axis is None else (*(None,) * axis, 'fsdp')))
+
+  call = jax.shard_map(
+    function,
+    in_specs=(
+      jax.tree_util.tree_map_with_path(held, whole),
+      PartitionSpec(ROWS),
+    ),
+    out_specs=PartitionSpec(ROWS),
+    axis_names=set(ROWS),
+    check_vma=False,
+  )
+  return call(whole, rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_own(x, axis, dtype):
-  """Gathers x over fsdp along an axis, inside a shard_map, as dtype; its
-  gradient is summed in x's own dtype."""
   parts = jax.lax.all_gather(x.astype(dtype), 'fsdp', axis=axis, tiled=True)
   return parts.astype(x.dtype)
 
@@ -294,71 +352,49 @@ def _gather_own_forward(x, axis, dtype):
 
 
 def _gather_own_backward(axis, dtype, _, gradient):
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.shape['tensor'] == 1:
-    return (
-      jax.lax.psum_scatter(
-        gradient, 'fsdp', scatter_dimension=axis, tiled=True
-      ),
-    )
-  # the partitioner would gather a part of tensor for a scatter of its own
-  part = gradient.shape[axis] // mesh.shape['fsdp']
-  start = jax.lax.axis_index('fsdp') * part
-  summed = jax.lax.psum(gradient, 'fsdp')
-  return (jax.lax.dynamic_slice_in_dim(summed, start, part, axis),)
+  parts = jax.sharding.get_abstract_mesh().shape['fsdp']
+  before, after = gradient.shape[:axis], gradient.shape[axis + 1 :]
+  size = gradient.shape[axis] // parts
+  split = gradient.reshape(*before, parts, size, *after)
+  # a TPU scatters along the outermost axis in memory, which this makes it; it
+  # would sum all of the gradient otherwise
+  flat = jnp.moveaxis(split, axis, 0).reshape(parts, -1)
+  own = jax.lax.psum_scatter(flat, 'fsdp')
+  return (own.reshape(*before, size, *after),)
 
 
 _gather_own.defvjp(_gather_own_forward, _gather_own_backward)
 
 
-def on_own_rows(function, whole, rows, rules=(), dtypes=None):
-  """Calls function(whole, rows) on every device with its rows, split over data
-  and fsdp; what is `whole` is gathered over them once before, and its gradient
-  summed once after. A loop in the function has no collective but those of
-  tensor.
+def gather_own(tree, axes: dict, dtypes: dict | None = None, stacked: int = 0):
+  """Gathers parts over fsdp, inside of on_own_rows, once for all their uses;
+  their gradients, of their own dtype, are summed once.
 
   Args:
-    function: (whole, rows) -> arrays of rows.
-    whole, rows: trees of arrays.
-    rules: those that placed `whole`.
-    dtypes: tree of dtypes that `whole` is gathered as.
-
-  Without a mesh, and where the devices cannot share the rows equally, it is
-  function(whole, rows).
+    axes: split_axes of the tree, or of its stacks of layers.
+    dtypes: {path: dtype} that they travel as; None: their own.
+    stacked: 1 for a layer out of its stacks.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else num_shards(mesh, ROWS)
-  if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
-    return function(whole, rows)
-  leaves, tree = jax.tree.flatten(whole)
-  kinds = jax.tree.leaves(dtypes) if rules else [x.dtype for x in leaves]
-  specs = [s.spec for s in jax.tree.leaves(tree_shardings(mesh, whole, rules))]
-  # what the rules split over fsdp is gathered inside, so that its gradient is
-  # split where it is summed
-  split = mesh.shape['fsdp'] > 1
-  axes = [
-    list(s).index('fsdp') if split and 'fsdp' in s else None for s in specs
-  ]
+  if not axes or not rows_are_own():
+    return tree
 
-  def own(leaves, rows):
-    leaves = [
-      x if axis is None else _gather_own(x, axis, dtype)
-      for x, axis, dtype in zip(leaves, axes, kinds)
-    ]
-    return function(jax.tree.unflatten(tree, leaves), rows)
+  def one(path, x):
+    name = path_name(path)
+    if name not in axes:
+      return x
+    dtype = x.dtype if dtypes is None else dtypes[name]
+    return _gather_own(x, axes[name] - stacked, dtype)
 
-  held = [
-    PartitionSpec(*(() if axis is None else (*(None,) * axis, 'fsdp')))
-    for axis in axes
-  ]
-  call = jax.shard_map(
-    own,
-    in_specs=(held, PartitionSpec(ROWS)),
-    out_specs=PartitionSpec(ROWS),
-    axis_names=set(ROWS),
-    check_vma=False,
-  )
-  return call(leaves, rows)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def lookup_own(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+  """Rows [R, t, D] of a table that fsdp splits along D, [V, D / fsdp] here, for
+  own ids [R, t], inside of on_own_rows: each device looks up its part of D for
+  the ids of all, and they exchange the results."""
+  ids = jax.lax.all_gather(ids, 'fsdp', tiled=True)
+  found = table.astype(dtype)[ids]
+  return jax.lax.all_to_all(found, 'fsdp', 0, 2, tiled=True)
 
 
 def rules_of_rollout(rules) -> tuple:
@@ -367,70 +403,6 @@ def rules_of_rollout(rules) -> tuple:
     (pattern, PartitionSpec(*(a if a == 'tensor' else None for a in spec)))
     for pattern, spec in rules
   )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, split, whole):
-  x = jax.lax.with_sharding_constraint(x, split)
-  return jax.lax.with_sharding_constraint(x, whole)
-
-
-def _gather_forward(x, split, whole):
-  return _gather(x, split, whole), None
-
-
-def _gather_backward(split, whole, _, gradient):
-  return (jax.lax.with_sharding_constraint(gradient, split),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def gathered(weights, rules):
-  """Gathers a layer's weights over fsdp, inside jit, where they are used; their
-  gradients are summed and split again at once. Products would otherwise each
-  gather, or sum, for themselves."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape['fsdp'] == 1:
-    return weights
-
-  def one(x, split, whole):
-    if split.spec == whole.spec:
-      return x
-    if not jnp.issubdtype(x.dtype, jnp.floating):  # int8, which nothing trains
-      return jax.lax.with_sharding_constraint(x, whole.spec)
-    return _gather(x, split.spec, whole.spec)
-
-  return jax.tree.map(
-    one,
-    weights,
-    tree_shardings(mesh, weights, rules),
-    tree_shardings(mesh, weights, rules_of_rollout(rules)),
-  )
-
-
-def lookup_shared(table: jax.Array, ids: jax.Array, dtype):
-  """Rows [R, t, D] of table [V, D], each device of fsdp with a part of D, for
-  ids [R, t]; None where they cannot share them equally, or need not."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape['fsdp'] == 1:
-    return None
-  if table.shape[1] % mesh.shape['fsdp'] or len(ids) % num_shards(mesh, ROWS):
-    return None
-
-  def own(table, ids):
-    ids = jax.lax.all_gather(ids, 'fsdp', tiled=True)
-    found = table.astype(dtype)[ids]
-    return jax.lax.all_to_all(found, 'fsdp', 0, 2, tiled=True)
-
-  call = jax.shard_map(
-    own,
-    in_specs=(PartitionSpec(None, 'fsdp'), PartitionSpec(ROWS)),
-    out_specs=PartitionSpec(ROWS),
-    axis_names=set(ROWS),
-    check_vma=False,
-  )
-  return call(table, ids)
 
 
 def gathered_for_rollout(params, rules):

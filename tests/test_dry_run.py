@@ -15,6 +15,8 @@ from jaxrl_tok.run.dry_run import Program, Report, advice, lines, verdict
 from jaxrl_tok.step import work
 from jaxrl_tok.targets import CHIPS, GIB
 
+RECORDS = [{'prompt': f'ab {i}'} for i in range(8)]
+
 # --- communication -----------------------------------------------------------
 
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -42,6 +44,11 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %g3 = bf16[16,4] all-gather(%x), channel_id=7, replica_groups={{0,1},{2,3}}
 }
 
+%all-reduce-scatter.1 (x: f32[8]) -> f32[4] {
+  %sum2 = f32[8] all-reduce(%x), channel_id=8, replica_groups={{0,1},{2,3}}
+  ROOT %own = f32[4] dynamic-slice(%sum2, %at)
+}
+
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %g = bf16[16,4] fusion(%x), kind=kLoop, calls=%fused
   %w2 = (s32[], bf16[8,4]) while(%p), condition=%inner_cond, body=%inner_body
@@ -55,6 +62,7 @@ ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %w1 = (s32[], bf16[8,4]) while(%t), condition=%cond, body=%body
   %sum = (f32[10]{0}, f32[]) all-reduce(%u, %v), replica_groups=[2,4]<=[8]
   %part = f32[5] reduce-scatter(%u), replica_groups=mesh['a'=2,'b'=4] {'b'}
+  %fused3 = f32[4] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %start = (bf16[2,4], bf16[8,4]) all-gather-start(%x), replica_groups=[1,4]
 }
 """.replace('REPLACED', 'collective-permute-start(%x), channel_id=3')
@@ -70,7 +78,7 @@ def test_collectives_are_counted_by_the_turns_of_their_loops():
     'all-gather': [(64, 10), (48, 1)],
     'collective-permute': [(64, 40)],
     'all-reduce': [(44 * 2 * 3 / 4, 1)],
-    'reduce-scatter': [(60, 1)],
+    'reduce-scatter': [(60, 1), (16, 1)],
   }
   assert hlo.total_by_kind(found)['all-gather'] == 64 * 10 + 48
   (gather,) = [c for c in found if c.name == 'g1']
@@ -203,7 +211,7 @@ def test_a_config_alone_is_accounted_for(tmp_path, monkeypatch, capsys):
     '--num_generations 2 --max_completion_length 4 --max_prompt_length 16 '
     '--no_log_kl --algorithm grpo'
   )
-  main(Task([{'prompt': 'ab'}] * 8, late_letters, held_out=2), argv.split())
+  main(Task(RECORDS, late_letters, held_out=2), argv.split())
   out = ' '.join(capsys.readouterr().out.split())
   for words in (
     'mesh: data=4,fsdp=1,tensor=1 on 4',
@@ -222,7 +230,7 @@ def test_a_target_without_libtpu_is_one_line(monkeypatch):
     raise RuntimeError('JAX TPU support not installed')
 
   monkeypatch.setattr(topologies, 'get_topology_desc', absent)
-  task = Task([{'prompt': 'ab'}] * 8, late_letters, held_out=2)
+  task = Task(RECORDS, late_letters, held_out=2)
   with pytest.raises(ValueError, match=r"pip install 'jaxrl_tok\[tpu\]'"):
     train(task, dry_run=True, target='v5e:2x4')
 
@@ -236,4 +244,4 @@ def test_a_target_without_libtpu_is_one_line(monkeypatch):
 )
 def test_a_target_is_checked_early(given, fault):
   with pytest.raises(ValueError, match=fault):
-    train(Task([{'prompt': 'ab'}] * 8, late_letters), **given)
+    train(Task(RECORDS, late_letters), **given)

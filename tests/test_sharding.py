@@ -266,3 +266,8 @@ def test_the_head_is_gathered_and_its_gradient_summed_once(spec, allowed):
   assert len(found) <= allowed  # activations over tensor
   D = config.d_model
   assert not sizes_of(found) & {(V, d) for V in (96, 48) for d in (D, D // 2)}
+  if mesh.shape['tensor'] == 1:
+    # parameters once forward and once backward, gradients once, 4 bytes each
+    count = sum(x.size for x in jax.tree.leaves(params))
+    ideal = 3 * 4 * count * (8 - 1) / 8
+    assert sum(c.total for c in listed) <= 1.3 * ideal

@@ -8,6 +8,7 @@ GRPO's, 32 prompts x 8 completions, 512 + 512 tokens.
 
 import json
 
+import jax
 import pytest
 from conftest import late_letters
 
@@ -66,8 +67,8 @@ def measured(directory, target: str, mesh: str, **more) -> dry_run.Report:
       **more,
     }
   )
-  task = Task([{'prompt': 'x'}] * 64, late_letters, held_out=8)
-  import jax
+  records = [{'prompt': f'{i}'} for i in range(64)]
+  task = Task(records, late_letters, held_out=8)
 
   setup = prepare(task, settings, Own(), Caller('aot', 'pytest'), {})
   with jax.set_mesh(setup.mesh):
@@ -106,6 +107,6 @@ def test_a_step_fits_and_moves_little(tmp_path, target, size, mesh):
   if report.mesh['tensor'] == 1:  # which exchanges activations, too
     assert moved <= 1.3 * ideal(report)
   for c in programs['sample'].collectives:
-    if 'while/body/while' in c.name or len(c.where) > 1:
+    if 'while/body/while' in c.name:  # chunks of tokens, and their tokens
       # neither parameters nor a cache cross the network at a token
       assert c.moved < 2**20, c

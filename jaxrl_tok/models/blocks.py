@@ -302,19 +302,14 @@ class Table(nn.Module):
     return self.param('embedding', self.begin, (self.rows, self.config.d_model))
 
 
-def lookup(table: dict, ids, dtype, shared: bool = True):
-  """Rows [R, t, D] of a Table, int8 or not, for ids [R, t].
+def lookup(table: dict, ids, dtype):
+  """Rows [..., D] of a Table, int8 or not, for ids.
 
-  shared: devices of fsdp look up their part of D for all of their rows, and
-    exchange the results. False, and where they cannot: the table is whole along
-    D, as the partitioner would bring results to their rows' devices only by
-    copying all of them to every device.
+  They are looked up in a table that is whole along D: split over fsdp, the
+  partitioner could bring the result to the rows' devices only by copying all
+  of it to every device.
   """
   x, scale = table['embedding'], table.get('embedding' + quantize.SUFFIX)
-  if scale is None and shared:
-    found = sharding.lookup_shared(x, ids, dtype)
-    if found is not None:
-      return found
   if scale is None:
     return constrain(x.astype(dtype), 'tensor', None)[ids]
   x = constrain(x, 'tensor', None)

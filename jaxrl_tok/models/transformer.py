@@ -32,7 +32,15 @@ from jaxrl_tok.models.blocks import (
   head,
   lookup,
 )
-from jaxrl_tok.sharding import constrain_rows, gathered, path_name
+from jaxrl_tok.sharding import (
+  constrain_rows,
+  gather_own,
+  lookup_own,
+  on_own_rows,
+  path_name,
+  rows_are_own,
+  split_axes,
+)
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 # leaves that the modules use in float32; all others in the compute dtype
@@ -111,13 +119,15 @@ def init(net: Network, key):
   return Outer(c).init(key)['params'] | {'layers': stack.stack_layers(layers)}
 
 
-def _embed(net: Network, params, tokens, positions, shared: bool = True):
-  """Embeds tokens [R, t] at positions [R, t].
-
-  shared: the table may be split over fsdp; False: it is whole, as in a rollout.
-  """
-  c = net.config
-  x = constrain_rows(lookup(params['embed'], tokens, net.dtype, shared))
+def _embed(net: Network, params, tokens, positions, axes=()):
+  """Embeds tokens [R, t] at positions [R, t]. axes: sharding.split_axes of
+  params, inside of on_own_rows."""
+  c, table = net.config, params['embed']
+  if 'embed/embedding' in axes and len(table) == 1:
+    x = lookup_own(table['embedding'], tokens, net.dtype)
+  else:  # int8 is gathered
+    table = gather_own({'embed': table}, axes)['embed']
+    x = constrain_rows(lookup(table, tokens, net.dtype))
   if c.embedding_scale != 1:
     x = x * jnp.asarray(c.embedding_scale, x.dtype)
   if c.learned_positions:
@@ -140,7 +150,7 @@ def has(kind: Layer, path: tuple) -> bool:
 def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
   """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
   c = net.config
-  x = _embed(net, params, tokens, positions, shared=caches is None)
+  x = _embed(net, params, tokens, positions)
   angles = _angles(net, positions, limit)
   length = None if prefix is None else prefix.length
 
@@ -175,21 +185,37 @@ def _last(x, length):
 
 
 def read(net: Network, params, prompts: Prompts, tokens):
-  """Reads prompts and completions [B, t] together: a layer's weights serve
-  both, and nothing is kept of the prompts' keys and values."""
-  c, length = net.config, prompts.length
+  """Reads prompts and completions [B, t] together: a layer's weights are
+  gathered once for both, and nothing is kept of the prompts' keys and
+  values."""
+  axes = split_axes(params, PARTITION_RULES)
+  function = functools.partial(_read_own, net, axes)
+  if not axes:
+    return function(params, (prompts, tokens))
+  return on_own_rows(function, params, (prompts, tokens), axes)
+
+
+def _read_own(net: Network, axes: dict, params, rows):
+  """Reads (prompts, tokens) that are a device's own; axes: of params."""
+  (prompts, tokens), c = rows, net.config
+  length, axes = prompts.length, axes if rows_are_own() else {}
+  of_layers = {
+    path.removeprefix('layers/'): axis
+    for path, axis in axes.items()
+    if path.startswith('layers/')
+  }
   (C, P), (B, t) = prompts.tokens.shape, tokens.shape
   front = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
   start = jnp.repeat(length, B // C)
   back = start[:, None] + jnp.arange(t)[None]
   angles = _angles(net, front, P), _angles(net, back, P + t)
   x = (
-    _embed(net, params, prompts.tokens, front),
-    _embed(net, params, tokens, back),
+    _embed(net, params, prompts.tokens, front, axes),
+    _embed(net, params, tokens, back, axes),
   )
 
   def step(kind, weights, x, given, cache):
-    weights = gathered(cast_leaves(weights, net.dtype), BLOCK_RULES)
+    weights = gather_own(cast_leaves(weights, net.dtype), of_layers, stacked=1)
     block = functools.partial(
       Block(c, kind, net.kernel).apply, {'params': weights}
     )

@@ -358,7 +358,8 @@ def prepare(
   Raises ValueError or OSError, in one line.
   """
   build.check_own(own)
-  cache.keep_programs()
+  if not settings.run.dry_run:  # which says how long compiling takes
+    cache.keep_programs()
   devices, why = placement.find_devices(settings), ''
   auto = settings.model.mesh == AUTO
   mesh = sharding.make_mesh(DEFAULT if auto else settings.model.mesh, devices)
