@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import GOLDEN, late_letters
 from jax.experimental import topologies
+from jax.sharding import PartitionSpec
 
-from jaxrl_tok import Task, hlo, main, train
+from jaxrl_tok import Task, hlo, main, sharding, train
 from jaxrl_tok.run import dry_run
 from jaxrl_tok.run.dry_run import Program, Report, advice, lines, verdict
 from jaxrl_tok.step import work
@@ -108,6 +109,19 @@ def test_flops_of_products_and_loops():
   assert counted(both, (3, 4), (4, 4)) == 3 * 5 * 2 * 3 * 4 * 4
   again = jax.grad(lambda x, w: jax.checkpoint(loop)(x, w).sum(), (0, 1))
   assert counted(again, (3, 4), (4, 4)) >= 4 * 5 * 2 * 3 * 4 * 4
+
+
+def test_flops_of_all_devices_of_a_shard_map():
+  mesh = sharding.make_mesh('data=2,fsdp=2', jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    own = jax.shard_map(
+      jnp.matmul,
+      in_specs=(PartitionSpec('data'), PartitionSpec()),
+      out_specs=PartitionSpec('data'),
+      axis_names={'data'},
+      check_vma=False,
+    )
+    assert counted(own, (6, 4), (4, 7)) == 2 * 6 * 4 * 7
 
 
 def test_flops_of_a_loop_that_ends_by_data_are_told():
@@ -214,7 +228,7 @@ def test_a_config_alone_is_accounted_for(tmp_path, monkeypatch, capsys):
   main(Task(RECORDS, late_letters, held_out=2), argv.split())
   out = ' '.join(capsys.readouterr().out.split())
   for words in (
-    'mesh: data=4,fsdp=1,tensor=1 on 4',
+    'mesh: data=4,fsdp=1,tensor=1 on 4 gpu:4 of 80.0 GiB',
     'dry run on 4 x gpu:4',
     '4 prompts x 2 completions, 16 + 4 tokens',
     'all-reduce',

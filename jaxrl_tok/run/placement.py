@@ -1,6 +1,7 @@
 """Placement of a run: its devices, which a dry run may lack, and the mesh that
 --mesh auto chooses for them."""
 
+import contextlib
 import os
 
 import jax
@@ -58,7 +59,8 @@ def absent_tpus(target: Target) -> list:
 def stand_ins(target: Target) -> list:
   """CPU devices in place of absent GPUs, for which only their own compiler
   compiles."""
-  sharding.split_cpu(target.count)
+  with contextlib.suppress(ValueError):  # jax has counted its devices: enough?
+    sharding.split_cpu(target.count)
   devices = jax.devices('cpu')
   if len(devices) < target.count:
     raise ValueError(
@@ -139,6 +141,7 @@ def choose(settings: Settings, task, made: tuple, devices, T: int) -> tuple:
   def cast(params, fixed):
     return policy.cast_params(policy.merge_params(params, fixed))
 
+  target = target_of(settings)
   C, G = settings.sampling.num_prompts, settings.sampling.num_generations
   weights = jax.eval_shape(cast, *state.policy_params)
   cache = jax.eval_shape(lambda: policy.init_cache(C * G, T))
@@ -152,7 +155,7 @@ def choose(settings: Settings, task, made: tuple, devices, T: int) -> tuple:
       numbers_of_prompts(settings, model, task, algorithm.passes),
       sizes_to_split(model),
       sharding.num_slices(devices),
-      devices[0].device_kind,
+      devices[0].device_kind if target is None else target.name,
     )
   )
   return sharding.make_mesh(mesh_spec.format_mesh(sizes), devices), why

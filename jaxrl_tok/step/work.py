@@ -69,7 +69,7 @@ def flops(jaxpr, turns: list | None = None) -> float:
     if name == 'pallas_call':
       return math.prod(p['grid_mapping'].grid)
     if name == 'shard_map':
-      return num_shards(p['mesh'], tuple(p['manual_axes']))
+      return num_shards(p['mesh'], tuple(p['newly_manual_axes']))
     return 1
 
   return count(getattr(jaxpr, 'jaxpr', jaxpr))
