@@ -57,7 +57,7 @@ def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(spec, len(devices))
   types = (AxisType.Auto,) * len(AXES)
-  if num_slices(devices) > 1:
+  if num_slices(devices) > 1 and devices[0].platform == 'tpu':
     return jax.sharding.Mesh(device_order(sizes, devices), AXES, types)
   return jax.make_mesh(
     tuple(sizes.values()), AXES, axis_types=types, devices=devices
@@ -65,7 +65,8 @@ def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
 
 
 def num_slices(devices) -> int:
-  """Number of slices, joined by a slow network, that the devices are of."""
+  """Number of slices that the devices are of: parts of TPU pods, or hosts of
+  others, joined by a slower network."""
   return len({getattr(device, 'slice_index', 0) for device in devices})
 
 

@@ -185,6 +185,7 @@ def measure(setup: Setup) -> Report:
     setup.critic,
     weights=setup.rewards.weights,
     remats=setup.remats,
+    remat=settings.model.remat.replace('auto', 'none'),
   )
   config = dataclasses.replace(
     setup.config, memory=usable, reference_kl=measures_kl(setup)

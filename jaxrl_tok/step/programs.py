@@ -111,12 +111,12 @@ def gradients(run: _Run, rollout: Rollout, num_prompts: int) -> list[Way]:
   """Ways to compute gradients, the fastest first: those whose arrays, by
   shapes, a device holds beside the state."""
   n, config = run.networks, run.config
-  networks = {'none': n} | {
+  networks = {n.remat: n} | {
     name: n._replace(policy=policy, critic=critic)
     for name, (policy, critic) in n.remats.items()
   }
   if config.micro_batches is not None and not n.remats:
-    return [Way(run, 'as given', config.micro_batches)]
+    return [Way(run, n.remat, config.micro_batches)]
   found = memory.ways(
     {name: each.policy for name, each in networks.items()},
     run.state,

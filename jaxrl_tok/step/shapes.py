@@ -72,6 +72,7 @@ class Networks(NamedTuple):
   # {remat: (policy, critic) that keeps less for the backward pass}, the fastest
   # first: tried where memory is short
   remats: dict = {}  # noqa: RUF012
+  remat: str = 'none'  # of policy and critic
 
 
 class EvaluationShape(NamedTuple):
