@@ -24,7 +24,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
     if name not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
       raise ValueError(
         f'--mesh part {part!r} is not axis=size; '
-        f'pass --mesh auto, or {DEFAULT} (one size may be -1)'
+        f'pass --mesh {DEFAULT} (one size may be -1), or --mesh auto'
       )
     if name in sizes:
       raise ValueError(
