@@ -37,8 +37,10 @@ USABLE = 1 - memory.KEPT_FREE
 NAMES = {
   'sample': 'rollout',
   'greedy': 'greedy rollout',
+  'turn': 'longest turn',
   'reference_kl': 'KL to the reference',
 }
+ROLLOUTS = 'sample', 'greedy', 'turn'  # programs that read the weights alone
 FLOPS = 'FLOP kFLOP MFLOP GFLOP TFLOP PFLOP'
 
 
@@ -75,6 +77,13 @@ class Report(NamedTuple):
   memory: int | None  # bytes of a device
   chip: Chip | None  # its rates; None: not in the table
   stand_in: bool  # compiled for CPU devices in place of absent GPUs
+  # (turns of an episode at most, tokens of a turn); None: there are no turns
+  turns: tuple[int, int] | None = None
+
+  @property
+  def length_flag(self) -> str:
+    """Flag of the length that an update is of."""
+    return f'--max_{"completion" if self.turns is None else "episode"}_length'
 
 
 # --- measuring ---------------------------------------------------------------
@@ -90,7 +99,7 @@ def while_turns(setup: Setup, parts: int) -> dict:
     dataclasses.replace(config, chunk=chunk), len(jax.tree.leaves(cache))
   )
   stages = [end - begin for begin, end in zip([0, *ends], ends)]
-  return {'sample': stages, 'greedy': stages, 'update': [parts, 0]}
+  return dict.fromkeys(ROLLOUTS, stages) | {'update': [parts, 0]}
 
 
 def compile_way(name: str, how: str, function, job: Job, turns) -> Program:
@@ -145,20 +154,24 @@ def bytes_of_state(state) -> dict:
 
 def bytes_of_rollout(setup: Setup, state, P: int) -> dict:
   """Bytes {what: on a device} that a rollout reads at every token: the weights
-  in the compute dtype, the cache at its longest, keys and values of prompts."""
+  in the compute dtype, the cache at its longest, keys and values of prompts; of
+  a turn each row's transcript is a prompt."""
   policy, config, mesh = setup.policy, setup.config, setup.mesh
   C, G = config.num_prompts, config.samples_per_prompt
+  T, prompts = config.sampler.max_completion_length, C
+  if config.turn_length is not None:
+    P, prompts = P + config.max_completion_length - 1, C * G
   rows, heads = sharding.row_shards(mesh), mesh.shape['tensor']
 
   def begin(policy_params):
     params = policy.merge_params(*policy_params)
-    prompts = Prompts(jnp.zeros((C, P), jnp.int32), jnp.ones(C, jnp.int32))
-    return policy.cast_params(params), policy.encode(params, prompts)
+    tokens = jnp.zeros((prompts, P), jnp.int32)
+    given = Prompts(tokens, jnp.ones(prompts, jnp.int32))
+    return policy.cast_params(params), policy.encode(params, given)
 
   weights, prefix = jax.eval_shape(begin, state.policy_params)
   rules = sharding.rules_of_rollout(policy.partition_rules)
   placed = sharding.sharded_structs(mesh, weights, rules)
-  T = config.max_completion_length
   cache = jax.eval_shape(lambda: policy.init_cache(C * G, T))
   split = placement.sizes_to_split(setup.model)[:1]
   heads = heads if split and split[0] % heads == 0 else 1
@@ -215,6 +228,7 @@ def measure(setup: Setup) -> Report:
     most,
     chip_of(device.device_kind) if target is None else target.chip,
     target is not None and not target.is_tpu,
+    config.turn_length and (settings.turns.max_turns, config.turn_length),
   )
 
 
@@ -238,7 +252,7 @@ def needed(report: Report, program: Program) -> int:
   """Bytes on a device while a program runs: its own, and what of the state it
   does not read."""
   beside = 0
-  if program.name in ('sample', 'greedy'):
+  if program.name in ROLLOUTS:
     read = ('parameters', 'frozen parameters')
     beside = sum(n for k, n in report.state.items() if k not in read)
   return program.bytes + beside + report.other
@@ -253,8 +267,9 @@ def least_seconds(report: Report, program: Program) -> dict:
     'products': program.flops / chip.peak,
     'network': sum(program.moved.values()) / chip.link,
   }
-  if program.name in ('sample', 'greedy'):
+  if program.name in ROLLOUTS:
     T, r = report.batch['T'], report.rollout
+    T = T if report.turns is None else report.turns[1]
     read = r['weights'] + r['cache'] / 2 + r['prompts']
     found['memory'] = T * read / chip.bandwidth
   return found
@@ -313,13 +328,13 @@ def advice(report: Report, program: Program) -> str:
   if program.name == 'update':
     return (
       'pass --remat full and --micro_batch '
-      f'{report.batch["G"]}, or a smaller --max_completion_length'
+      f'{report.batch["G"]}, or a smaller {report.length_flag}'
     )
   if report.rollout['weights'] > 0.3 * most:
     return "pass --mesh with more of tensor: the rollout's weights are most"
   return (
     f'pass fewer than --num_prompts {rows}, or a smaller '
-    '--max_completion_length: the cache is most of it'
+    f'{report.length_flag}: the cache is most of it'
   )
 
 
@@ -327,10 +342,12 @@ def lines(report: Report) -> list[str]:
   """Report in words."""
   b, mesh = report.batch, report.mesh
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.items())
+  done = 'completions'
+  if report.turns is not None:
+    done = 'episodes of {} turns (of {} tokens) at most'.format(*report.turns)
   found = [
     f'dry run on {report.devices}: mesh {axes}',
-    f'a step: {b["C"]} prompts x {b["G"]} completions, '
-    f'{b["P"]} + {b["T"]} tokens',
+    f'a step: {b["C"]} prompts x {b["G"]} {done}, {b["P"]} + {b["T"]} tokens',
     f'parameters: {report.parameters:,}',
     f'state: {gib(sum(report.state.values()))} a device ('
     + ', '.join(f'{name} {gib(n)}' for name, n in report.state.items())

@@ -241,13 +241,19 @@ def update_jobs(run: _Run, P: int) -> dict:
 def step_jobs(
   networks: Networks, config: ProgramConfig, state: TrainState, P: int
 ) -> dict:
-  """Jobs {name: Job} of a step with prompts of P tokens, without rewards. Must
-  run under jax.set_mesh; state: structs with their shardings."""
+  """Jobs {name: Job} of a step with prompts of P tokens, without rewards; of
+  turns the largest one, which comes last. Must run under jax.set_mesh; state:
+  structs with their shardings."""
   networks = networks._replace(device_score=None)
   run = _Run(networks, config, state, mesh_shapes(), {})
   config = dataclasses.replace(config, length_buckets=1)
   run = run._replace(config=config)
-  jobs = sampling_jobs(run, P) | update_jobs(run, P)
+  if config.turn_length is None:
+    jobs = sampling_jobs(run, P)
+  else:
+    rows = config.num_prompts * config.samples_per_prompt
+    jobs = turn_jobs(run, rows, P, config.sampler)
+  jobs |= update_jobs(run, P)
   return {key[0]: job for key, job in jobs.items()}
 
 
