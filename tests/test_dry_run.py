@@ -11,8 +11,11 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from jaxrl_tok import Task, hlo, main, sharding, train
-from jaxrl_tok.run import dry_run
+from jaxrl_tok.run import dry_run, flags
+from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.dry_run import Program, Report, advice, lines, verdict
+from jaxrl_tok.run.prepare import prepare
+from jaxrl_tok.run.task import Caller
 from jaxrl_tok.step import work
 from jaxrl_tok.targets import CHIPS, GIB
 
@@ -237,6 +240,43 @@ def test_a_config_alone_is_accounted_for(tmp_path, monkeypatch, capsys):
   ):
     assert words in out
   assert not list(work_dir.iterdir())
+
+
+class Count:
+  """Environment whose episodes end by max_turns."""
+
+  def reset(self, seed, example):
+    return '0', {}
+
+  def step(self, action):
+    return '1', 0.0, False, False, {}
+
+
+def test_episodes_are_accounted_for_by_their_longest_turn():
+  size = {'d_model': 16, 'num_layers': 1, 'num_heads': 2, 'num_kv_heads': 1}
+  batch = {'num_prompts': 4, 'num_generations': 2, 'max_completion_length': 3}
+  turns = {'max_turns': 3, 'max_episode_length': 20, 'length_buckets': 2}
+  how = {'dry_run': True, 'target': 'gpu:2', 'mesh': 'auto', 'log_kl': False}
+  task = Task(RECORDS, None, held_out=2, environment=Count)
+  settings = flags.settings_of(size | batch | turns | how)
+  setup = prepare(task, settings, Own(), Caller('dry', 'pytest'), {})
+  with jax.set_mesh(setup.mesh):
+    report = dry_run.measure(setup)
+  assert [p.name for p in report.programs] == ['turn', 'update']
+  P, (rows, token) = report.batch['P'], (4 * 2 // 2, 2 * 8 * 2)  # bfloat16
+  read = report.rollout
+  assert read['cache'] == rows * 3 * token
+  assert read['prompts'] == rows * (P + 19) * token
+  text = '\n'.join(lines(report))
+  assert 'mesh data 2, fsdp 1, tensor 1' in text
+  assert '4 prompts x 2 episodes of 3 turns (of 3 tokens) at most' in text
+  assert 'longest turn: compiled in' in text
+  assert verdict(report)[0]
+  assert '--max_episode_length' in advice(report, report.programs[0])
+  least = dry_run.least_seconds(report, report.programs[0])['memory']
+  assert least * report.chip.bandwidth == pytest.approx(
+    3 * (read['weights'] + read['cache'] / 2 + read['prompts'])
+  )
 
 
 def test_a_target_without_libtpu_is_one_line(monkeypatch):
