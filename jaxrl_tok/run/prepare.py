@@ -172,6 +172,19 @@ def check_warm_start(task: Task, settings: Settings, model, mesh) -> None:
     )
 
 
+def check_mesh(mesh, task, settings, model, algorithm, world) -> None:
+  """Refuses a mesh whose devices cannot share what a run is made of."""
+  check_played(world, algorithm, mesh)
+  check_devices(settings, mesh, algorithm.passes.mini_batches)
+  check_warm_start(task, settings, model, mesh)
+
+
+def lengths(task: Task, settings: Settings, model, split) -> tuple:
+  """Tokens after a prompt: (of a completion or episode, of a turn | None)."""
+  T = completion_length(task, settings, model, split)
+  return (T, None) if task.environment is None else (max_length(settings, T), T)
+
+
 def micro_batches(settings: Settings, mini_batches: int) -> int | None:
   """Number of micro-batches of a mini-batch; None: chosen by memory."""
   sampling, wanted = settings.sampling, settings.model.micro_batch
@@ -382,9 +395,7 @@ def prepare(
   model = models.make_model(settings, own.policy, tokenizer)
   chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
-  T = completion_length(task, settings, model, split)
-  turn_length = None if task.environment is None else T
-  T = T if turn_length is None else max_length(settings, T)
+  T, turn_length = lengths(task, settings, model, split)
   world = make_world(task, settings, model, T, split.train, split.held_out)
   algorithm = build.make_algorithm(settings, own, T, found.constraints)
   parts = algorithm.passes.mini_batches
@@ -395,9 +406,7 @@ def prepare(
   if auto:
     made = model, networks, algorithm, optimizer, trainable
     mesh, why = placement.choose(settings, task, made, devices, T)
-  check_played(world, algorithm, mesh)
-  check_devices(settings, mesh, parts)
-  check_warm_start(task, settings, model, mesh)
+  check_mesh(mesh, task, settings, model, algorithm, world)
   train = prompt_set(
     settings, model, found, split.train, task, T, 'training prompt'
   )
