@@ -71,12 +71,21 @@ def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
   return _states(policy, params, rollout._replace(tokens=tokens))
 
 
+def one_pass(policy: Policy) -> Callable | None:
+  """Returns the function of policy.read; None without one, and where it stands
+  for another encode or extend than the policy has."""
+  encode, extend, read = policy.read or (None, None, None)
+  own = encode is policy.encode and extend is policy.extend
+  return read if own else None
+
+
 def _states(policy: Policy, params, rollout: Rollout) -> jax.Array:
   """Hidden states [B, t + 1, D] before and after each of t tokens."""
   B, t = rollout.tokens.shape
   C = rollout.prompts.tokens.shape[0]
-  if policy.read is not None and t > 0:
-    first, rest = policy.read(params, rollout.prompts, rollout.tokens)
+  read = one_pass(policy)
+  if read is not None and t > 0:
+    first, rest = read(params, rollout.prompts, rollout.tokens)
   else:
     prefix = policy.encode(params, rollout.prompts)
     first = prefix.hidden
@@ -84,7 +93,7 @@ def _states(policy: Policy, params, rollout: Rollout) -> jax.Array:
   first_BxD = jnp.repeat(first, B // C, axis=0)
   if t == 0:
     return first_BxD[:, None]
-  if policy.read is None:
+  if read is None:
     rest, _ = policy.extend(params, prefix, rollout.tokens, None, 0)
   D = first_BxD.shape[1]
   check_array("policy.extend's hidden state", rest, None, B=B, t=t, D=D)

@@ -59,7 +59,6 @@ def masked_policy(policy: Policy) -> Policy:
   return policy._replace(
     encode=encode,
     extend=extend,
-    read=None,
     logits=on_half(policy.logits, 0),
     value=None if policy.value is None else on_half(policy.value, 0),
     init_cache=lambda *sizes: (policy.init_cache(*sizes),) * 2,

@@ -340,14 +340,16 @@ def make_policy(
   """
   scan = stack.should_scan(scan_layers, config.num_layers)
   kernel = kernels.choose(attention)
-  return as_policy(
-    Network(config, jnp.dtype(dtype), remat, kernel, scan),
+  net = Network(config, jnp.dtype(dtype), remat, kernel, scan)
+  policy = as_policy(
+    net,
     PARTITION_RULES,
     init=init,
     encode=encode,
     extend=extend,
-    read=read,
     logits=logits,
     init_cache=init_cache,
     cast_params=cast_params,
   )
+  both = functools.partial(read, net)
+  return policy._replace(read=(policy.encode, policy.extend, both))
