@@ -14,12 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_tok import distribution
-from jaxrl_tok.sharding import on_own_rows
+from jaxrl_tok.sharding import (
+  gather_own,
+  on_own_rows,
+  path_name,
+  platform,
+  split_axes,
+)
 from jaxrl_tok.types import Policy, Prompts, Rollout, SamplingRule, TokenStats
 
-# Logits alive at once: 4 MiB of float32, or more where that is few tokens: the
-# head's gradient [V, D] is added up once for each chunk.
-CHUNK_ELEMENTS, CHUNK_TOKENS = 2**20, 128
+# Logits alive at once: 4 MiB of float32 on a CPU, whose cache holds them, and
+# 512 MiB elsewhere, or more where that is few tokens: the head's gradient
+# [V, D] is added up once for each chunk.
+ON_CPU, ELSEWHERE, CHUNK_TOKENS = 2**20, 2**27, 128
 
 
 def check_array(what: str, x, kind: type | None, **sizes) -> None:
@@ -54,7 +61,8 @@ def check_prompts(prompts: Prompts) -> None:
 
 def tokens_at_once(vocab_size: int) -> int:
   """Number of tokens, of all rows together, whose logits are alive at once."""
-  return max(CHUNK_TOKENS, CHUNK_ELEMENTS // vocab_size)
+  elements = ON_CPU if platform() == 'cpu' else ELSEWHERE
+  return max(CHUNK_TOKENS, elements // vocab_size)
 
 
 def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
@@ -63,16 +71,30 @@ def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
   return _states(policy, params, rollout._replace(tokens=tokens))
 
 
+def one_pass(policy: Policy) -> Callable | None:
+  """Returns the function of policy.read; None without one, and where it stands
+  for another encode or extend than the policy has."""
+  encode, extend, read = policy.read or (None, None, None)
+  own = encode is policy.encode and extend is policy.extend
+  return read if own else None
+
+
 def _states(policy: Policy, params, rollout: Rollout) -> jax.Array:
   """Hidden states [B, t + 1, D] before and after each of t tokens."""
-  prefix = policy.encode(params, rollout.prompts)
   B, t = rollout.tokens.shape
   C = rollout.prompts.tokens.shape[0]
-  check_array("policy.encode's hidden state", prefix.hidden, None, C=C, D=None)
-  first_BxD = jnp.repeat(prefix.hidden, B // C, axis=0)
+  read = one_pass(policy)
+  if read is not None and t > 0:
+    first, rest = read(params, rollout.prompts, rollout.tokens)
+  else:
+    prefix = policy.encode(params, rollout.prompts)
+    first = prefix.hidden
+  check_array("policy.encode's hidden state", first, None, C=C, D=None)
+  first_BxD = jnp.repeat(first, B // C, axis=0)
   if t == 0:
     return first_BxD[:, None]
-  rest, _ = policy.extend(params, prefix, rollout.tokens, None, 0)
+  if read is None:
+    rest, _ = policy.extend(params, prefix, rollout.tokens, None, 0)
   D = first_BxD.shape[1]
   check_array("policy.extend's hidden state", rest, None, B=B, t=t, D=D)
   return jnp.concatenate([first_BxD[:, None], rest], axis=1)
@@ -218,6 +240,12 @@ def _in_chunks(stats: Callable, chunk: int, part):
   return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in found)
 
 
+def _dtypes(tree) -> dict:
+  """Dtypes {path of a leaf: dtype}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_name(path): x.dtype for path, x in leaves}
+
+
 def _token_stats(
   policy: Policy,
   params,
@@ -236,13 +264,13 @@ def _token_stats(
 
   leaves, tree = jax.tree.flatten(params)
   is_read = read_by(all_logits, params, part[0][:, :1])
+  paths = list(_dtypes(params))
 
   def stats_of_rows(whole, part):
-    rule, read = whole
-    read = iter(read)
+    rule, read = gather_own(whole, axes, dtypes)
     filled = [
-      next(read) if on else jnp.zeros(x.shape, x.dtype)
-      for x, on in zip(leaves, is_read)
+      read[path] if on else jnp.zeros(x.shape, x.dtype)
+      for path, x, on in zip(paths, leaves, is_read)
     ]
     make = _stats_of_frozen if frozen_head else _stats_of
     stats = make(policy, jax.tree.unflatten(tree, filled), rule)
@@ -250,8 +278,14 @@ def _token_stats(
     wanted = chunk or max(1, tokens_at_once(policy.vocab_size) // B)
     return _in_chunks(stats, min(wanted, T), part)
 
-  read = [x for x, on in zip(leaves, is_read) if on]
-  return on_own_rows(stats_of_rows, (rule, read), part)
+  read = {p: x for p, x, on in zip(paths, leaves, is_read) if on}
+  whole, cast = (
+    (rule, read),
+    _dtypes(jax.eval_shape(policy.cast_params, params)),
+  )
+  axes = split_axes(whole, policy.partition_rules)
+  dtypes = {f'1/{path}': cast.get(path, x.dtype) for path, x in read.items()}
+  return on_own_rows(stats_of_rows, whole, part, axes)
 
 
 def evaluate(

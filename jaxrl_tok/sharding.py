@@ -1,6 +1,7 @@
 """Placement of arrays on devices: the mesh, and each array's axes on it.
 
-1. `make_mesh('data=-1,fsdp=1,tensor=1')` lays out the devices.
+1. `make_mesh('data=-1,fsdp=1,tensor=1')` lays out the devices; those of several
+   slices so that only `data` crosses the network between them.
 2. `tree_shardings(mesh, tree, rules)` matches regexes against the path of
    every leaf. The path of an optimizer moment contains that of its parameter,
    so one rule places both.
@@ -10,11 +11,13 @@
    process are its own rows (processes.py).
 """
 
+import functools
 import math
 import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -48,16 +51,58 @@ def split_cpu(devices: int) -> None:
 def make_mesh(spec: str, devices=None) -> jax.sharding.Mesh:
   """Mesh data x fsdp x tensor with Auto axes over the devices.
 
-  Raises ValueError when the product of the sizes is not the device count.
+  Raises ValueError when the product of the sizes is not the device count, or
+  slices cannot share them.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(spec, len(devices))
+  types = (AxisType.Auto,) * len(AXES)
+  if num_slices(devices) > 1 and devices[0].platform == 'tpu':
+    return jax.sharding.Mesh(device_order(sizes, devices), AXES, types)
   return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+    tuple(sizes.values()), AXES, axis_types=types, devices=devices
   )
+
+
+def num_slices(devices) -> int:
+  """Number of slices that the devices are of: parts of TPU pods, or hosts of
+  others, joined by a slower network."""
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def device_order(sizes: dict, devices) -> np.ndarray:
+  """Devices of several slices [data, fsdp, tensor]: data crosses the network
+  between slices, fsdp only where data is too small for that.
+
+  Raises ValueError where tensor would have to.
+  """
+  from jax.experimental import mesh_utils
+
+  slices = num_slices(devices)
+  over = {'data': math.gcd(sizes['data'], slices)}
+  over['fsdp'] = slices // over['data']
+  if sizes['fsdp'] % over['fsdp']:
+    raise ValueError(
+      f'--mesh data={sizes["data"]},fsdp={sizes["fsdp"]} cannot be shared by '
+      f'{slices} slices; pass a data that {slices} divides, or --mesh auto'
+    )
+  between = [over.get(axis, 1) for axis in AXES]
+  inside = [sizes[axis] // n for axis, n in zip(AXES, between)]
+  return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+
+
+def platform() -> str:
+  """Platform that computes, 'cpu', 'gpu' or 'tpu', also inside jit: of the
+  mesh (jax.set_mesh), whose devices may be absent, else of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """Kind of the devices of platform(), as jax names it: 'TPU v5 lite'."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  device = jax.local_devices()[0] if device is None else device
+  return device.device_kind
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
@@ -118,6 +163,15 @@ def tree_shardings(mesh, tree, rules):
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def sharded_structs(mesh, tree, rules):
+  """ShapeDtypeStructs of a tree of arrays or structs, placed by rules."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    tree,
+    tree_shardings(mesh, tree, rules),
+  )
+
+
 def born_sharded(make, mesh, rules, *args, compiler_options=None):
   """Runs make(*args) so that each device creates its own part of every leaf.
 
@@ -170,7 +224,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   Without a mesh (jax.set_mesh) it returns x.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or rows_are_own():
     return x
   spec = PartitionSpec(ROWS, *(None,) * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, spec)
@@ -206,7 +260,7 @@ def on_whole_cpu() -> bool:
   of every matrix."""
   mesh = jax.sharding.get_abstract_mesh()
   split = not mesh.empty and mesh.shape['fsdp'] * mesh.shape['tensor'] > 1
-  return jax.default_backend() == 'cpu' and not split
+  return platform() == 'cpu' and not split
 
 
 def on_each_device(function, spec, *args):
@@ -219,24 +273,49 @@ def on_each_device(function, spec, *args):
   Without a mesh it is function(*args).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or rows_are_own():
     return function(*args)
   specs = tuple(_fit(PartitionSpec(*spec), x.shape, mesh) for x in args)
   split = jax.shard_map(
-    function, in_specs=specs, out_specs=specs[0], check_vma=False
+    function,
+    in_specs=specs,
+    out_specs=specs[0],
+    check_vma=False,
   )
   return split(*args)
 
 
-def on_own_rows(function, whole, rows):
+def rows_are_own() -> bool:
+  """Tells, inside jit, whether a device sees its own rows only, as inside of
+  on_own_rows; it then holds all of the heads that it gathers, too."""
+  return 'fsdp' in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def split_axes(tree, rules) -> dict[str, int]:
+  """Axes {path: axis} that rules split over fsdp, of the leaves where they do;
+  {} without a mesh, and beside tensor, whose parts the partitioner would gather
+  with those of fsdp: it then places all collectives itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape['fsdp'] == 1 or mesh.shape['tensor'] > 1:
+    return {}
+  placed = tree_shardings(mesh, tree, rules)
+  specs = {
+    path_name(path): list(place.spec)
+    for path, place in jax.tree_util.tree_leaves_with_path(placed)
+  }
+  return {k: spec.index('fsdp') for k, spec in specs.items() if 'fsdp' in spec}
+
+
+def on_own_rows(function, whole, rows, axes: dict):
   """Calls function(whole, rows) on every device with its rows, split over data
-  and fsdp; what is `whole` is gathered over them once before, and its gradient
-  summed once after. A loop in the function has no collective but those of
-  tensor.
+  and fsdp, and its part of `whole`, which gather_own makes whole. A loop in the
+  function has no collective but those of tensor and what it gathers itself;
+  gradients of `whole` are summed where it is gathered.
 
   Args:
     function: (whole, rows) -> arrays of rows.
     whole, rows: trees of arrays.
+    axes: split_axes of `whole`.
 
   Without a mesh, and where the devices cannot share the rows equally, it is
   function(whole, rows).
@@ -245,14 +324,86 @@ def on_own_rows(function, whole, rows):
   shards = 1 if mesh.empty else num_shards(mesh, ROWS)
   if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
     return function(whole, rows)
+
+  def held(path, x):
+    axis = axes.get(path_name(path))
+    return PartitionSpec(*(() if axis is None else (*(None,) * axis, 'fsdp')))
+
   call = jax.shard_map(
     function,
-    in_specs=(PartitionSpec(), PartitionSpec(ROWS)),
+    in_specs=(
+      jax.tree_util.tree_map_with_path(held, whole),
+      PartitionSpec(ROWS),
+    ),
     out_specs=PartitionSpec(ROWS),
     axis_names=set(ROWS),
     check_vma=False,
   )
   return call(whole, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_own(x, axis, dtype):
+  parts = jax.lax.all_gather(x.astype(dtype), 'fsdp', axis=axis, tiled=True)
+  return parts.astype(x.dtype)
+
+
+def _gather_own_forward(x, axis, dtype):
+  return _gather_own(x, axis, dtype), None
+
+
+def _gather_own_backward(axis, dtype, _, gradient):
+  parts = jax.sharding.get_abstract_mesh().shape['fsdp']
+  before, after = gradient.shape[:axis], gradient.shape[axis + 1 :]
+  size = gradient.shape[axis] // parts
+  split = gradient.reshape(*before, parts, size, *after)
+  # a TPU scatters along the outermost axis in memory, which this makes it; it
+  # would sum all of the gradient otherwise
+  flat = jnp.moveaxis(split, axis, 0).reshape(parts, -1)
+  own = jax.lax.psum_scatter(flat, 'fsdp')
+  return (own.reshape(*before, size, *after),)
+
+
+_gather_own.defvjp(_gather_own_forward, _gather_own_backward)
+
+
+def gather_own(tree, axes: dict, dtypes: dict | None = None, stacked: int = 0):
+  """Gathers parts over fsdp, inside of on_own_rows, once for all their uses;
+  their gradients, of their own dtype, are summed once.
+
+  Args:
+    axes: split_axes of the tree, or of its stacks of layers.
+    dtypes: {path: dtype} that they travel as; None: their own.
+    stacked: 1 for a layer out of its stacks.
+  """
+  if not axes or not rows_are_own():
+    return tree
+
+  def one(path, x):
+    name = path_name(path)
+    if name not in axes:
+      return x
+    dtype = x.dtype if dtypes is None else dtypes[name]
+    return _gather_own(x, axes[name] - stacked, dtype)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def lookup_own(table: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+  """Rows [R, t, D] of a table that fsdp splits along D, [V, D / fsdp] here, for
+  own ids [R, t], inside of on_own_rows: each device looks up its part of D for
+  the ids of all, and they exchange the results."""
+  ids = jax.lax.all_gather(ids, 'fsdp', tiled=True)
+  found = table.astype(dtype)[ids]
+  return jax.lax.all_to_all(found, 'fsdp', 0, 2, tiled=True)
+
+
+def rules_of_rollout(rules) -> tuple:
+  """Rules of the parameters that a token loop reads: split over tensor only."""
+  return tuple(
+    (pattern, PartitionSpec(*(a if a == 'tensor' else None for a in spec)))
+    for pattern, spec in rules
+  )
 
 
 def gathered_for_rollout(params, rules):
@@ -263,11 +414,7 @@ def gathered_for_rollout(params, rules):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return params
-  kept = tuple(
-    (pattern, PartitionSpec(*(a if a == 'tensor' else None for a in spec)))
-    for pattern, spec in rules
-  )
-  shardings = tree_shardings(mesh, params, kept)
+  shardings = tree_shardings(mesh, params, rules_of_rollout(rules))
   return jax.tree.map(
     lambda x, s: jax.lax.with_sharding_constraint(x, s.spec), params, shardings
   )

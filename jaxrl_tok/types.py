@@ -219,6 +219,12 @@ class Policy(NamedTuple):
   vocab_size: int
   value: Callable | None = None  # (params, hidden [..., D]) -> float32 [...]
   partition_rules: tuple = ()  # ((path regex, PartitionSpec), ...)
+  # (encode, extend, function that stands for these two): (params, Prompts,
+  # tokens [B, t]) -> (hidden [C, D] of encode, hidden [B, t, D] of extend
+  # without a cache), in one pass over the layers, so that weights that devices
+  # share are gathered once; None, and where a policy has another encode or
+  # extend: encode, then extend
+  read: tuple | None = None
   # (trained, frozen) -> the params of the functions above
   merge_params: Callable = first_argument
   # params -> the same numbers that its functions compute with, cast once a

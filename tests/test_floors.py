@@ -14,6 +14,8 @@ FLOORS = {
   'types': 0,
   'masked': 0,
   'mesh_spec': 0,
+  'targets': 0,
+  'hlo': 0,
   'rewards': 0,
   'report': 0,
   'sharding': 1,
@@ -58,6 +60,8 @@ OF_PACKAGE = {'__version__', 'Interrupted'}
 WITHOUT_JAX = (
   'jaxrl_tok',
   'jaxrl_tok.mesh_spec',
+  'jaxrl_tok.targets',
+  'jaxrl_tok.hlo',
   'jaxrl_tok.rewards',
   'jaxrl_tok.data',
   'jaxrl_tok.environments',

@@ -87,6 +87,7 @@ def test_what_a_pass_may_take():
   assert memory.budget(gpu, [state]) == 5 * GIB
   assert memory.budget(gpu, [state] * 3) == 0
   assert memory.budget(device('tpu'), [state]) is None
+  assert memory.budget(device('cpu'), [state], most=6 * GIB) == 2 * GIB
   assert memory.budget(device('cpu')) == memory.last_cache()
   assert memory.last_cache() >= 2**18
 
@@ -102,14 +103,16 @@ def test_what_fits_an_accelerator():
     return types.SimpleNamespace(memory_analysis=lambda: sizes)
 
   gpu = device('gpu', bytes_limit=10 * GIB)
-  assert memory.fits(program(6 * GIB), gpu)
-  assert not memory.fits(program(7 * GIB), gpu)
-  assert memory.fits(program(7 * GIB), device('cpu', bytes_limit=GIB))
+  most = memory.limit(gpu)
+  assert memory.fits(program(6 * GIB), most)
+  assert not memory.fits(program(7 * GIB), most)
+  assert memory.limit(device('cpu', bytes_limit=GIB)) is None
+  assert memory.fits(program(7 * GIB), None)
 
 
 def test_the_first_program_that_fits_is_taken():
   """Programs that the compiler refuses for their size are passed over."""
-  gpu = device('gpu', bytes_limit=10)
+  most = 9
 
   def function(need, fault=None):
     def compile(options=None):
@@ -130,13 +133,21 @@ def test_the_first_program_that_fits_is_taken():
   full = function(40, 'RESOURCE_EXHAUSTED: out of memory')
   wrong = function(1, 'another fault')
   some = [full, function(20), function(8), wrong]  # which is not compiled
-  assert memory.first_that_fits(some, (), gpu).need == 8
-  assert memory.first_that_fits([full, function(20)], (), gpu).need == 20
+  assert memory.first_that_fits(some, (), most).need == 8
+  assert memory.first_that_fits([full, function(20)], (), most).need == 20
   for functions in (some, [full, function(20)]):
-    options = memory.first_that_fits(functions, (), gpu, {'level': 1}).options
+    options = memory.first_that_fits(functions, (), most, {'level': 1}).options
     assert options == {'level': 1}
   with pytest.raises(jax.errors.JaxRuntimeError, match='another fault'):
-    memory.first_that_fits([wrong, *some], (), gpu)
+    memory.first_that_fits([wrong, *some], (), most)
+
+
+def test_ways_with_fewer_gathers_or_less_recomputation_first():
+  found = {'none': [4, 8], 'full': [1, 2, 4]}
+  assert memory.in_order(found, by_parts=False)[0] == ('none', 4)
+  by_parts = memory.in_order(found, by_parts=True)
+  assert by_parts[:3] == [('full', 1), ('full', 2), ('none', 4)]
+  assert len(by_parts) == 5
 
 
 def masks(*rows):

@@ -23,6 +23,7 @@ from jaxrl_tok.policy import (
   completion_hidden,
   evaluate,
   head_is_frozen,
+  one_pass,
   values,
 )
 from jaxrl_tok.sampler import make_sampler
@@ -110,6 +111,9 @@ def test_inputs_reach_encode_as_they_are(tiny):
   np.testing.assert_array_equal(stats.logp, want.logp)
   jax.eval_shape(lambda: values(value_zero(policy), tiny.params, rollout))
   assert seen == [(4, 2, 3)] * 2
+  # its own read stands for the other encode
+  assert one_pass(tiny.policy) is not None
+  assert one_pass(policy) is None
 
 
 def value_zero(policy):

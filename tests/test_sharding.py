@@ -1,7 +1,6 @@
 """The mesh changes no number; rules place parameters and moments alike."""
 
 import dataclasses
-import re
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import pytest
 from conftest import CONFIG, END, changed, random_prompts, sharpened
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_tok import distribution, mesh_spec, sharding
+from jaxrl_tok import distribution, hlo, mesh_spec, sharding
 from jaxrl_tok.credit import advantages, algorithms
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import evaluate
@@ -203,20 +202,9 @@ def test_a_cpu_that_was_counted_cannot_be_split(monkeypatch):
     sharding.split_cpu(3)
 
 
-COLLECTIVE = r' (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\('
-
-
-def collectives(compiled, in_loops: bool) -> list[str]:
-  """Lists collectives of a compiled program, or those in its loops alone, as
-  its text has them."""
-  text, found, inside = compiled.as_text(), [], ''
-  bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
-  for line in text.splitlines():
-    if start := re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line):
-      inside = start[1]
-    if re.search(COLLECTIVE, line) and (inside in bodies or not in_loops):
-      found.append(line.strip())
-  return found
+def sizes_of(listed) -> set:
+  """Shapes of the results of collectives."""
+  return {sizes for c in listed for _, sizes in c.shapes}
 
 
 def structs(policy, mesh):
@@ -238,11 +226,10 @@ def test_the_cache_is_never_gathered(tiny):
     prompts = sharding.put_rows(mesh, random_prompts(8))
     sample = jax.jit(make_sampler(POLICY, config))
     compiled = sample.lower(params, jax.random.key(0), prompts, RULE).compile()
-  found = collectives(compiled, in_loops=False)
+  found = sizes_of(hlo.collectives(compiled.as_text()))
   assert found
   K, H = CONFIG.num_kv_heads, CONFIG.head_dim
-  caches = rf'\[\d+,{K},({H},\d+|\d+,{H})\]'
-  assert not [line for line in found if re.search(caches, line)]
+  assert not [s for s in found if len(s) == 4 and s[1] == K and H in s[2:]]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +261,13 @@ def test_the_head_is_gathered_and_its_gradient_summed_once(spec, allowed):
     )
     grad = jax.jit(jax.grad(loss), out_shardings=places)
     compiled = grad.lower(params, rollout).compile()
-  found = collectives(compiled, in_loops=True)
+  listed = hlo.collectives(compiled.as_text())
+  found = [c for c in listed if c.where]
   assert len(found) <= allowed  # activations over tensor
-  heads = rf'\[(96|48),({config.d_model}|{config.d_model // 2})\]'
-  assert not [line for line in found if re.search(heads, line)]
+  D = config.d_model
+  assert not sizes_of(found) & {(V, d) for V in (96, 48) for d in (D, D // 2)}
+  if mesh.shape['tensor'] == 1:
+    # parameters once forward and once backward, gradients once, 4 bytes each
+    count = sum(x.size for x in jax.tree.leaves(params))
+    ideal = 3 * 4 * count * (8 - 1) / 8
+    assert sum(c.total for c in listed) <= 1.3 * ideal

@@ -25,6 +25,7 @@ from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.seq2seq_families import with_generation
 from jaxrl_tok.hub.tokenizer import (
   GENERATION,
+  has_tokenizer,
   listed,
   name_class,
   read_tokenizer,
@@ -56,6 +57,7 @@ def open_model(
   revision: str | None = None,
   value_head: bool = False,
   weights: bool = True,
+  tokenizer: Callable | None = None,
 ) -> Model:
   """Reads and checks a directory, a GGUF file or a hub id of a supported
   family.
@@ -66,6 +68,7 @@ def open_model(
     revision: a branch, tag or commit of the hub.
     value_head: give it one where it has none (a critic from a policy).
     weights: False: a directory that may be without them.
+    tokenizer: () -> tokenizer of a directory that has none; None: refuse it.
 
   Raises ValueError, FileNotFoundError or ConnectionError, in one line with the
   cure, for an unknown architecture, a pickle, missing, extra, misshapen or
@@ -88,7 +91,10 @@ def open_model(
   try:
     generation = read_if_there(directory / GENERATION)
     config = families.read_config(with_generation(hf_config, generation))
-    tokenizer, notes = read_tokenizer(directory, config.vocab_size)
+    if tokenizer is None or has_tokenizer(directory):
+      tokenizer, notes = read_tokenizer(directory, config.vocab_size)
+    else:
+      tokenizer, notes = tokenizer(), ('no tokenizer files: texts are bytes',)
     ends, pad = special_tokens(
       directory, hf_config, tokenizer, config.vocab_size
     )

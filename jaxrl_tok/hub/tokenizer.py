@@ -258,6 +258,11 @@ def check_sentencepiece(directory: Path) -> None:
     )
 
 
+def has_tokenizer(directory: Path) -> bool:
+  """Tells whether a directory has a tokenizer's vocabulary."""
+  return any((directory / name).is_file() for name in VOCABULARIES)
+
+
 def read_tokenizer(directory: Path, vocab_size: int) -> tuple:
   """Reads (tokenizer, notes), runs no code of its own; its ids are those of
   tokenizer.json.
@@ -266,7 +271,7 @@ def read_tokenizer(directory: Path, vocab_size: int) -> tuple:
   in one line, where there is none or it has more ids than the model has rows.
   """
   # without any, transformers makes an empty tokenizer of some families
-  if not any((directory / name).is_file() for name in VOCABULARIES):
+  if not has_tokenizer(directory):
     raise ValueError(
       f'no tokenizer files ({", ".join(VOCABULARIES)}); put those of the model '
       'there'

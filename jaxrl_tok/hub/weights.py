@@ -174,16 +174,21 @@ def param_structs(
   """ShapeDtypeStructs of the model's parameters.
 
   Args:
-    dtype: None: the file's, or float32 where it does not have them.
+    dtype: None: the file's, or float32 where it does not have them; without
+      files config.json's.
     quantized: those of matrices are int8, with scales beside them.
   """
   policy = model.make_policy(attention='xla')
   shapes = jax.eval_shape(policy.init, jax.random.key(0))
   flat, kinds = flax.traverse_util.flatten_dict(shapes, sep='/'), {}
+  absent = 'float32'
+  if model.directory is not None and not model.tensors:
+    named = model.hf_config.get('dtype') or model.hf_config.get('torch_dtype')
+    absent = named or absent
   for mapping in model.param_mappings:
     stored = [model.tensors.get(name) for name, _ in mapping.tensors]
     found = kinds.setdefault(mapping.path, set())
-    found |= {DTYPES[s.dtype] if s else 'float32' for s in stored}
+    found |= {DTYPES[s.dtype] if s else absent for s in stored}
   for path, found in kinds.items():
     theirs = found.pop() if len(found) == 1 else 'float32'  # loses nothing
     flat[path] = jax.ShapeDtypeStruct(flat[path].shape, dtype or theirs)

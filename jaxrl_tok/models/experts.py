@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxrl_tok.sharding import ROWS, row_shards
+from jaxrl_tok.sharding import ROWS, row_shards, rows_are_own
 
 PARTITION_RULES = (
   (r'experts/gate_up$', PartitionSpec('tensor', 'fsdp', None, None)),
@@ -105,7 +105,7 @@ class Experts(nn.Module):
 
     args = x, weight, chosen, gate_up.astype(x.dtype), down.astype(x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or B % row_shards(mesh):
+    if mesh.empty or rows_are_own() or B % row_shards(mesh):
       return mixture(*args)
     num_shards = mesh.shape['tensor']
     split = E % num_shards == 0

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrl_tok.sharding import ROWS, on_each_device
+from jaxrl_tok.sharding import ROWS, device_kind, on_each_device, platform
 
 NEEDS = {'cudnn': 'a GPU, Ampere or newer, with cuDNN', 'splash': 'a TPU'}
 LEAST = 128  # tokens; fewer are one block of a kernel, whose scores are few
@@ -37,18 +37,18 @@ def choose(name: str) -> str:
   if name != 'xla' and not available(name):
     raise ValueError(
       f'--attention {name} needs {NEEDS[name]}, and jax here runs on '
-      f'{jax.local_devices()[0].device_kind}; pass --attention auto'
+      f'{device_kind()}; pass --attention auto'
     )
   return name
 
 
 def available(kernel: str) -> bool:
-  """Tells whether the default backend has the kernel."""
-  device = jax.local_devices()[0]
+  """Tells whether the backend, or the mesh's (sharding.platform), has the
+  kernel."""
   if kernel == 'splash':  # Mosaic needs a newer generation
-    old = device.device_kind.startswith(('TPU v2', 'TPU v3'))
-    return jax.default_backend() == 'tpu' and not old
-  if jax.default_backend() != 'gpu':
+    old = device_kind().startswith(('TPU v2', 'TPU v3'))
+    return platform() == 'tpu' and not old
+  if platform() != 'gpu':
     return False
   shapes = (1, 1, 1, LEAST, 64), (1, 1, 64, LEAST), (1, 1, LEAST, 64)
   qkv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
@@ -56,7 +56,7 @@ def available(kernel: str) -> bool:
     jax.eval_shape(functools.partial(cudnn, scale=1.0), *qkv)
   except RuntimeError:  # jax finds no cuDNN, or one too old for the device
     return False
-  return float(device.compute_capability) >= 8
+  return float(jax.local_devices()[0].compute_capability) >= 8
 
 
 def fitting(name: str, q, cap: float | None, P: int = 0) -> Callable | None:

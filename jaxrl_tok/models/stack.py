@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxrl_tok.sharding import platform
 from jaxrl_tok.types import Prefix
 
 
@@ -52,7 +53,7 @@ def should_scan(scan_layers: bool | None, num_layers: int) -> bool:
   from SCAN_FROM layers on."""
   if scan_layers is not None:
     return scan_layers
-  return num_layers >= SCAN_FROM or jax.default_backend() != 'cpu'
+  return num_layers >= SCAN_FROM or platform() != 'cpu'
 
 
 class Segment(NamedTuple):

@@ -32,7 +32,15 @@ from jaxrl_tok.models.blocks import (
   head,
   lookup,
 )
-from jaxrl_tok.sharding import constrain_rows, path_name
+from jaxrl_tok.sharding import (
+  constrain_rows,
+  gather_own,
+  lookup_own,
+  on_own_rows,
+  path_name,
+  rows_are_own,
+  split_axes,
+)
 from jaxrl_tok.types import Policy, Prefix, Prompts
 
 # leaves that the modules use in float32; all others in the compute dtype
@@ -111,6 +119,29 @@ def init(net: Network, key):
   return Outer(c).init(key)['params'] | {'layers': stack.stack_layers(layers)}
 
 
+def _embed(net: Network, params, tokens, positions, axes=()):
+  """Embeds tokens [R, t] at positions [R, t]. axes: sharding.split_axes of
+  params, inside of on_own_rows."""
+  c, table = net.config, params['embed']
+  if 'embed/embedding' in axes and len(table) == 1:
+    x = lookup_own(table['embedding'], tokens, net.dtype)
+  else:  # int8 is gathered
+    table = gather_own({'embed': table}, axes)['embed']
+    x = constrain_rows(lookup(table, tokens, net.dtype))
+  if c.embedding_scale != 1:
+    x = x * jnp.asarray(c.embedding_scale, x.dtype)
+  if c.learned_positions:
+    x = x + params['positions']['embedding'].astype(net.dtype)[positions]
+  return x
+
+
+def _angles(net: Network, positions, limit) -> dict:
+  """RoPE angles {rope: ...}, shared by all layers of a kind and broadcast over
+  heads."""
+  kinds = {layer.rope for layer in net.config.layers} - {None}
+  return {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
+
+
 def has(kind: Layer, path: tuple) -> bool:
   """Tells whether a layer has the parameter: experts or a feed-forward."""
   return path[0] != ('mlp' if kind.routed else 'experts')
@@ -119,14 +150,8 @@ def has(kind: Layer, path: tuple) -> bool:
 def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
   """Embeds tokens [R, t] at positions [R, t] < limit and runs the blocks."""
   c = net.config
-  x = constrain_rows(lookup(params['embed'], tokens, net.dtype))
-  if c.embedding_scale != 1:
-    x = x * jnp.asarray(c.embedding_scale, x.dtype)
-  if c.learned_positions:
-    x = x + params['positions']['embedding'].astype(net.dtype)[positions]
-  # angles are shared by all layers of a kind and broadcast over heads
-  kinds = {layer.rope for layer in c.layers} - {None}
-  angles = {r: rope.rope_angles(positions[:, None], r, limit) for r in kinds}
+  x = _embed(net, params, tokens, positions)
+  angles = _angles(net, positions, limit)
   length = None if prefix is None else prefix.length
 
   def step(kind, weights, x, prefix_kv, cache):
@@ -154,14 +179,64 @@ def _run(net: Network, params, tokens, positions, limit, prefix, caches, at):
   return Norm(c).apply({'params': params['norm']}, x), new
 
 
+def _last(x, length):
+  """Hidden states [C, D] of x [C, P, D] at the last real tokens."""
+  return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
+
+
+def read(net: Network, params, prompts: Prompts, tokens):
+  """Reads prompts and completions [B, t] together: a layer's weights are
+  gathered once for both, and nothing is kept of the prompts' keys and
+  values."""
+  axes = split_axes(params, PARTITION_RULES)
+  function = functools.partial(_read_own, net, axes)
+  if not axes:
+    return function(params, (prompts, tokens))
+  return on_own_rows(function, params, (prompts, tokens), axes)
+
+
+def _read_own(net: Network, axes: dict, params, rows):
+  """Reads (prompts, tokens) that are a device's own; axes: of params."""
+  (prompts, tokens), c = rows, net.config
+  length, axes = prompts.length, axes if rows_are_own() else {}
+  of_layers = {
+    path.removeprefix('layers/'): axis
+    for path, axis in axes.items()
+    if path.startswith('layers/')
+  }
+  (C, P), (B, t) = prompts.tokens.shape, tokens.shape
+  front = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
+  start = jnp.repeat(length, B // C)
+  back = start[:, None] + jnp.arange(t)[None]
+  angles = _angles(net, front, P), _angles(net, back, P + t)
+  x = (
+    _embed(net, params, prompts.tokens, front, axes),
+    _embed(net, params, tokens, back, axes),
+  )
+
+  def step(kind, weights, x, given, cache):
+    weights = gather_own(cast_leaves(weights, net.dtype), of_layers, stacked=1)
+    block = functools.partial(
+      Block(c, kind, net.kernel).apply, {'params': weights}
+    )
+    turns = (a.get(kind.rope) for a in angles)
+    first, kv = block(x[0], next(turns), None, None, None, 0)
+    rest, _ = block(x[1], next(turns), kv, length, None, 0)
+    return (first, rest), None
+
+  x, _ = stack.run_layers(
+    step, c.layers, params['layers'], x, None, None, net.scan, net.remat, has
+  )
+  first, rest = (Norm(c).apply({'params': params['norm']}, y) for y in x)
+  return _last(first, length), rest
+
+
 def encode(net: Network, params, prompts: Prompts) -> Prefix:
   """Reads the prompts, causally."""
   C, P = prompts.tokens.shape
   positions = jnp.broadcast_to(jnp.arange(P)[None], (C, P))
   x, kv = _run(net, params, prompts.tokens, positions, P, None, None, 0)
-  last = (prompts.length - 1)[:, None, None]
-  hidden = jnp.take_along_axis(x, last, axis=1)[:, 0]
-  return Prefix(kv, hidden, prompts.length)
+  return Prefix(kv, _last(x, prompts.length), prompts.length)
 
 
 def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
@@ -265,8 +340,9 @@ def make_policy(
   """
   scan = stack.should_scan(scan_layers, config.num_layers)
   kernel = kernels.choose(attention)
-  return as_policy(
-    Network(config, jnp.dtype(dtype), remat, kernel, scan),
+  net = Network(config, jnp.dtype(dtype), remat, kernel, scan)
+  policy = as_policy(
+    net,
     PARTITION_RULES,
     init=init,
     encode=encode,
@@ -275,3 +351,5 @@ def make_policy(
     init_cache=init_cache,
     cast_params=cast_params,
   )
+  both = functools.partial(read, net)
+  return policy._replace(read=(policy.encode, policy.extend, both))

@@ -227,8 +227,8 @@ def main(
     argv: the command line; None: sys.argv.
     defaults: defaults of the flags, as the arguments of `train`.
 
-  Returns None with --print_config. A fault is one line and exit status 2; a run
-  that a signal stopped exits with 75.
+  Returns None with --print_config and --dry_run. A fault is one line and exit
+  status 2; a run that a signal stopped exits with 75.
   """
   function = None if isinstance(task, Task) else task
   module = module_of(None if argv is None else function)

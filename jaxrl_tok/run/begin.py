@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import yaml
 
 from jaxrl_tok import checkpoint, processes
-from jaxrl_tok.credit import losses
 from jaxrl_tok.data import data_fingerprint
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import packages
@@ -22,13 +21,13 @@ from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.progress import Progress, from_saved
 from jaxrl_tok.report import mirror
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.run import record
+from jaxrl_tok.run import build, record
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.settings import flatten
 from jaxrl_tok.run.warm_start import warm_start
 from jaxrl_tok.sampler import make_sampler
 from jaxrl_tok.step import device_rewards
-from jaxrl_tok.step.programs import mesh_shapes
+from jaxrl_tok.step.shapes import mesh_shapes
 from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.turn_programs import episode_rollout
 from jaxrl_tok.step.update import make_update
@@ -52,13 +51,8 @@ def new_state(setup: Setup, params, frozen):
 
 
 def with_log_kl(setup: Setup):
-  """Adds a reference to the algorithm, if the KL is measured for the log."""
-  algorithm, f = setup.algorithm, setup.settings.algorithm
-  if not f.log_kl or algorithm.kl is not None:
-    return algorithm
-  dtype = None if f.reference_dtype == 'auto' else f.reference_dtype
-  carries = {'reference': losses.reference(0, dtype)} | algorithm.carries
-  return algorithm._replace(carries=carries)
+  """Algorithm of the run, with a reference where the KL is logged."""
+  return build.with_log_kl(setup.settings, setup.algorithm)
 
 
 def measures_kl(setup: Setup) -> bool:

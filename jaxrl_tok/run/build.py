@@ -149,6 +149,16 @@ def with_off_policy(settings: Settings, algorithm: Algorithm) -> Algorithm:
   return algorithm._replace(passes=passes._replace(old_logp=old_logp))
 
 
+def with_log_kl(settings: Settings, algorithm: Algorithm) -> Algorithm:
+  """Adds a reference to the algorithm, if the KL is measured for the log."""
+  f = settings.algorithm
+  if not f.log_kl or algorithm.kl is not None:
+    return algorithm
+  dtype = None if f.reference_dtype == 'auto' else f.reference_dtype
+  carries = {'reference': losses.reference(0, dtype)} | algorithm.carries
+  return algorithm._replace(carries=carries)
+
+
 def with_constraints(
   settings: Settings, algorithm: Algorithm, limits: Sequence[Constraint]
 ) -> Algorithm:

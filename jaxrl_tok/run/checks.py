@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from jaxrl_tok import mesh_spec
+from jaxrl_tok import mesh_spec, targets
 from jaxrl_tok.credit.names import check_kl, read_constraint
 from jaxrl_tok.report import mirror
 from jaxrl_tok.run import compat
@@ -182,6 +182,13 @@ def check_run(settings: Settings) -> None:
       f'--best_metric {run.best_metric} is no metric of an evaluation; their '
       'names begin with eval/, as eval/reward'
     )
+  if run.target is not None:
+    targets.parse_target(run.target)
+    if not run.dry_run:
+      raise ValueError(
+        f'--target {run.target} is of a --dry_run; a run takes the devices '
+        'that are here: leave it out'
+      )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise ValueError(f'--resume {run.resume!r} is none of never, auto, a step')
   mirror.check_address(run.output_dir)
@@ -198,7 +205,8 @@ def check_model(settings: Settings) -> None:
   from jaxrl_tok.hub import fetch
 
   model = settings.model
-  mesh_spec.parse_mesh(model.mesh)
+  if model.mesh != mesh_spec.AUTO:
+    mesh_spec.parse_mesh(model.mesh)
   if (model.lora_rank or model.lora_adapter) and not model.model:
     raise ValueError('LoRA adapts a model that there is; pass --model')
   if model.lora_rank and model.lora_adapter:

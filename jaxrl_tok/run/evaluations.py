@@ -22,10 +22,8 @@ from jaxrl_tok.run.prepare import EvalSetup, Setup
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step import device_rewards, episodes
 from jaxrl_tok.step.episodes import Sizes
-from jaxrl_tok.step.programs import (
-  EvaluationShape,
-  Programs,
-)
+from jaxrl_tok.step.programs import Programs
+from jaxrl_tok.step.shapes import EvaluationShape
 from jaxrl_tok.step.turn_programs import counts, one_each
 from jaxrl_tok.step.turns import with_rewards
 

@@ -27,7 +27,7 @@ from jaxrl_tok.report.files import read_metrics
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.rewards.functions import shorten
-from jaxrl_tok.run import compat, record
+from jaxrl_tok.run import compat, dry_run, record
 from jaxrl_tok.run.begin import (
   begin,
   check_shapes,
@@ -50,11 +50,8 @@ from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.result import Result, show_samples
 from jaxrl_tok.run.settings import RunSettings, flatten
 from jaxrl_tok.step.episodes import World
-from jaxrl_tok.step.programs import (
-  Networks,
-  Programs,
-  compile_programs,
-)
+from jaxrl_tok.step.programs import Programs, compile_programs
+from jaxrl_tok.step.shapes import Networks
 from jaxrl_tok.train import (
   DeviceRewardError,
   LoopConfig,
@@ -76,6 +73,7 @@ def compile_run(setup: Setup, model: tuple | None) -> Programs:
     setup.critic,
     device_score(setup.rewards, model),
     setup.rewards.weights,
+    setup.remats,
   )
   shapes = {
     e.evaluation.name: evaluation_shape(e, model) for e in setup.evaluations
@@ -292,13 +290,17 @@ def closing(world: World | None):
 
 
 def run(setup: Setup) -> Result | None:
-  """Runs a prepared run; None with --print_config, which only prints."""
+  """Runs a prepared run; None with --print_config and --dry_run, which only
+  print."""
   began = time.monotonic()
   for line in compat.warnings(flatten(setup.settings)):
     setup.logger.warn(line)
   if setup.settings.run.print_config:
     state = new_state(setup, *setup.trainable.structs())
     record.print_config(setup, state)
+    return None
+  if setup.settings.run.dry_run:
+    dry_run.run(setup)
     return None
   with jax.set_mesh(setup.mesh), closing(setup.world):
     check_shapes(setup)

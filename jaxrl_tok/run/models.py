@@ -12,6 +12,7 @@ from jaxrl_tok import processes, sharding
 from jaxrl_tok.data.tokenizers import stop_ids
 from jaxrl_tok.hub import adapters, families
 from jaxrl_tok.hub.directory import atomic_directory, open_model
+from jaxrl_tok.hub.fetch import is_hub_id
 from jaxrl_tok.hub.model import Model
 from jaxrl_tok.hub.trainable import Trainable, adapted, full, random_params
 from jaxrl_tok.models.lora import LoraConfig
@@ -134,6 +135,17 @@ def random_model(size: SizeSettings, tokenizer) -> Model:
   )
 
 
+def open_shapes(
+  model: str, revision: str | None, tokenizer: Callable | None
+) -> Model:
+  """Opens a model for its shapes: weights need not be there, nor a tokenizer,
+  if there is a tokenizer() to take its place."""
+  path = Path(model).expanduser()
+  absent = path.is_dir() and not any(path.glob('*.safetensors'))
+  weights = not absent and not is_hub_id(model)
+  return open_model(model, revision, weights=weights, tokenizer=tokenizer)
+
+
 def make_model(settings: Settings, policy: Policy | None, tokenizer: Callable):
   """Makes the model: that of --model, a random one of the settings' size, or
   the user's own policy. tokenizer: () -> tokenizer, where no model has one."""
@@ -144,6 +156,8 @@ def make_model(settings: Settings, policy: Policy | None, tokenizer: Callable):
     found = own_model(policy, tokenizer())
   elif model.model is None:
     found = random_model(settings.size, tokenizer())
+  elif settings.run.dry_run:
+    found = open_shapes(model.model, model.revision, tokenizer)
   else:
     found = open_model(model.model, model.revision)
   if found.is_classifier:
@@ -181,11 +195,18 @@ def make_trainable(settings: Settings, model) -> Trainable:
   return adapted(model, config, dtype, seed, f.lora_adapter, quantized)
 
 
-def make_reward_model(settings: Settings, policy: Model) -> Model | None:
-  """Opens the classifier of --reward_model, which reads the policy's tokens."""
-  if settings.model.reward_model is None:
+def make_reward_model(
+  settings: Settings, policy: Model, P: int, T: int
+) -> Model | None:
+  """Opens the classifier of --reward_model, which reads the policy's tokens:
+  prompts of P and completions of T."""
+  name = settings.model.reward_model
+  if name is None:
     return None
-  model = open_model(settings.model.reward_model)
+  if settings.run.dry_run:
+    model = open_shapes(name, None, None)
+  else:
+    model = open_model(name)
   if not model.is_classifier:
     raise ValueError(
       f'--reward_model {model.origin} is no classifier '
@@ -202,6 +223,7 @@ def make_reward_model(settings: Settings, policy: Model) -> Model | None:
       f'--reward_model {model.origin} has another tokenizer than the policy, '
       'whose tokens it would read; use one of the same family'
     )
+  check_context(model, P, T)
   return model
 
 

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl_tok import data, distribution, processes, rewards, sharding
 from jaxrl_tok.evaluation import reads_reference
-from jaxrl_tok.models import kernels
-from jaxrl_tok.models.mask_policy import masked_policy
+from jaxrl_tok.mesh_spec import AUTO, DEFAULT
 from jaxrl_tok.progress import BEST_METRIC
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.run import build, cache, models
+from jaxrl_tok.run import build, cache, models, placement
 from jaxrl_tok.run.build import Own
 from jaxrl_tok.run.checks import check_micro_batch
 from jaxrl_tok.run.inputs import (
@@ -31,6 +29,7 @@ from jaxrl_tok.run.inputs import (
   rewards_of_evaluation,
   with_chat_date,
 )
+from jaxrl_tok.run.networks import make_networks
 from jaxrl_tok.run.optimizer import make_optimizer
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
@@ -39,7 +38,7 @@ from jaxrl_tok.run.world import check_played, make_world
 from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step.collectors import Scorer
 from jaxrl_tok.step.episodes import World
-from jaxrl_tok.step.programs import ProgramConfig
+from jaxrl_tok.step.shapes import ProgramConfig
 
 EVAL_BATCH = 512  # held-out prompts at a time
 RESERVED = (
@@ -71,9 +70,11 @@ class Setup(NamedTuple):
   policy: Any
   critic: Any  # Policy of a separate critic, or None
   dtype: str  # compute dtype
+  remats: dict  # {remat: (policy, critic)}, see shapes.Networks
   algorithm: Any
   optimizer: Any
   mesh: Any
+  mesh_reason: str  # why --mesh auto chose it; '' where it was given
   rule: Any
   rewards: Rewards
   data: data.PromptSet
@@ -171,6 +172,19 @@ def check_warm_start(task: Task, settings: Settings, model, mesh) -> None:
     )
 
 
+def check_mesh(mesh, task, settings, model, algorithm, world) -> None:
+  """Refuses a mesh whose devices cannot share what a run is made of."""
+  check_played(world, algorithm, mesh)
+  check_devices(settings, mesh, algorithm.passes.mini_batches)
+  check_warm_start(task, settings, model, mesh)
+
+
+def lengths(task: Task, settings: Settings, model, split) -> tuple:
+  """Tokens after a prompt: (of a completion or episode, of a turn | None)."""
+  T = completion_length(task, settings, model, split)
+  return (T, None) if task.environment is None else (max_length(settings, T), T)
+
+
 def micro_batches(settings: Settings, mini_batches: int) -> int | None:
   """Number of micro-batches of a mini-batch; None: chosen by memory."""
   sampling, wanted = settings.sampling, settings.model.micro_batch
@@ -207,28 +221,6 @@ def program_config(
     replay_groups=s.replay_groups,
     reward_on_error=settings.run.reward_on_error,
   )
-
-
-def make_networks(settings: Settings, model, trainable, algorithm):
-  """Makes (policy, separate critic or None, compute dtype) of a run."""
-  f, learned = settings.model, algorithm.value_loss is not None
-  dtype = f.dtype
-  if dtype == 'auto':
-    cpu = jax.default_backend() == 'cpu'
-    dtype = 'float32' if cpu else 'bfloat16'
-  if isinstance(model, models.OwnModel):
-    policy, critic = model.policy, None
-  else:
-    scan = {'auto': None, 'true': True, 'false': False}[f.scan_layers]
-    how = jnp.dtype(dtype), f.remat, kernels.choose(f.attention), scan
-    with_value = model.with_value_head()
-    shared = learned and settings.algorithm.critic == 'shared'
-    policy = (with_value if shared else model).make_policy(*how)
-    critic = with_value.make_policy(*how) if learned and not shared else None
-  policy = policy._replace(merge_params=trainable.merge)
-  if 'mask_policy' in algorithm.carries:
-    policy = masked_policy(policy)
-  return policy, critic, dtype
 
 
 def make_rule(settings: Settings, model):
@@ -377,6 +369,14 @@ def sampler_of(config: SamplerConfig, samples: int) -> SamplerConfig:
   )
 
 
+def say_notes(logger: Logger, why: str, notes) -> None:
+  """Prints why the mesh was chosen, and what is odd about the model."""
+  if why:
+    logger.message(f'mesh: {why}')
+  for note in notes:
+    logger.warn(note)
+
+
 def prepare(
   task: Task, settings: Settings, own: Own, caller: Caller, task_flags: dict
 ) -> Setup:
@@ -385,29 +385,31 @@ def prepare(
   Raises ValueError or OSError, in one line.
   """
   build.check_own(own)
-  cache.keep_programs()
-  sharding.split_cpu(settings.model.cpu_devices)
-  processes.start(**dataclasses.asdict(settings.process))
-  mesh = sharding.make_mesh(settings.model.mesh)
+  if not settings.run.dry_run:  # which says how long compiling takes
+    cache.keep_programs()
+  devices, why = placement.find_devices(settings), ''
+  auto = settings.model.mesh == AUTO
+  mesh = sharding.make_mesh(DEFAULT if auto else settings.model.mesh, devices)
   found = rewards_of(task, settings)
   tokenizer = task.tokenizer or data.byte_tokenizer
   model = models.make_model(settings, own.policy, tokenizer)
   chat, settings = settings.data, with_chat_date(settings, model.tokenizer)
   split = open_task(task, settings)
-  T = completion_length(task, settings, model, split)
-  turn_length = None if task.environment is None else T
-  T = T if turn_length is None else max_length(settings, T)
+  T, turn_length = lengths(task, settings, model, split)
   world = make_world(task, settings, model, T, split.train, split.held_out)
   algorithm = build.make_algorithm(settings, own, T, found.constraints)
-  check_played(world, algorithm, mesh)
   parts = algorithm.passes.mini_batches
-  check_devices(settings, mesh, parts)
-  check_warm_start(task, settings, model, mesh)
+  trainable = models.make_trainable(settings, model)
+  with jax.set_mesh(mesh):
+    networks = make_networks(settings, model, trainable, algorithm)
+  optimizer = make_optimizer(settings, own, algorithm)
+  if auto:
+    made = model, networks, algorithm, optimizer, trainable
+    mesh, why = placement.choose(settings, task, made, devices, T)
+  check_mesh(mesh, task, settings, model, algorithm, world)
   train = prompt_set(
     settings, model, found, split.train, task, T, 'training prompt'
   )
-  trainable = models.make_trainable(settings, model)
-  policy, critic, dtype = make_networks(settings, model, trainable, algorithm)
   config = program_config(settings, model, parts, T, turn_length)
   evaluations = make_evaluations(
     task, settings, model, split.held_out, config, mesh
@@ -417,14 +419,10 @@ def prepare(
   check_chat_used(chat, [train, *(e.data for e in evaluations)])
   P = max(train.buckets[-1], *(e.data.buckets[-1] for e in evaluations))
   models.check_context(model, P, T)
-  reward_model = models.make_reward_model(settings, model)
-  if reward_model is not None:
-    models.check_context(reward_model, P, T)
-  optimizer = make_optimizer(settings, own, algorithm)
-  logger, held_out = Logger(is_main=processes.is_main()), evaluations[0]
-  message_counts(logger, settings.run.held_out, split, train, held_out.data)
-  for note in model.notes:
-    logger.warn(note)
+  reward_model = models.make_reward_model(settings, model, P, T)
+  logger, held_out = Logger(is_main=processes.is_main()), evaluations[0].data
+  message_counts(logger, settings.run.held_out, split, train, held_out)
+  say_notes(logger, why, model.notes)
   return Setup(
     caller,
     settings,
@@ -433,13 +431,12 @@ def prepare(
     task,
     model,
     trainable,
-    policy,
-    critic,
-    dtype,
+    *networks,
     algorithm,
     optimizer,
     mesh,
-    sharding.put_replicated(mesh, make_rule(settings, model)),
+    why,
+    placement.replicated(settings, mesh, make_rule(settings, model)),
     found,
     train,
     evaluations,

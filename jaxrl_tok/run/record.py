@@ -147,6 +147,8 @@ def settings_of_run(setup: Setup) -> dict:
     'value_head': setup.policy.value is not None,
     'adapter': adapter_of(setup),
     'model_config': setup.model.hf_config,
+    'mesh_resolved': dict(setup.mesh.shape),
+    'mesh_reason': setup.mesh_reason,
     'prompt_lengths': list(setup.data.buckets),
     'data': describe_data(setup),
     'data_fingerprint': data.data_fingerprint(setup.data.records),

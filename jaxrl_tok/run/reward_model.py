@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.table
 
-from jaxrl_tok import data, sharding
+from jaxrl_tok import data, mesh_spec, sharding
 from jaxrl_tok.data.pairs import longest
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.trainable import Trainable, with_head
@@ -121,7 +121,8 @@ def prepare(
   """
   cache.keep_programs()
   sharding.split_cpu(settings.model.cpu_devices)
-  mesh = sharding.make_mesh(settings.model.mesh)
+  auto = settings.model.mesh == mesh_spec.AUTO
+  mesh = sharding.make_mesh(mesh_spec.DEFAULT if auto else settings.model.mesh)
   shards, n = sharding.row_shards(mesh), settings.sampling.num_prompts
   if n % shards:
     raise ValueError(
@@ -146,7 +147,10 @@ def prepare(
   scan = {'auto': None, 'true': True, 'false': False}[f.scan_layers]
   trainable = make_trainable(settings, model)
   network = model.make_policy(
-    jnp.dtype(dtype), f.remat, kernels.choose(f.attention), scan
+    jnp.dtype(dtype),
+    'none' if f.remat == 'auto' else f.remat,
+    kernels.choose(f.attention),
+    scan,
   )
   return PairSetup(
     caller,

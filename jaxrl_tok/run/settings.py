@@ -73,6 +73,13 @@ class RunSettings:
   """Writer of metrics, beside metrics.jsonl."""
   print_config: bool = False
   """Print every setting, the parameters and their placement, and exit."""
+  dry_run: bool = False
+  """Compile a step and print its memory, FLOPs and communication, and exit; a
+  --model directory needs no weights. Prompts have --max_prompt_length tokens,
+  or as many as the longest one."""
+  target: str | None = None
+  """Devices of a --dry_run that need not be here: v4:2x2x4, v5e:16x16,
+  v5p:4x4x4, v6e:8x8 (extra [tpu]) or gpu:8; default: those of this machine."""
 
   @property
   def keeps_best(self) -> bool:
@@ -117,9 +124,10 @@ class ModelSettings:
   (sequence), or its changes from token to token (token), which sum to it."""
   dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   """Compute dtype; auto: float32 on CPU, bfloat16 elsewhere."""
-  remat: Literal['none', 'dots', 'full'] = 'none'
+  remat: Literal['auto', 'none', 'dots', 'full'] = 'auto'
   """Recomputation in the backward pass, by block: nothing; all but products
-  with weights; all. Saves memory, costs time."""
+  with weights; all. Saves memory, costs time. auto: nothing on a CPU, as little
+  as fits elsewhere."""
   attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'
   """Kernel of attention over many tokens; auto: cudnn on GPU, splash on TPU,
   else xla, as in encoder-decoders."""
@@ -131,7 +139,8 @@ class ModelSettings:
   """Devices that a CPU is split into, each with rows of its own and a copy of
   the weights. Two on two cores sample faster, and learn no faster."""
   mesh: str = 'data=-1,fsdp=1,tensor=1'
-  """Devices along each axis of the mesh; -1: all that are left."""
+  """Devices along each axis of the mesh; -1: all that are left. auto: chosen by
+  the sizes of model and memory, and explained."""
   micro_batch: int | Literal['auto'] = 'auto'
   """Completions in one micro-batch of the gradient; 0: all at once; auto: as
   many as the accelerator's memory or the CPU's last cache holds."""

@@ -24,7 +24,8 @@ from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, make_draw, run_evaluation
 from jaxrl_tok.run.fit import Plan, fit
 from jaxrl_tok.run.inputs import answer_ids
-from jaxrl_tok.run.prepare import Setup, make_networks
+from jaxrl_tok.run.networks import make_networks
+from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.step.compile import QUICKLY
 from jaxrl_tok.step.supervised import answer_loss
 
@@ -89,9 +90,8 @@ def plain_policy(setup: Setup):
   carries = dict(setup.algorithm.carries)
   carries.pop('mask_policy', None)
   algorithm = setup.algorithm._replace(carries=carries)
-  return make_networks(setup.settings, setup.model, setup.trainable, algorithm)[
-    0
-  ]
+  made = make_networks(setup.settings, setup.model, setup.trainable, algorithm)
+  return made.policy
 
 
 def shown_episode(setup: Setup, example: dict) -> tuple[list, list]:

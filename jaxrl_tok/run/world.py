@@ -58,7 +58,8 @@ def check_played(world: World | None, algorithm, mesh) -> None:
       f'{algorithm.name} compares with greedy completions, and episodes of '
       'several turns have none; choose another algorithm'
     )
-  everyone = list(range(processes.count()))
+  # those of absent devices, too
+  everyone = sorted({d.process_index for d in mesh.devices.flat})
   if processes.each_row_once(mesh, sharding.row_shards(mesh)) != everyone:
     raise ValueError(
       'some processes share rows, as the tensor axis of --mesh spans them, and '

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,8 @@ class Job(NamedTuple):
   functions: list[Callable]  # jitted
   args: tuple  # arrays or ShapeDtypeStructs
   options: dict | None = None  # of the compiler; None: the usual ones
+  # (in words, micro-batches) of each function of an update
+  ways: Sequence[tuple[str, int]] = ()
 
 
 def usual_options(platform: str) -> dict:
@@ -40,12 +42,12 @@ def compile_all(jobs: dict) -> dict:
   time: a compilation uses about two. Must run under jax.set_mesh."""
   mesh = jax.sharding.get_mesh()
   device = mesh.local_devices[0]
-  usual = usual_options(device.platform)
+  usual, most = usual_options(device.platform), memory.limit(device)
 
   def build(job: Job):
     with jax.set_mesh(mesh):  # each thread has its own
       options = usual if job.options is None else job.options
-      return memory.first_that_fits(job.functions, job.args, device, options)
+      return memory.first_that_fits(job.functions, job.args, most, options)
 
   threads = max(1, (os.cpu_count() or 2) // 2)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,5 @@
-"""Micro-batches of the gradient, chosen by the device's memory.
+"""Micro-batches of the gradient, and what its passes keep (remat), chosen by
+the device's memory.
 
 CPUs are faster with micro-batches whose arrays stay in the last cache;
 accelerators are faster with few micro-batches, as long as they fit.
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 
 from jaxrl_tok.policy import evaluate
+from jaxrl_tok.sharding import ROWS, num_shards
 from jaxrl_tok.types import Policy, Rollout, SamplingRule
 
 USUAL_CACHE = 16 * 2**20  # bytes, where the system reports none
@@ -84,12 +86,17 @@ def limit(device) -> int | None:
   return int((1 - KEPT_FREE) * stats['bytes_limit']) if known else None
 
 
-def budget(device, state=(), num_shards: int = 1) -> int | None:
+def budget(
+  device, state=(), num_shards: int = 1, most: int | None = None
+) -> int | None:
   """Bytes for a pass's arrays beside the state, on one device; None: not
-  reported. The devices of a CPU share its cache."""
-  if device.platform == 'cpu':
+  reported. The devices of a CPU share its cache.
+
+  most: bytes for all arrays; None: as the device reports.
+  """
+  if device.platform == 'cpu' and most is None:
     return last_cache() // num_shards
-  most = limit(device)
+  most = limit(device) if most is None else most
   return None if most is None else max(most - bytes_on_a_device(state), 0)
 
 
@@ -113,25 +120,33 @@ def divisions(
   return fitting or found[-1:]
 
 
-def fits(compiled, device) -> bool:
-  """Checks that a compiled program's arrays fit an accelerator's memory."""
-  most = limit(device)
-  if most is None:
-    return True
+def fits(compiled, most: int | None) -> bool:
+  """Checks that a compiled program's arrays are `most` bytes on a device; None:
+  no limit."""
+  return most is None or program_bytes(compiled) <= most
+
+
+def program_bytes(compiled) -> int:
+  """Bytes on a device that a compiled program's arrays take at once."""
   need = compiled.memory_analysis()
-  total = (
+  return (
     need.argument_size_in_bytes
     + need.output_size_in_bytes
     + need.temp_size_in_bytes
     - need.alias_size_in_bytes
   )
-  return total <= most
 
 
-def first_that_fits(functions: list, args: tuple, device, options=None):
+def first_that_fits(
+  functions: list, args: tuple, most: int | None, options=None
+):
   """Compiles the first jitted function whose program fits, else the last one.
-  Some compilers refuse a program that does not fit. options: XLA's, {name:
-  value}."""
+  Some compilers refuse a program that does not fit.
+
+  Args:
+    most: bytes on a device for all arrays; None: no limit.
+    options: XLA's, {name: value}.
+  """
   *larger, last = functions
   for function in larger:
     try:
@@ -140,6 +155,51 @@ def first_that_fits(functions: list, args: tuple, device, options=None):
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
       continue
-    if fits(compiled, device):
+    if fits(compiled, most):
       return compiled
   return last.lower(*args).compile(options)
+
+
+def ways(
+  policies: dict,
+  state,
+  rollout: Rollout,
+  rule: SamplingRule,
+  num_prompts: int,
+  mesh,
+  wanted: int | None = None,
+  most: int | None = None,
+) -> list[tuple]:
+  """Ways (remat, number of parts) to compute a gradient of num_prompts, the
+  fastest first: those whose arrays, by shapes, a device holds beside the state.
+
+  Args:
+    policies: {remat: policy}, the fastest first.
+    wanted: number of parts; None: those that fit.
+    most: bytes of a device; None: as it reports.
+  """
+  shards = num_shards(mesh, ROWS)
+  left = budget(mesh.local_devices[0], state, shards, most)
+  found = {}
+  for remat, policy in policies.items():
+    each = bytes_a_prompt(policy, state.policy_params, rollout, rule, shards)
+    parts = [wanted]
+    if wanted is None:
+      parts = divisions(num_prompts, each, left, shards)
+    need = num_prompts // parts[0] // shards * each
+    if left is None or need <= left or remat == list(policies)[-1]:
+      found[remat] = parts
+  return in_order(found, by_parts=mesh.shape['fsdp'] > 1)
+
+
+def in_order(found: dict, by_parts: bool) -> list[tuple]:
+  """Ways of {remat: numbers of parts}, the fastest first.
+
+  Parts cost nothing where a device holds all parameters; otherwise each
+  gathers them again, and computing a block twice is tried before (by_parts).
+  """
+  order = list(found)
+  listed = [(remat, parts) for remat in found for parts in found[remat]]
+  if by_parts:
+    listed.sort(key=lambda way: (way[1], order.index(way[0])))
+  return listed

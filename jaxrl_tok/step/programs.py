@@ -11,18 +11,26 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_tok import processes
 from jaxrl_tok.data import PromptSet, batch_at
 from jaxrl_tok.sampler import SamplerConfig
-from jaxrl_tok.sharding import ROWS, put_replicated, row_shards
+from jaxrl_tok.sharding import put_replicated
 from jaxrl_tok.step import memory
 from jaxrl_tok.step.compile import QUICKLY, Job, compile_all
 from jaxrl_tok.step.device_steps import StepBatch, Table, make_device_steps
 from jaxrl_tok.step.mismatch import make_mismatch
 from jaxrl_tok.step.reference import make_reference_kl, make_reference_logp
+from jaxrl_tok.step.shapes import (
+  EvaluationShape,
+  Networks,
+  ProgramConfig,
+  Shapes,
+  completion_lengths,
+  mesh_shapes,
+  rollout_kind,
+  rollout_size,
+)
 from jaxrl_tok.step.turn_programs import (
   bound_turn,
   episode_rollout,
@@ -31,80 +39,11 @@ from jaxrl_tok.step.turn_programs import (
 )
 from jaxrl_tok.step.update import columns_needed, make_update, shortened
 from jaxrl_tok.types import (
-  Algorithm,
-  Greedy,
-  Policy,
   Prompts,
   Rollout,
-  SamplingRule,
   Scored,
   TrainState,
 )
-
-SHORTEST = 32  # tokens; less is computed faster than compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramConfig:
-  """Sizes and choices that programs are compiled for."""
-
-  num_prompts: int = 32  # C
-  samples_per_prompt: int = 16  # G
-  max_completion_length: int = 32  # T
-  pad_token: int = 0
-  truncate: bool = False
-  compact_levels: int = 0
-  micro_batches: int | None = 1  # passes of a gradient; None: see memory.py
-  length_buckets: int = 1  # see completion_lengths
-  logits_chunk: int | None = None
-  steps_per_call: int = 0  # steps of one program; 0: step by step
-  replay_groups: int = 0  # groups of earlier steps in a batch
-  reference_kl: bool = False  # measured for the log
-  reward_on_error: str = 'raise'  # of rewards on the device
-  turn_length: int | None = None  # tokens of a turn; None: there are no turns
-  seats: int = 1  # that the policy plays
-
-  @property
-  def sampler(self) -> SamplerConfig:
-    return SamplerConfig(
-      self.samples_per_prompt,
-      self.turn_length or self.max_completion_length,
-      self.pad_token,
-      truncate=self.truncate,
-      compact_levels=self.compact_levels,
-    )
-
-  @property
-  def greedy(self) -> SamplerConfig:
-    return dataclasses.replace(
-      self.sampler, samples_per_prompt=1, greedy=True, truncate=False
-    )
-
-
-class Networks(NamedTuple):
-  """Functions that programs are made of."""
-
-  policy: Policy
-  algorithm: Algorithm
-  optimizer: object  # optax
-  rule: SamplingRule
-  critic: Policy | None = None
-  # (function of device_rewards.make_device_scorer, its params), None: no
-  # reward on the device
-  device_score: tuple | None = None
-  weights: dict = {}  # noqa: RUF012  {reward: float}, host and device
-
-
-class EvaluationShape(NamedTuple):
-  """Sizes of an evaluation's program."""
-
-  num_prompts: int  # at a time
-  prompt_length: int
-  sampler: SamplerConfig
-  # (function of make_device_scorer, its params); None: host rewards alone
-  device_score: tuple | None = None
-  columns: dict = {}  # noqa: RUF012  arrays [n, ...] that those rewards read
-  reference: bool = False  # log-probs under the reference are measured
 
 
 class Programs(NamedTuple):
@@ -123,55 +62,6 @@ class Programs(NamedTuple):
   # sampler -> (state, key, rows, number of the turn, Prompts) -> Rollout; None:
   # there are no turns
   turn: Callable | None = None
-
-
-def completion_lengths(T: int, count: int) -> list[int]:
-  """Lengths that an update is compiled for, ascending: T and each half the one
-  before, `count` at most, none below SHORTEST."""
-  found = [T]
-  while len(found) < count and found[-1] >= 2 * SHORTEST:
-    found.append(-(-found[-1] // 2))
-  return found[::-1]
-
-
-class Shapes(NamedTuple):
-  """ShapeDtypeStructs of a run's arrays, with their shardings."""
-
-  rows: NamedSharding
-  whole: NamedSharding
-
-  def array(self, *shape, dtype=np.int32, sharding=None):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.rows)
-
-  def like(self, x, count: int, sharding=None):
-    """Struct of `count` rows of x."""
-    return self.array(count, *x.shape[1:], dtype=x.dtype, sharding=sharding)
-
-  def prompts(self, count: int, length: int, inputs=()) -> Prompts:
-    inputs = {k: self.like(v, count) for k, v in dict(inputs).items()}
-    return Prompts(self.array(count, length), self.array(count), inputs)
-
-  def scored(self, rollout: Rollout, names, greedy: bool, C: int) -> Scored:
-    B, T = rollout.tokens.shape
-    f32 = np.float32
-    return Scored(
-      rollout,
-      {n: self.array(B, T, dtype=f32) for n in names},
-      {n: self.array(B, dtype=bool) for n in names},
-      {n: self.array(dtype=f32, sharding=self.whole) for n in names},
-      Greedy(self.array(C, T, dtype=f32), self.array(C, T, dtype=bool))
-      if greedy
-      else None,
-    )
-
-
-def mesh_shapes() -> Shapes:
-  """Shapes on the mesh of jax.set_mesh."""
-  mesh = jax.sharding.get_mesh()
-  return Shapes(
-    NamedSharding(mesh, PartitionSpec(ROWS)),
-    NamedSharding(mesh, PartitionSpec()),
-  )
 
 
 class _Run(NamedTuple):
@@ -213,19 +103,42 @@ class _Run(NamedTuple):
     )
 
 
-def divisions(run: _Run, rollout: Rollout, num_prompts: int) -> list[int]:
-  """Numbers of micro-batches to try, the fewest first."""
-  n, wanted = run.networks, run.config.micro_batches
-  if wanted is not None:
-    return [wanted]
-  mesh = run.shapes.rows.mesh
-  shards, device = row_shards(mesh), mesh.local_devices[0]
-  each = memory.bytes_a_prompt(
-    n.policy, run.state.policy_params, rollout, n.rule, shards
+class Way(NamedTuple):
+  """Way to compute a gradient."""
+
+  run: _Run  # with networks of this remat
+  remat: str
+  parts: int  # micro-batches
+
+  @property
+  def label(self) -> str:
+    return f'micro-batches: {self.parts}, remat: {self.remat}'
+
+
+def gradients(run: _Run, rollout: Rollout, num_prompts: int) -> list[Way]:
+  """Ways to compute gradients, the fastest first: those whose arrays, by
+  shapes, a device holds beside the state."""
+  n, config = run.networks, run.config
+  networks = {n.remat: n} | {
+    name: n._replace(policy=policy, critic=critic)
+    for name, (policy, critic) in n.remats.items()
+  }
+  if config.micro_batches is not None and not n.remats:
+    return [Way(run, n.remat, config.micro_batches)]
+  found = memory.ways(
+    {name: each.policy for name, each in networks.items()},
+    run.state,
+    rollout,
+    n.rule,
+    num_prompts // n.algorithm.passes.mini_batches,
+    run.shapes.rows.mesh,
+    config.micro_batches,
+    config.memory,
   )
-  most = memory.budget(device, run.state, shards)
-  parts = n.algorithm.passes.mini_batches
-  return memory.divisions(num_prompts // parts, each, most, shards)
+  return [
+    Way(run._replace(networks=networks[remat]), remat, parts)
+    for remat, parts in found
+  ]
 
 
 def update_function(run: _Run, micro_batches: int, length: int | None = None):
@@ -242,17 +155,6 @@ def update_function(run: _Run, micro_batches: int, length: int | None = None):
   )
   whole = length in (None, run.config.max_completion_length)
   return update if whole else shortened(update, length)
-
-
-def rollout_size(rollout: Rollout) -> tuple:
-  """Shapes of rollouts that one program takes: (C, P, B, T)."""
-  return *rollout.prompts.tokens.shape, *rollout.tokens.shape
-
-
-def rollout_kind(rollout: Rollout) -> tuple:
-  """Shape of rollouts that one program takes: (P, B, has num_kept)."""
-  P, B = rollout.prompts.tokens.shape[1], rollout.tokens.shape[0]
-  return P, B, rollout.num_kept is not None
 
 
 def sampling_jobs(run: _Run, P: int) -> dict:
@@ -321,16 +223,38 @@ def update_jobs(run: _Run, P: int) -> dict:
   for length in completion_lengths(
     config.max_completion_length, config.length_buckets
   ):
+    ways = gradients(run, rollout, C)
     functions = [
       jax.jit(
-        update_function(run, parts, length),
+        update_function(way.run, way.parts, length),
         donate_argnums=0,
         out_shardings=(placed, shapes.whole, shapes.rows),
       )
-      for parts in divisions(run, rollout, C)
+      for way in ways
     ]
-    jobs['update', P, length] = Job(functions, (run.state, scored, n.rule))
+    named = [(way.label, way.parts) for way in ways]
+    args = run.state, scored, n.rule
+    jobs['update', P, length] = Job(functions, args, ways=named)
   return jobs
+
+
+def step_jobs(
+  networks: Networks, config: ProgramConfig, state: TrainState, P: int
+) -> dict:
+  """Jobs {name: Job} of a step with prompts of P tokens, without rewards; of
+  turns the largest one, which comes last. Must run under jax.set_mesh; state:
+  structs with their shardings."""
+  networks = networks._replace(device_score=None)
+  run = _Run(networks, config, state, mesh_shapes(), {})
+  config = dataclasses.replace(config, length_buckets=1)
+  run = run._replace(config=config)
+  if config.turn_length is None:
+    jobs = sampling_jobs(run, P)
+  else:
+    rows = config.num_prompts * config.samples_per_prompt
+    jobs = turn_jobs(run, rows, P, config.sampler)
+  jobs |= update_jobs(run, P)
+  return {key[0]: job for key, job in jobs.items()}
 
 
 def many_steps_job(run: _Run, table: Table) -> Job:
@@ -345,12 +269,12 @@ def many_steps_job(run: _Run, table: Table) -> Job:
     make_device_steps(
       sample,
       score,
-      update_function(run, parts),
+      update_function(way.run, way.parts),
       n.weights,
       best,
       config.reward_on_error,
     )
-    for parts in divisions(run, rollout, C)
+    for way in gradients(run, rollout, C)
   ]
   structs = jax.tree.map(lambda x: shapes.like(x, rows, shapes.whole), table)
   index = shapes.array(config.steps_per_call, C, sharding=shapes.whole)

@@ -101,16 +101,12 @@ def make_state(
 
   given = params, frozen
   shapes = jax.eval_shape(make, *given, key)
-  placed = sharding.tree_shardings(mesh, shapes, rules)
   leaves = jax.tree.leaves(given)
   if leaves and isinstance(leaves[0], jax.ShapeDtypeStruct):
-    return jax.tree.map(
-      lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
-      shapes,
-      placed,
-    )
+    return sharding.sharded_structs(mesh, shapes, rules)
   if leaves:
     where = sharding.tree_shardings(mesh, given, rules)
     given = jax.device_put(given, where)
+  placed = sharding.tree_shardings(mesh, shapes, rules)
   make = jax.jit(make, out_shardings=placed, donate_argnums=(0, 1))
   return make(*given, key)

@@ -73,7 +73,7 @@ def episode_rollout(
 ) -> Rollout:
   """Structs of the Rollout of `count` prompts' episodes, of max_length tokens.
 
-  shapes: programs.Shapes.
+  shapes: shapes.Shapes.
   """
   B, array = count * sampler.samples_per_prompt, shapes.array
   size = B, max_length
@@ -93,7 +93,7 @@ def episode_rollout(
 def bound_turn(networks: Any, compiled: dict, sampler: SamplerConfig):
   """Returns turn(state, key, rows, number, Prompts) -> Rollout.
 
-  networks: programs.Networks, with the rule.
+  networks: shapes.Networks, with the rule.
   compiled: programs by (sampler, rows, length of transcripts).
   """
   sampler = one_each(sampler)
