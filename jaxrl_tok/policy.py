@@ -71,19 +71,19 @@ def completion_hidden(policy: Policy, params, rollout: Rollout) -> jax.Array:
   return _states(policy, params, rollout._replace(tokens=tokens))
 
 
-def one_pass(policy: Policy) -> Callable | None:
-  """Returns the function of policy.read; None without one, and where it stands
-  for another encode or extend than the policy has."""
-  encode, extend, read = policy.read or (None, None, None)
+def belonging(policy: Policy, given: tuple | None) -> Callable | None:
+  """Returns the function of policy.read or policy.append; None without one, and
+  where it goes with another encode or extend than the policy has."""
+  encode, extend, function = given or (None, None, None)
   own = encode is policy.encode and extend is policy.extend
-  return read if own else None
+  return function if own else None
 
 
 def _states(policy: Policy, params, rollout: Rollout) -> jax.Array:
   """Hidden states [B, t + 1, D] before and after each of t tokens."""
   B, t = rollout.tokens.shape
   C = rollout.prompts.tokens.shape[0]
-  read = one_pass(policy)
+  read = belonging(policy, policy.read)
   if read is not None and t > 0:
     first, rest = read(params, rollout.prompts, rollout.tokens)
   else:

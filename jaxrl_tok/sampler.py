@@ -295,9 +295,13 @@ def begin(policy: Policy, params, prompts: Prompts):
   prefix = policy.encode(params, prompts)
   C = prompts.tokens.shape[0]
   check_array("policy.encode's hidden state", prefix.hidden, None, C=C, D=None)
+  return policy.split_prefix(prefix), rollout_params(policy, params)
+
+
+def rollout_params(policy: Policy, params):
+  """Params as a token loop reads them: cast, and gathered over fsdp."""
   cast = policy.cast_params(params)
-  cast = gathered_for_rollout(cast, policy.partition_rules)
-  return policy.split_prefix(prefix), cast
+  return gathered_for_rollout(cast, policy.partition_rules)
 
 
 def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
@@ -308,6 +312,22 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
   Raises ValueError, in one line, for prompts or for a policy whose arrays have
   another rank, size or dtype than types.py has.
   """
+  sample_after = make_sampler_after(policy, config)
+
+  def sample(
+    params, key, prompts: Prompts, rule: SamplingRule, version=0
+  ) -> Rollout:
+    check_prompts(prompts)
+    prefix, params = begin(policy, params, prompts)
+    found = sample_after(params, key, prefix, rule, version)
+    return found._replace(prompts=prompts)
+
+  return sample
+
+
+def make_sampler_after(policy: Policy, config: SamplerConfig) -> Callable:
+  """Returns sample(params, key, Prefix, SamplingRule, version=0) -> Rollout
+  without its prompts: make_sampler's, with what `begin` returns."""
   G, T = config.samples_per_prompt, config.max_completion_length
   chunk = max(1, min(config.chunk, T - 1))
   cache = jax.eval_shape(lambda: policy.init_cache(1, 0))
@@ -334,11 +354,9 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     return first, SamplerCarry(jnp.int32(0), rows, tables)
 
   def sample(
-    params, key, prompts: Prompts, rule: SamplingRule, version=0
+    params, key, prefix: Prefix, rule: SamplingRule, version=0
   ) -> Rollout:
-    check_prompts(prompts)
-    prefix, params = begin(policy, params, prompts)
-    B = prompts.tokens.shape[0] * G
+    B = prefix.length.shape[0] * G
     row_keys = key
     if not key.ndim:
       row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
@@ -358,7 +376,7 @@ def make_sampler(policy: Policy, config: SamplerConfig) -> Callable:
     )
     counted = config.truncate or config.greedy
     return Rollout(
-      prompts,
+      None,
       tokens,
       mask,
       logp,

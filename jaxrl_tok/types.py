@@ -225,6 +225,12 @@ class Policy(NamedTuple):
   # share are gathered once; None, and where a policy has another encode or
   # extend: encode, then extend
   read: tuple | None = None
+  # (encode, extend, function that goes on after both): (Prefix of B rows, cache
+  # and hidden [B, t, D] that extend gave from column 0 on, count int32 [B]) ->
+  # Prefix after the first `count` of those tokens; its prompts must have t
+  # columns to spare. None, and where a policy has another encode or extend:
+  # each turn of an episode reads its transcript anew
+  append: tuple | None = None
   # (trained, frozen) -> the params of the functions above
   merge_params: Callable = first_argument
   # params -> the same numbers that its functions compute with, cast once a

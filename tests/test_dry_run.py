@@ -262,18 +262,19 @@ def test_episodes_are_accounted_for_by_their_longest_turn():
   setup = prepare(task, settings, Own(), Caller('dry', 'pytest'), {})
   with jax.set_mesh(setup.mesh):
     report = dry_run.measure(setup)
-  assert [p.name for p in report.programs] == ['turn', 'update']
+  names = [p.name for p in report.programs]
+  assert names == ['read', 'append', 'turn', 'update']
   P, (rows, token) = report.batch['P'], (4 * 2 // 2, 2 * 8 * 2)  # bfloat16
   read = report.rollout
   assert read['cache'] == rows * 3 * token
-  assert read['prompts'] == rows * (P + 19) * token
+  assert read['prompts'] == rows * (P + 19 + 8) * token
   text = '\n'.join(lines(report))
   assert 'mesh data 2, fsdp 1, tensor 1' in text
   assert '4 prompts x 2 episodes of 3 turns (of 3 tokens) at most' in text
   assert 'longest turn: compiled in' in text
   assert verdict(report)[0]
-  assert '--max_episode_length' in advice(report, report.programs[0])
-  least = dry_run.least_seconds(report, report.programs[0])['memory']
+  assert '--max_episode_length' in advice(report, report.programs[2])
+  least = dry_run.least_seconds(report, report.programs[2])['memory']
   assert least * report.chip.bandwidth == pytest.approx(
     3 * (read['weights'] + read['cache'] / 2 + read['prompts'])
   )

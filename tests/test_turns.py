@@ -24,11 +24,12 @@ from conftest import (
 from jaxrl_tok import distribution, rewards, sharding
 from jaxrl_tok.data.turns import Talk
 from jaxrl_tok.environments import EpisodeError, Stepper
-from jaxrl_tok.sampler import SamplerConfig, make_sampler
+from jaxrl_tok.sampler import SamplerConfig
 from jaxrl_tok.step import episodes
 from jaxrl_tok.step.collectors import Scorer, dynamic, examples_at, score
-from jaxrl_tok.step.episodes import Limits, Sizes, World
+from jaxrl_tok.step.episodes import Limits, Sizes, TurnPrograms, World
 from jaxrl_tok.step.off_policy import replayed
+from jaxrl_tok.step.turn_programs import jit_turns
 from jaxrl_tok.step.turns import episode_metrics, turns, with_rewards
 from jaxrl_tok.step.update import shortened
 
@@ -88,16 +89,11 @@ def play(sample, world, seeds, count=C, samples=G, counted=False):
 
 @pytest.fixture(scope='module')
 def policy(tiny):
-  """(policy, params, rule of the 6 likeliest tokens, sample)."""
+  """(policy, params, rule of the 6 likeliest tokens, TurnPrograms)."""
   rule = distribution.make_rule(11, sorted(ENDS), top_k=6)
-  sampler = make_sampler(tiny.policy, SamplerConfig(1, 4, truncate=True))
-  turn = jax.jit(episodes.make_turn(sampler))
-  key = jax.random.key(2)
-
-  def sample(rows, number, prompts):
-    return turn(tiny.params, key, rows, number, prompts, rule)
-
-  return tiny.policy, tiny.params, rule, sample
+  programs = jit_turns(tiny.policy, SamplerConfig(1, 4, truncate=True))
+  programs = programs((tiny.params, None), jax.random.key(2), rule)
+  return tiny.policy, tiny.params, rule, programs
 
 
 @pytest.fixture(scope='module')
@@ -157,18 +153,45 @@ def test_an_episode_does_not_depend_on_the_others(policy, played, monkeypatch):
   """Live rows move together, or not: the episodes are those."""
   asked = []
 
-  def sample(rows, number, prompts):
+  def draw(rows, *args):
     asked.append(len(rows))
-    return policy[3](rows, number, prompts)
+    return policy[3].draw(rows, *args)
 
   world = world_of(Counting, Limits(max_turns=4, max_length=T))
-  play(sample, world, SEEDS, counted=True)
+  play(policy[3]._replace(draw=draw), world, SEEDS, counted=True)
   assert {4, 16} == set(asked)
   monkeypatch.setattr(episodes, 'row_counts', lambda rows, shards: [rows])
   again = play(policy[3], world, SEEDS, counted=True)
   assert [e.story for e in again.episodes] == [e.story for e in played.episodes]
   logp = again.rollout.logp, played.rollout.logp
   np.testing.assert_allclose(*logp, atol=1e-5)
+
+
+@pytest.mark.parametrize('more', [{'append': None}, {'chunk': 3}])
+def test_what_the_device_remembers_changes_nothing(
+  policy, played, monkeypatch, more
+):
+  """Transcripts are read anew, or what is new in them by so many tokens, after
+  few columns or after many."""
+  programs, calls = policy[3]._replace(**more), []
+  for name in ('read', 'append') if programs.append else ():
+    whole = getattr(programs, name)
+
+    def call(*args, name=name, whole=whole):
+      calls.append(name)
+      return whole(*args)
+
+    programs = programs._replace(**{name: call})
+  monkeypatch.setattr(episodes, 'SHORTEST', 8)
+  buckets = 2 if programs.append else 1
+  limits = Limits(max_turns=4, max_length=T, length_buckets=buckets)
+  again = play(programs, world_of(Counting, limits), SEEDS, counted=True)
+  assert [e.story for e in again.episodes] == [e.story for e in played.episodes]
+  logp = again.rollout.logp, played.rollout.logp
+  np.testing.assert_allclose(*logp, atol=1e-5)
+  if programs.append:
+    assert calls.count('append') > 1
+    assert calls.count('read') > 1
 
 
 # --- limits and failures, by turns that a test makes
@@ -185,7 +208,7 @@ def scripted(*turns, ended=True):
     found = make_rollout(None, tokens, mask, logp)
     return found._replace(ended=np.full(len(rows), ended))
 
-  return sample
+  return TurnPrograms(lambda prompts: prompts, sample)
 
 
 def simple(make, *turns, ended=True, limits=None, **more):
@@ -373,7 +396,7 @@ class Lucky(Echo):
     return '3', paid, False, False, {}
 
 
-def by_row(state, key, rows, number, prompts):
+def by_row(rows, number, memory):
   """Turns [row + 1, 8]."""
   tokens = np.stack([np.asarray(rows) + 1, np.full(len(rows), 8)], 1)
   on = np.ones(tokens.shape, bool)
@@ -387,7 +410,8 @@ def collector_of():
   scorer = Scorer(host, None, {'environment': 1.0}, rewards.TrainerState)
   sizes = Sizes(test_collectors.C, 3, 4, False)
   prompts = test_collectors.prompts_of(test_collectors.HALF)
-  return turns(by_row, world, scorer, prompts, 0, sizes)
+  programs = TurnPrograms(lambda prompts: prompts, by_row)
+  return turns(lambda *_: programs, world, scorer, prompts, 0, sizes)
 
 
 def with_replay(collector):

@@ -13,7 +13,7 @@ from jaxrl_tok.data.chat import Chat, render
 from jaxrl_tok.data.turns import Talk, check_history, make_talk
 from jaxrl_tok.environments import Stepper
 from jaxrl_tok.step import episodes
-from jaxrl_tok.step.episodes import Limits, Sizes, World
+from jaxrl_tok.step.episodes import Limits, Sizes, TurnPrograms, World
 from jaxrl_tok.types import Prompts
 
 WORDS = 'low lower lowest new newer newest wide wider widest'
@@ -69,7 +69,7 @@ def play(talk, prompt, said, turns):
     jax.set_mesh(sharding.make_mesh('data=1', jax.devices()[:1])),
   ):
     found = episodes.play(
-      sample,
+      TurnPrograms(lambda prompts: prompts, sample),
       World(stepper, talk, limits),
       Sizes(1, 1, len(ids), False),
       [{'prompt': text, 'said': said}],

@@ -7,7 +7,8 @@ Steps of one batch through it:
 2. `extend` runs completion tokens [B, t], B = C*G, against that shared prefix:
    with no cache all T at once (evaluating), with a cache the next t tokens,
    written at the one column `at` (sampling).
-3. `logits` and `value` read hidden states, in float32.
+3. `append` joins the tokens of a cache to the prefix, for the next turn.
+4. `logits` and `value` read hidden states, in float32.
 
 Parameters of the L blocks are stacked, [L, ...] (stack.py).
 """
@@ -251,6 +252,29 @@ def extend(net: Network, params, prefix: Prefix, tokens, cache, at):
   return x, None if cache is None else kv
 
 
+def append(prefix: Prefix, cache, hidden, count) -> Prefix:
+  """Prefix after the first `count` [B] of the tokens in a cache, too. Columns
+  after them are written over by the next ones, and are read by no query."""
+
+  def one(kv, new, start):
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(x, y, start, axis)
+      for x, y, axis in zip(kv, new, (2, 1))
+    )
+
+  def write(_, rows):
+    old, new, start = rows
+    return tuple(jax.vmap(one)(x, y, start) for x, y in zip(old, new))
+
+  kv = on_own_rows(write, {}, (prefix.kv, cache, prefix.length), {})
+  last = _last(hidden, jnp.maximum(count, 1))
+  return Prefix(
+    kv,
+    jnp.where((count > 0)[:, None], last, prefix.hidden),
+    prefix.length + count,
+  )
+
+
 def logits(net: Network, params, hidden):
   """Logits float32 [..., V] of hidden states [..., D]."""
   name = 'embed' if net.config.tie_embeddings else 'head'
@@ -352,4 +376,5 @@ def make_policy(
     cast_params=cast_params,
   )
   both = functools.partial(read, net)
-  return policy._replace(read=(policy.encode, policy.extend, both))
+  own = policy.encode, policy.extend
+  return policy._replace(read=(*own, both), append=(*own, append))

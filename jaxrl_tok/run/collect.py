@@ -44,7 +44,7 @@ def make_collector(setup: Setup, programs: Programs) -> Collector:
     )
   else:
     collector = turns(
-      programs.turn(setup.config.sampler),
+      programs.turns(setup.config.sampler),
       setup.world,
       scorer,
       setup.data,

@@ -28,6 +28,7 @@ from jaxrl_tok.step import memory, work
 from jaxrl_tok.step.compile import Job, usual_options
 from jaxrl_tok.step.programs import step_jobs
 from jaxrl_tok.step.shapes import Networks
+from jaxrl_tok.step.turn_programs import chunk_of
 from jaxrl_tok.targets import Chip, chip_of
 from jaxrl_tok.types import Prompts
 
@@ -37,10 +38,13 @@ USABLE = 1 - memory.KEPT_FREE
 NAMES = {
   'sample': 'rollout',
   'greedy': 'greedy rollout',
+  'read': 'transcripts, anew',
+  'append': 'what is new in them',
   'turn': 'longest turn',
   'reference_kl': 'KL to the reference',
 }
-ROLLOUTS = 'sample', 'greedy', 'turn'  # programs that read the weights alone
+TOKEN_LOOPS = 'sample', 'greedy', 'turn'
+ROLLOUTS = *TOKEN_LOOPS, 'read', 'append'  # they read the weights alone
 FLOPS = 'FLOP kFLOP MFLOP GFLOP TFLOP PFLOP'
 
 
@@ -99,7 +103,7 @@ def while_turns(setup: Setup, parts: int) -> dict:
     dataclasses.replace(config, chunk=chunk), len(jax.tree.leaves(cache))
   )
   stages = [end - begin for begin, end in zip([0, *ends], ends)]
-  return dict.fromkeys(ROLLOUTS, stages) | {'update': [parts, 0]}
+  return dict.fromkeys(TOKEN_LOOPS, stages) | {'update': [parts, 0]}
 
 
 def compile_way(name: str, how: str, function, job: Job, turns) -> Program:
@@ -160,7 +164,8 @@ def bytes_of_rollout(setup: Setup, state, P: int) -> dict:
   C, G = config.num_prompts, config.samples_per_prompt
   T, prompts = config.sampler.max_completion_length, C
   if config.turn_length is not None:
-    P, prompts = P + config.max_completion_length - 1, C * G
+    P += config.max_completion_length - 1 + chunk_of(policy, config.sampler)
+    prompts = C * G
   rows, heads = sharding.row_shards(mesh), mesh.shape['tensor']
 
   def begin(policy_params):
@@ -267,7 +272,7 @@ def least_seconds(report: Report, program: Program) -> dict:
     'products': program.flops / chip.peak,
     'network': sum(program.moved.values()) / chip.link,
   }
-  if program.name in ROLLOUTS:
+  if program.name in TOKEN_LOOPS:
     T, r = report.batch['T'], report.rollout
     T = T if report.turns is None else report.turns[1]
     read = r['weights'] + r['cache'] / 2 + r['prompts']

@@ -24,8 +24,9 @@ from jaxrl_tok.step import device_rewards, episodes
 from jaxrl_tok.step.episodes import Sizes
 from jaxrl_tok.step.programs import Programs
 from jaxrl_tok.step.shapes import EvaluationShape
-from jaxrl_tok.step.turn_programs import counts, one_each
+from jaxrl_tok.step.turn_programs import counts, jit_turns
 from jaxrl_tok.step.turns import with_rewards
+from jaxrl_tok.types import first_argument
 
 SHOWN = 20  # held-out completions in samples.jsonl
 LARGEST_MISMATCH = 0.05  # nats; bfloat16 alone is below a tenth of it
@@ -88,7 +89,7 @@ def played(
 
   def rollout(number, prompts, examples, index):
     found = episodes.play(
-      functools.partial(sample, jax.random.fold_in(key, number)),
+      sample(jax.random.fold_in(key, number)),
       world,
       sizes_of(e.num_prompts, e.data, e.sampler),
       examples,
@@ -115,8 +116,7 @@ def run_evaluation(
   """Runs an evaluation by any sampler: Evaluated.
 
   Args:
-    sample: (key, Prompts) -> Rollout; of episodes (key, rows, number of the
-      turn, Prompts) -> Rollout.
+    sample: (key, Prompts) -> Rollout; of episodes key -> TurnPrograms.
     device: scorer of its rewards on the device, compiled; None without any.
     step: updates that the policy has had.
     mismatch, reference: see evaluate_held_out.
@@ -141,13 +141,13 @@ def run_evaluation(
 
 
 def make_draw(setup: Setup, sampler: SamplerConfig) -> Callable:
-  """Sampler (params, key, Prompts, rule) -> Rollout, or of a turn (params, key,
-  rows, number of the turn, Prompts, rule) -> Rollout; compiled when it is
-  used."""
+  """Sampler (params, key, Prompts, rule) -> Rollout, or of turns (params, key,
+  rule) -> TurnPrograms; compiled when it is used."""
   if setup.world is None:
     return jax.jit(make_sampler(setup.policy, sampler))
-  sample = make_sampler(setup.policy, one_each(sampler))
-  return jax.jit(episodes.make_turn(sample))
+  merged = setup.policy._replace(merge_params=first_argument)
+  programs = jit_turns(merged, sampler)
+  return lambda params, *args: programs((params,), *args)
 
 
 def evaluate_params(
@@ -233,7 +233,7 @@ def run_by_programs(
   if setup.world is None:
     sample = programs.evaluations[name]
   else:
-    sample = programs.turn(e.sampler)
+    sample = programs.turns(e.sampler)
   sample = functools.partial(sample, state)
   device = programs.evaluation_scores.get(name)
   mismatch, reference = (

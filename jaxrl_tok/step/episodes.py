@@ -2,16 +2,18 @@
 
 Each turn:
 
-1. `draw`     the transcript of every live row, its ids as they were sampled and
-   observed, is a prompt; the device samples a turn after it.
-2. `take`     the turn's tokens join the transcript.
-3. `respond`  environments answer, side by side; a reward stands on the last
+1. `recall`   the device reads what is new in the transcript of every live row,
+   ids as they were sampled and observed, after what it has read before.
+2. `draw`     it samples a turn of each.
+3. `take`     the turn's tokens join the transcript.
+4. `respond`  environments answer, side by side; a reward stands on the last
    token of its turn, and the observation's ids join the transcript.
 
-Rows whose episode has ended cost nothing further: the live ones move together,
-into the smallest program that holds them. Programs are few: `row_counts` of
-rows by `transcript_lengths` of tokens. Row b draws turn k by the key
-fold_in(fold_in(key, k), b): an episode does not depend on the other rows.
+Programs are few: `row_counts` of rows by `transcript_lengths` of tokens. Rows
+whose episode has ended cost little further: once a smaller program holds the
+live ones, it reads their transcripts anew, as a larger one does once they have
+outgrown theirs. Row b draws turn k by the key fold_in(fold_in(key, k), b): an
+episode does not depend on the other rows.
 
 For the update an episode is one completion of its prompt, see Rollout. The G
 rows of a prompt get one seed, that of the prompt's place in the data's order.
@@ -80,6 +82,7 @@ class Episode:
   reward: list = dataclasses.field(default_factory=list)
   story: list = dataclasses.field(default_factory=list)  # for samples.jsonl
   turns: int = 0
+  read: int = 0  # ids of prompt and tokens that the device has read
   seats: int = 1
   acting: int = 0  # seat that acts next
   # {seat: its last column}
@@ -97,6 +100,19 @@ class Episode:
     self.turn += [self.turns] * n
     self.seat += [self.acting] * n
     self.reward += [0.0] * n
+
+  @property
+  def length(self) -> int:
+    """Tokens of the transcript."""
+    return len(self.prompt) + len(self.tokens)
+
+  def unread(self, most: int) -> list[int]:
+    """The next `most` ids, or fewer, that the device has not read; from here on
+    it has."""
+    begin, first = self.read, len(self.prompt)
+    self.read = min(self.length, begin + most)
+    ids = self.prompt[begin : self.read]
+    return ids + self.tokens[max(0, begin - first) : max(0, self.read - first)]
 
   @property
   def numbers(self) -> dict[str, float]:
@@ -118,6 +134,20 @@ class Sizes(NamedTuple):
   samples: int  # G, episodes of each prompt
   max_prompt: int  # longest prompt
   counted: bool  # whether the sampler records num_kept
+
+
+class TurnPrograms(NamedTuple):
+  """Functions of a turn of R rows, after transcripts of P tokens at most."""
+
+  # Prompts [R, P + chunk] -> memory of the device after these transcripts
+  read: Callable
+  # (rows int32 [R], number of the turn, memory) -> Rollout without prompts
+  draw: Callable
+  # (memory, ids [R, chunk], count int32 [R]) -> memory after the first `count`
+  # ids, too; the memory that it is given is gone. None: transcripts are read
+  # anew each turn
+  append: Callable | None = None
+  chunk: int = 0  # ids that are appended at a time
 
 
 class Played(NamedTuple):
@@ -147,52 +177,82 @@ def transcript_lengths(prompt: int, max_length: int, count: int) -> list[int]:
   return found[::-1]
 
 
-def make_turn(sample: Callable) -> Callable:
-  """Returns turn(policy_params, key, rows int32 [R], number int32 [], Prompts
-  [R, P], rule) -> Rollout without its prompts, pure.
-
-  sample: (policy_params, keys [R], Prompts, rule) -> Rollout, of one completion
-    a prompt.
-  """
-
-  def turn(policy_params: tuple, key, rows, number, prompts: Prompts, rule):
-    key = jax.random.fold_in(key, number)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    return sample(policy_params, keys, prompts, rule)._replace(prompts=None)
-
-  return turn
-
-
 # --- one turn ----------------------------------------------------------------
 
 
+class Memory(NamedTuple):
+  """Transcripts that the device has read."""
+
+  value: Any  # of TurnPrograms
+  rows: list[int]  # in their places of the program
+  size: tuple[int, int]  # of this process's rows, and tokens
+
+
+def table(
+  episodes: Sequence[Episode], rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ids [rows, length] that are to be read next, and their count [rows]."""
+  tokens, count = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+  for i, episode in enumerate(episodes):
+    ids = episode.unread(length)
+    tokens[i, : len(ids)], count[i] = ids, len(ids)
+  return tokens, count
+
+
+def recall(
+  programs: TurnPrograms,
+  memory: Memory | None,
+  episodes: list[Episode],
+  size: tuple[int, int],
+  unread: int,
+) -> Memory:
+  """Memory of the device after the transcripts of all live rows.
+
+  Args:
+    memory: after the last turn; None: there was none.
+    size: (rows, of this process's part, tokens) of the smallest program that
+      holds them.
+    unread: tokens that are new, of the row with most of them, of all processes.
+  """
+  mesh, (R, P) = jax.sharding.get_mesh(), size
+  calls = -(-unread // programs.chunk) if programs.append else 0
+  same = memory is not None and memory.size == size
+  if not (same and calls and calls * programs.chunk < P):
+    live = living(episodes)
+    for episode in live.values():
+      episode.read = 0
+    tokens, count = table(list(live.values()), R, P + programs.chunk)
+    prompts = put_rows(mesh, Prompts(tokens, np.maximum(count, 1)))
+    return Memory(programs.read(prompts), list(live), size)
+  value = memory.value
+  for _ in range(calls):
+    own = [episodes[row] for row in memory.rows]
+    given = put_rows(mesh, table(own, R, programs.chunk))
+    value = programs.append(value, *given)
+  return memory._replace(value=value)
+
+
 def draw(
-  sample: Callable,
-  live: dict[int, Episode],
+  programs: TurnPrograms,
+  memory: Memory,
+  episodes: list[Episode],
   places: np.ndarray,
-  R: int,
-  P: int,
   number: int,
 ) -> dict[int, tuple]:
   """Samples a turn of every live row: {row: (ids, log-probs, num_kept | None,
   whether it ended by itself)}.
 
-  Args:
-    sample: (rows [R], number, Prompts [R, P]) -> Rollout.
-    live: episodes by their row here.
-    places: number of each row here in the whole batch.
-    R, P: rows, of this process's part, and tokens of the program.
+  places: number of each row here in the whole batch.
   """
-  rows, length = np.zeros(R, np.int32), np.ones(R, np.int32)
-  tokens = np.zeros((R, P), np.int32)
-  for i, (row, episode) in enumerate(live.items()):
-    ids = episode.prompt + episode.tokens
-    rows[i], length[i], tokens[i, : len(ids)] = places[row], len(ids), ids
-  mesh = jax.sharding.get_mesh()
-  rows, prompts = put_rows(mesh, (rows, Prompts(tokens, length)))
-  found = processes.local(sample(rows, np.int32(number), prompts))
+  rows = np.zeros(memory.size[0], np.int32)
+  rows[: len(memory.rows)] = places[memory.rows]
+  rows = put_rows(jax.sharding.get_mesh(), rows)
+  drawn = programs.draw(rows, np.int32(number), memory.value)
+  found = processes.local(drawn)
   turns = {}
-  for i, row in enumerate(live):
+  for i, row in enumerate(memory.rows):
+    if episodes[row].ended:
+      continue
     n = int(found.mask[i].sum())
     kept = found.num_kept
     turns[row] = (
@@ -319,13 +379,14 @@ def living(episodes: list[Episode]) -> dict[int, Episode]:
 
 
 def needed(episodes: list[Episode]) -> list[int]:
-  """Number of rows that go on, and of tokens of their longest transcript."""
-  lengths = [len(e.prompt) + len(e.tokens) for e in episodes if not e.ended]
-  return [len(lengths), max(lengths, default=0)]
+  """Number of rows that go on, of tokens of their longest transcript, and of
+  tokens that are new in one."""
+  sizes = [(e.length, e.length - e.read) for e in episodes if not e.ended]
+  return [len(sizes), *map(max, zip((0, 0), *sizes))]
 
 
 def play(
-  sample: Callable,
+  programs: TurnPrograms,
   world: World,
   sizes: Sizes,
   examples: list,
@@ -336,8 +397,7 @@ def play(
   """Plays an episode for each row, to its end.
 
   Args:
-    sample: (rows [R], number of the turn, Prompts [R, P]) -> Rollout, by
-      compiled programs.
+    programs: of one policy and key.
     examples, prompts, seeds: of this process's prompts, on the host.
     version: updates before this step.
 
@@ -354,19 +414,19 @@ def play(
   episodes, told = processes.together(
     functools.partial(begin, world, examples, prompts, seeds, G), needed
   )
-  spent = time.monotonic() - began
+  spent, memory = time.monotonic() - began, None
   for number in range(limits.max_turns):
-    most, longest = (max(values) for values in zip(*told))
+    most, longest, unread = (max(values) for values in zip(*told))
     if not most:
       break
     R = next(
       n * len(places) // B for n in counts if n * len(places) >= most * B
     )
     P = next(n for n in lengths if n >= longest)
-    live = living(episodes)
-    drawn = draw(sample, live, places, R, P, number)
+    memory = recall(programs, memory, episodes, (R, P), unread)
+    drawn = draw(programs, memory, episodes, places, number)
     began = time.monotonic()
-    answer = functools.partial(respond, world, live, drawn)
+    answer = functools.partial(respond, world, living(episodes), drawn)
     _, told = processes.together(answer, lambda _: needed(episodes))
     spent += time.monotonic() - began
   rollout = pack(episodes, prompts, limits, sizes.counted, version)

@@ -32,7 +32,7 @@ from jaxrl_tok.step.shapes import (
   rollout_size,
 )
 from jaxrl_tok.step.turn_programs import (
-  bound_turn,
+  bound_turns,
   episode_rollout,
   make_sampling,
   turn_jobs,
@@ -59,9 +59,8 @@ class Programs(NamedTuple):
   reference_kl: Callable | None  # (state, Rollout) -> nats a token
   # (state, an evaluation's Rollout) -> float32 [B, T]; None: of no evaluation
   reference_logp: Callable | None
-  # sampler -> (state, key, rows, number of the turn, Prompts) -> Rollout; None:
-  # there are no turns
-  turn: Callable | None = None
+  # sampler -> (state, key) -> episodes.TurnPrograms; None: there are no turns
+  turns: Callable | None = None
 
 
 class _Run(NamedTuple):
@@ -368,8 +367,6 @@ def bind(
       state.policy_params, key, prompts, n.rule, state.step
     )
 
-  turns = by_name('turn')
-
   scores = by_name('device_score')
 
   def device_score(rollout: Rollout, columns: dict):
@@ -415,7 +412,7 @@ def bind(
     mismatch,
     reference_kl if measures else None,
     reference_logp if logps else None,
-    functools.partial(bound_turn, n, turns) if turns else None,
+    functools.partial(bound_turns, n, built) if by_name('turn') else None,
   )
 
 

@@ -5,7 +5,6 @@ on the last token of each turn; functions of the task's own judge the whole
 episode, that is all that the policy said in it. See episodes.py.
 """
 
-import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -100,7 +99,7 @@ class Opened(NamedTuple):
 
 
 def turns(
-  sample: Callable,
+  programs: Callable,
   world: World,
   scorer: Scorer,
   data: PromptSet,
@@ -109,7 +108,7 @@ def turns(
 ) -> Collector:
   """Collector of the episodes of the next prompts.
 
-  sample: (state, key, rows, number of the turn, Prompts) -> Rollout, compiled.
+  programs: (state, key) -> TurnPrograms.
   """
   num_prompts = sizes.num_prompts
 
@@ -129,11 +128,11 @@ def turns(
     )
 
   def finish(opened: Opened):
-    mesh, (state, key) = jax.sharding.get_mesh(), opened.started[:2]
+    mesh = jax.sharding.get_mesh()
     own = processes.own_rows(mesh, num_prompts)
     step = int(np.ravel(processes.local(opened.version))[0])
     played = play(
-      functools.partial(sample, state, key),
+      programs(*opened.started),
       world,
       sizes,
       opened.examples,
