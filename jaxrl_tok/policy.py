@@ -279,12 +279,11 @@ def _token_stats(
     return _in_chunks(stats, min(wanted, T), part)
 
   read = {p: x for p, x, on in zip(paths, leaves, is_read) if on}
-  whole, cast = (
-    (rule, read),
-    _dtypes(jax.eval_shape(policy.cast_params, params)),
-  )
+  whole, dtypes = (rule, read), None
   axes = split_axes(whole, policy.partition_rules)
-  dtypes = {f'1/{path}': cast.get(path, x.dtype) for path, x in read.items()}
+  if axes:
+    cast = _dtypes(jax.eval_shape(policy.cast_params, params))
+    dtypes = {f'1/{path}': cast.get(path, x.dtype) for path, x in read.items()}
   return on_own_rows(stats_of_rows, whole, part, axes)
 
 
