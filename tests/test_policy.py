@@ -20,10 +20,10 @@ from conftest import (
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.policy import (
+  belonging,
   completion_hidden,
   evaluate,
   head_is_frozen,
-  one_pass,
   values,
 )
 from jaxrl_tok.sampler import make_sampler
@@ -111,9 +111,10 @@ def test_inputs_reach_encode_as_they_are(tiny):
   np.testing.assert_array_equal(stats.logp, want.logp)
   jax.eval_shape(lambda: values(value_zero(policy), tiny.params, rollout))
   assert seen == [(4, 2, 3)] * 2
-  # its own read stands for the other encode
-  assert one_pass(tiny.policy) is not None
-  assert one_pass(policy) is None
+  # its own read and append go with the other encode
+  for field in ('read', 'append'):
+    assert belonging(tiny.policy, getattr(tiny.policy, field)) is not None
+    assert belonging(policy, getattr(policy, field)) is None
 
 
 def value_zero(policy):
