@@ -11,10 +11,12 @@ A tiny decoder of words starts from random weights; a turn is 5 tokens at most.
 """
 
 import functools
+import itertools
 
 from jaxrl_tok import Task, environments, main
 from jaxrl_tok.data import word_tokenizer
 from jaxrl_tok.environments.games.dialogue import HELLO, SAID, SLOTS, UNSURE
+from jaxrl_tok.environments.play import SHOWN, demonstrations, noisy
 
 SAYINGS = (
   'Thank you!\n',
@@ -25,11 +27,14 @@ SAYINGS = (
 )
 
 
-def dialogue(num_users: int = 240) -> Task:
+def dialogue(num_users: int = 240, calls: int = 4, noise: float = 0.5) -> Task:
   """Tables in restaurants, for simulated users.
 
   Args:
     num_users: Users to train with, of 288; the others are held out.
+    calls: Dialogues with each of them that are imitated first; 0: none are.
+    noise: Share of their turns that are any question or booking, the others
+      being good.
   """
   if not 1 <= num_users <= 287:
     raise ValueError(
@@ -41,13 +46,25 @@ def dialogue(num_users: int = 240) -> Task:
   texts = [form.format(value) for form in forms for value in values]
   texts += [*SAYINGS, UNSURE, *values, *(f' {value}' for value in values)]
   texts += [f' {text}' for text in SAID.values()]
+  train, make = users[:num_users], environments.dialogue()
+  player = noisy(environments.dialogue_player, turns(), noise)
+  if calls:
+    train = demonstrations(train, make, player, calls)
   return Task(
-    users[:num_users],
-    environment=environments.dialogue(),
+    train,
+    answers=SHOWN if calls else None,
+    environment=make,
     held_out=users[num_users:],
     tokenizer=functools.partial(word_tokenizer, texts),
     description='simulated users who want a table',
   )
+
+
+def turns() -> list[str]:
+  """Questions, polite or not, and bookings."""
+  asked = [f'which {slot}' for slot in SLOTS]
+  booked = [f'book {" ".join(x)}' for x in itertools.product(*SLOTS.values())]
+  return [*asked, *(f'{text} please?' for text in asked), *booked[::8]]
 
 
 def run(argv=None):
@@ -66,6 +83,10 @@ def run(argv=None):
     length_buckets=1,
     eval_every=50,
     save_every=0,
+    warm_start_stop_at=2.0,
+    warm_start_max_steps=300,
+    warm_start_batch_size=64,
+    warm_start_check_every=150,
   )
 
 

@@ -32,7 +32,7 @@ from typing import Literal
 from jaxrl_tok import Task, environments, main
 from jaxrl_tok.data import word_tokenizer
 from jaxrl_tok.environments.games.maze import FREE, MOVES, describe
-from jaxrl_tok.environments.play import demonstration, noisy, play
+from jaxrl_tok.environments.play import SHOWN, demonstrations, noisy
 
 # a token is a move, a sentence, or the end of a line
 SENTENCE = r'move (?:up|down|left|right)|[^.\n]+\.? ?|[.\n]'
@@ -43,18 +43,6 @@ def make_tokenizer(observed: str):
   texts = [describe(cell, observed) for cell in FREE]
   texts += [*MOVES, 'Success\n', 'Failure\n']
   return word_tokenizer(texts, SENTENCE)
-
-
-def with_walks(
-  examples: list[dict], observed: str, walks: int, noise: float
-) -> list[dict]:
-  """Records of each start `walks` times, each with a walk of its own."""
-  player = noisy(environments.maze_player(observed), list(MOVES), noise)
-  short = environments.maze(observed, max_steps=20)
-  return [
-    record.example | {'walk': demonstration(record), 'episode': f'walk {i}'}
-    for i, record in enumerate(play(short, player, examples * walks))
-  ]
 
 
 def maze(
@@ -69,16 +57,14 @@ def maze(
     walks: Walks from each start that are imitated first; 0: none are.
     noise: Share of their moves that are random, the others being optimal.
   """
-  if walks < 0 or not 0 <= noise <= 1:
-    raise ValueError(
-      f'--walks {walks} is 0 or more, and --noise {noise} a share in [0, 1]'
-    )
   train = environments.maze_examples(observed)
+  player = noisy(environments.maze_player(observed), list(MOVES), noise)
   if walks:
-    train = with_walks(train, observed, walks, noise)
+    short = environments.maze(observed, max_steps=20)
+    train = demonstrations(train, short, player, walks)
   return Task(
     train,
-    answers='walk' if walks else None,
+    answers=SHOWN if walks else None,
     environment=environments.maze(observed),
     held_out=environments.maze_examples(observed, 'test'),
     tokenizer=functools.partial(make_tokenizer, observed),
@@ -90,25 +76,31 @@ def run(argv=None):
   return main(
     maze,
     argv,
-    max_steps=200,
+    max_steps=120,
+    stop_at_reward=-6.845,
     algorithm='ppo',
     num_prompts=25,
     num_generations=2,
     max_turns=100,
     max_completion_length=1,
     max_episode_length=520,
+    length_buckets=3,
     discount='turn',
-    gamma=0.99,
+    gamma=0.95,
     gae_lambda=0.95,
+    bootstrap_truncated=True,
+    mini_batches=5,
     learning_rate=1e-3,
+    lr_schedule='linear',
     entropy_coef=0.01,
-    value_clip=0.0,
+    critic='separate',
     critic_learning_rate=1e-2,
+    value_clip=0.0,
     warm_start_stop_at=0.0,
     warm_start_max_steps=200,
     warm_start_batch_size=25,
     warm_start_check_every=100,
-    eval_every=20,
+    eval_every=5,
     save_every=0,
   )
 

@@ -19,16 +19,19 @@ import functools
 from jaxrl_tok import Task, environments, main
 from jaxrl_tok.data import word_tokenizer
 from jaxrl_tok.environments.games.wordle import PROMPT, WORDS
+from jaxrl_tok.environments.play import SHOWN, demonstrations, noisy
 
 # a token is a line: a prompt, a word, an answer
 LINE = r'[^\n]+\n?|\n'
 
 
-def wordle(num_words: int = 200) -> Task:
+def wordle(num_words: int = 200, games: int = 8, noise: float = 0.5) -> Task:
   """Wordle.
 
   Args:
     num_words: Words of the list, from its start.
+    games: Games of each word that are imitated first; 0: none are.
+    noise: Share of their guesses that are any word, the others being good.
   """
   if not 5 <= num_words <= len(WORDS):
     raise ValueError(
@@ -37,9 +40,14 @@ def wordle(num_words: int = 200) -> Task:
   words = WORDS[:num_words]
   texts = [PROMPT, 'not in the list\n', *words]
   texts += [f'{a} {b} {c} {d} {e}\n' for a, b, c, d, e in answers()]
+  train, make = environments.wordle_examples(words), environments.wordle(words)
+  player = noisy(environments.wordle_player(words), words, noise)
+  if games:
+    train = demonstrations(train, make, player, games)
   return Task(
-    environments.wordle_examples(words),
-    environment=environments.wordle(words),
+    train,
+    answers=SHOWN if games else None,
+    environment=make,
     held_out=environments.wordle_examples(words, 'test'),
     tokenizer=functools.partial(word_tokenizer, texts, LINE),
     description=f'{num_words} hidden words of five letters',
@@ -70,6 +78,10 @@ def run(argv=None):
     length_buckets=1,
     eval_every=50,
     save_every=0,
+    warm_start_stop_at=0.0,
+    warm_start_max_steps=400,
+    warm_start_batch_size=64,
+    warm_start_check_every=200,
   )
 
 

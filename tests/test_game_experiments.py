@@ -80,23 +80,40 @@ def test_a_good_player_fits_into_the_settings(name, monkeypatch):
     assert sum(said) + ends + seen <= chosen['max_episode_length']
 
 
-def test_walks_are_shown_as_they_are_walked(monkeypatch):
-  """A shown move is one token without an end, as a sampled one; each walk of a
-  start is another record, and none is held out."""
-  task = maze.maze(walks=2)
-  tokenizer, T = task.tokenizer(), 1
-  assert settings_of(maze, monkeypatch)['max_completion_length'] == T
-  talk = make_talk(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
-  moves = set()
+@pytest.mark.parametrize(
+  ('module', 'make_task', 'none', 'kinds'),
+  [
+    (maze, lambda n: maze.maze(walks=n), 0, 4),
+    (wordle, lambda n: wordle.wordle(40, games=n), 0, 40),
+    (dialogue, lambda n: dialogue.dialogue(calls=n), 0, 12),
+  ],
+)
+def test_what_is_imitated_is_said_as_it_is_sampled(
+  module, make_task, none, kinds, monkeypatch
+):
+  """A shown turn has an end token where it has room for one, as a sampled one;
+  each demonstration is another record, and none is held out."""
+  task, T = make_task(2), settings_of(module, monkeypatch)
+  tokenizer, T = task.tokenizer(), T['max_completion_length']
+  end = tokenizer.eos_token_id
+  talk, said = make_talk(tokenizer, [end], len(tokenizer)), set()
   for record in task.train:
-    ids, mask = demonstrate(talk, record, record['walk'], T)
-    assert tokenizer.eos_token_id not in ids
+    shown = record[task.answers]
+    ids, mask = demonstrate(talk, record, shown, T)
     assert tokenizer.unk_token_id not in ids
-    said = [i for i, on in zip(ids, mask) if on]
-    assert len(said) == len(record['walk']) - 1
-    moves |= {tokenizer.decode([i]) for i in said}
-  assert moves == {'move up', 'move down', 'move left', 'move right'}
-  found = split(task.train, task.held_out)
-  assert found.train.num_records == 2 * len(maze.maze().train)
-  with pytest.raises(ValueError, match='a share in'):
-    maze.maze(noise=2)
+    texts = [turn['action'] for turn in shown[1:]]
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert sum(mask) == sum(min(n + 1, T) for n in lengths)
+    said |= set(texts)
+  assert len(said) >= kinds
+  found, alone = split(task.train, task.held_out), make_task(none)
+  assert alone.answers is None
+  assert found.train.num_records == 2 * len(alone.train)
+
+
+def test_noise_is_a_share():
+  for make in (maze.maze, wordle.wordle, dialogue.dialogue):
+    with pytest.raises(ValueError, match='a share in'):
+      make(noise=2)
+  with pytest.raises(ValueError, match='0 or more'):
+    maze.maze(walks=-1)

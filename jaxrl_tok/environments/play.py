@@ -86,6 +86,8 @@ def random_player(actions: Sequence[str], seed: int = 0) -> Player:
 
 def noisy(player: Player, actions: Sequence[str], share: float, seed: int = 0):
   """Player that takes any action in a share of its turns."""
+  if not 0 <= share <= 1:
+    raise ValueError(f'a noise of {share:g}; it is a share in [0, 1] of turns')
   rng = random.Random(seed)
 
   def mixed(example, observations, said) -> str:
@@ -104,4 +106,20 @@ def demonstration(played: Played) -> list[dict]:
   return [
     {'observation': first},
     *({'action': a, 'observation': o} for a, o in turns),
+  ]
+
+
+SHOWN = 'shown'  # column of the demonstrations
+
+
+def demonstrations(
+  examples: Sequence[dict], make: Maker, player: Player, times: int
+) -> list[dict]:
+  """Records of each example `times` times, each with an episode of the player
+  under SHOWN, for Task.answers: a warm start imitates them."""
+  if times < 0:
+    raise ValueError(f'{times} demonstrations of each example; 0 or more')
+  return [
+    played.example | {SHOWN: demonstration(played), 'episode': f'shown {i}'}
+    for i, played in enumerate(play(make, player, list(examples) * times))
   ]
