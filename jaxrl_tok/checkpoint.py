@@ -12,6 +12,7 @@ compared with its digest, and `meta` with its own (BadCheckpoint).
 import atexit
 import contextlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -83,6 +84,8 @@ def open_checkpoints(
 ) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run; the newest `keep` of them stay, and those
   of the steps others(). None: opens them to be read only."""
+  # pages of advice and tracebacks, of errors that are raised as well
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   options = {'read_only': True}
   if keep is not None:
     options = {

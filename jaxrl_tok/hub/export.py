@@ -4,7 +4,6 @@ python -m jaxrl_tok.hub.export RUN_DIR OUT_DIR [--step N|best]
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -172,7 +171,6 @@ def main(argv=None) -> None:
   )
   parser.add_argument('--push_to_hub', metavar='OWNER/NAME')
   given = parser.parse_args(argv)
-  logging.getLogger('absl').setLevel(logging.ERROR)  # advice of Orbax
   try:
     if given.push_to_hub:
       fetch.push_token()

@@ -343,6 +343,26 @@ def test_a_console_that_is_lost_is_said_once(monkeypatch, capsys):
   )
 
 
+def test_a_console_on_a_full_disk_is_said(monkeypatch, capsys):
+  """Nothing is left in its buffer that would fail when the process ends."""
+  stream = Stream()
+  with open('/dev/full', 'w') as full:
+    monkeypatch.setattr('sys.stdout', full)
+    stream.write('words')
+    stream.flush()
+    assert stream.lost == 'No space left on device'
+    full.flush()
+  assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_fault_8_rows_on_a_full_disk(tmp_path):
+  (tmp_path / 'metrics.jsonl').symlink_to('/dev/full')
+  log = Logger(tmp_path)
+  with pytest.raises(OSError, match='cannot be written: the disk of'):
+    log.metrics('train', 1, {'reward': 1.0})
+  log.close()
+
+
 def test_fault_3_a_closed_pipe_ends_a_run_with_a_save(
   whole, tmp_path, monkeypatch, capsys
 ):
