@@ -2,12 +2,21 @@
 
 A checkpoint {run}/checkpoints/{step}/ holds `state` (parameters, optimizer,
 key, carries), `cursor` (the collector's place in the data) and `meta`, a
-JSON of the run's progress, its settings and the shape of every leaf. Saving is
-asynchronous: the next step goes on while the files are written.
+JSON of the run's progress, its settings, and the shape and digest of every
+leaf. Saving is asynchronous: the next step goes on while the files are written.
+
+Files that changed on the disk are found when they are read: each leaf is
+compared with its digest, and `meta` with its own (BadCheckpoint).
 """
 
+import atexit
+import contextlib
+import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import flax.traverse_util
@@ -17,41 +26,77 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_tok import processes
+from jaxrl_tok import digest, processes
 from jaxrl_tok.report import mirror
 from jaxrl_tok.sharding import is_stacked, path_name
 from jaxrl_tok.types import TrainState
 
-FORMAT = 5
-LAYERED = 4  # the format before stacks, which is read as well
+FORMAT = 6
+UNVERIFIED = 5  # the format before digests, which is read as well
+LAYERED = 4  # and the one before stacks
+PARTIAL = '.orbax-checkpoint-tmp'  # in the name of one that was being written
+GLOB = '*?['  # characters of patterns, by which Orbax looks for files
+
+
+class NotResumed(ValueError):
+  """Run that cannot go on from its checkpoints, and has changed nothing."""
+
+
+class BadCheckpoint(NotResumed):
+  """Checkpoint whose files are missing, torn or changed.
+
+  reason: why, in a few words.
+  """
+
+  def __init__(self, step: int, reason: str):
+    super().__init__(f'checkpoint {step} is bad: {reason}')
+    self.step, self.reason = step, reason
 
 
 class Kept:
-  """Policy of Orbax: the newest checkpoints stay, and the best one."""
+  """Policy of Orbax: the newest checkpoints stay, and those of the steps
+  others()."""
 
-  def __init__(self, newest: int, best: Callable[[], int | None]):
-    self.newest, self.best = newest, best
+  def __init__(self, newest: int, others: Callable[[], Collection[int]]):
+    self.newest, self.others = newest, others
 
   def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-    old, best = len(checkpoints) - self.newest, self.best()
-    return [i >= old or c.step == best for i, c in enumerate(checkpoints)]
+    old, others = len(checkpoints) - self.newest, self.others()
+    return [i >= old or c.step in others for i, c in enumerate(checkpoints)]
+
+
+def _without_patterns(place):
+  """Path to a directory that has no character of a pattern: a link to it where
+  its own has one, for Orbax would not find the files."""
+  if not isinstance(place, Path) or not set(GLOB) & set(str(place)):
+    return place
+  home = Path(tempfile.mkdtemp(prefix='jaxrl_tok-link-'))
+  atexit.register(shutil.rmtree, home, ignore_errors=True)
+  link = home / 'checkpoints'
+  link.symlink_to(place, target_is_directory=True)
+  return link
 
 
 def open_checkpoints(
   run_dir: str | Path,
   keep: int | None = None,
-  best: Callable[[], int | None] = lambda: None,
+  others: Callable[[], Collection[int]] = tuple,
 ) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run; the newest `keep` of them stay, and that of
-  the step best(). None: opens them to be read only."""
+  """Opens the checkpoints of a run; the newest `keep` of them stay, and those
+  of the steps others(). None: opens them to be read only."""
+  # pages of advice and tracebacks, of errors that are raised as well
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   options = {'read_only': True}
   if keep is not None:
     options = {
-      'preservation_policy': Kept(keep, best),
+      'preservation_policy': Kept(keep, others),
       'enable_async_checkpointing': True,
     }
+  place = mirror.checkpoints(run_dir)
+  if keep is not None and isinstance(place, Path):
+    place.mkdir(parents=True, exist_ok=True)  # a link cannot be made one
   return ocp.CheckpointManager(
-    mirror.checkpoints(run_dir),
+    _without_patterns(place),
     options=ocp.CheckpointManagerOptions(**options),
   )
 
@@ -71,23 +116,33 @@ def save(
 ) -> None:
   """Saves asynchronously; `wait` or `close` the manager to finish.
 
-  Frozen parameters are not written: the model's files still have them.
+  Frozen parameters are not written: the model's files still have them. Raises
+  ValueError for parameters that are not finite, which are never written.
   """
-  state = state.replace(frozen=None)
+  state, step = state.replace(frozen=None), int(state.step)
+  lanes = digest.lanes(state)
+  for name, value in lanes.items():
+    if name.startswith(('params/', 'critic/')) and not value[digest.FINITE]:
+      raise ValueError(
+        f'the state after step {step} has {name} with numbers that are not '
+        'finite, and is not saved; lower --learning_rate'
+      )
+  cursor = jax.tree.map(np.asarray, processes.whole(cursor))
   meta = {
     'format': FORMAT,
     'progress': progress,
     'settings': settings,
     'leaves': _leaves(state),
+    'digests': digest.to_text(lanes),
+    'cursor': digest.to_text(digest.lanes(cursor)),
   }
-  step = int(state.step)
-  cursor = jax.tree.map(np.asarray, processes.whole(cursor))
+  meta = json.loads(json.dumps(meta))  # as it is read again
   saved = manager.save(
     step,
     args=ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       cursor=ocp.args.StandardSave(cursor),
-      meta=ocp.args.JsonSave(meta),
+      meta=ocp.args.JsonSave(meta | {'digest': digest.of_json(meta)}),
     ),
   )
   if not saved:  # Orbax raises nothing here
@@ -97,13 +152,16 @@ def save(
     )
 
 
+# --- which ones are there -----------------------------------------------------
+
+
 def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """Step of the best evaluation, by the newest checkpoint; None without."""
-  steps = sorted(manager.all_steps())
-  if not steps:
-    return None
-  only = ocp.args.Composite(meta=ocp.args.JsonRestore())
-  return manager.restore(steps[-1], args=only).meta['progress'].get('best_step')
+  """Step of the best evaluation, by the newest checkpoint that can be read;
+  None without."""
+  for step in sorted(manager.all_steps(), reverse=True):
+    with contextlib.suppress(BadCheckpoint):
+      return read_meta(manager, step)['progress'].get('best_step')
+  return None
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
@@ -111,8 +169,20 @@ def saved_steps(run_dir: str | Path) -> list[int]:
   place = mirror.checkpoints(run_dir)
   if not isinstance(place, Path):  # a bucket, where half of one has its name
     return sorted(ocp.utils.checkpoint_steps(place))
-  found = place.glob('[0-9]*')
-  return sorted(int(p.name) for p in found if p.name.isdecimal())
+  if not place.is_dir():
+    return []
+  return sorted(int(p.name) for p in place.iterdir() if p.name.isdecimal())
+
+
+def drop_partial(run_dir: str | Path) -> list[str]:
+  """Deletes checkpoints that a killed run was writing; returns their names."""
+  place = mirror.checkpoints(run_dir)
+  if not isinstance(place, Path) or not place.is_dir():
+    return []  # Orbax knows those of a bucket
+  found = sorted(p for p in place.iterdir() if PARTIAL in p.name)
+  for path in found:
+    shutil.rmtree(path, ignore_errors=True)
+  return [path.name for path in found]
 
 
 def drop_after(manager: ocp.CheckpointManager, step: int) -> list[int]:
@@ -124,18 +194,121 @@ def drop_after(manager: ocp.CheckpointManager, step: int) -> list[int]:
   return later
 
 
-def choose_step(manager: ocp.CheckpointManager, resume: str) -> int | None:
-  """Chooses the step that --resume auto|STEP names; None if auto finds none."""
-  steps = sorted(manager.all_steps())
-  if resume == 'auto':
-    return steps[-1] if steps else None
-  if int(resume) not in steps:
-    listed = ', '.join(map(str, steps)) or 'none'
-    raise ValueError(
-      f'no checkpoint of step {resume} in {manager.directory}; '
-      f'there are: {listed}'
+def _listed(steps: Iterable[int]) -> str:
+  return ', '.join(map(str, steps)) or 'none'
+
+
+def restore_named(
+  manager: ocp.CheckpointManager,
+  resume: str,
+  like: TrainState,
+  say: Callable[[str], None] = print,
+) -> tuple[TrainState, dict, dict] | None:
+  """Restores the checkpoint that --resume auto|STEP names: see `restore`.
+
+  auto: the newest one that is whole; says in one line each why others are
+  passed over. None where there is none at all.
+
+  Raises ValueError, in one line, for a step that is not there or bad (it names
+  the good ones), and where every checkpoint is bad.
+  """
+  steps = sorted(manager.all_steps(), reverse=True)
+  if resume != 'auto':
+    return _restore_step(manager, int(resume), like, steps)
+  reasons = []
+  for step in steps:
+    try:
+      return restore(manager, step, like)
+    except BadCheckpoint as e:
+      say(f'{e}; it is passed over')
+      reasons.append(f'{step} ({e.reason})')
+  if not reasons:
+    return None
+  raise NotResumed(
+    f'every checkpoint in {manager.directory} is bad: {", ".join(reasons)}; '
+    'bring back a good one, or begin again in another --output_dir'
+  )
+
+
+def _restore_step(
+  manager: ocp.CheckpointManager, step: int, like: TrainState, steps: list[int]
+) -> tuple[TrainState, dict, dict]:
+  """Restores one step; its error names the good ones among `steps`."""
+  if step not in steps:
+    raise NotResumed(
+      f'no checkpoint of step {step} in {manager.directory}; '
+      f'there are: {_listed(reversed(steps))}'
     )
-  return int(resume)
+  try:
+    return restore(manager, step, like)
+  except BadCheckpoint as e:
+    bad, good = e, []
+  for other in sorted(set(steps) - {step}):
+    with contextlib.suppress(ValueError):
+      restore(manager, other, like)
+      good.append(other)
+  raise BadCheckpoint(
+    step,
+    f'{bad.reason}; good ones: {_listed(good)}'
+    + ('; pass --resume auto, or one of them' if good else ''),
+  )
+
+
+# --- one of them --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reading(step: int, what: str):
+  """Turns what a broken file may raise into BadCheckpoint, on every process."""
+  try:
+    yield
+  except (BadCheckpoint, jax.errors.JaxRuntimeError):
+    raise  # the last: a device without memory, of which no file is guilty
+  except Exception as e:  # of many kinds, with pages of advice
+    said = ' '.join(str(e).split()) or type(e).__name__
+    raise BadCheckpoint(step, f'{what} cannot be read ({said[:100]})') from None
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
+  """Reads `meta` of a checkpoint. Raises BadCheckpoint where it is missing or
+  not what was saved, ValueError for another version's."""
+
+  def read():
+    place = manager.directory / str(step)
+    file = place / 'meta' / 'metadata'
+    with _reading(step, 'meta'):
+      if not any(place.iterdir()):
+        raise BadCheckpoint(step, 'its directory is empty')
+      if not file.exists():
+        raise BadCheckpoint(step, 'meta is missing')
+      return json.loads(file.read_text())
+
+  meta, _ = processes.together(read)
+  kind = meta.get('format') if isinstance(meta, dict) else None
+  if not isinstance(kind, int) or (kind >= FORMAT and 'digest' not in meta):
+    raise BadCheckpoint(step, 'meta is not what was saved')
+  if 'digest' in meta and meta.pop('digest') != digest.of_json(meta):
+    raise BadCheckpoint(step, 'meta is not what was saved')
+  if kind not in (LAYERED, UNVERIFIED, FORMAT):
+    raise NotResumed(
+      f'checkpoint {step} has format {kind} and this version reads '
+      f'{LAYERED} to {FORMAT}; resume with the version that wrote it, or pass '
+      'another output_dir'
+    )
+  return meta
+
+
+def check_digests(step: int, tree, saved: dict | None, owner: str = '') -> None:
+  """Compares the leaves of a tree with their digests; nothing for a format
+  without any. owner: prefix of their names, as 'params/'.
+
+  Raises BadCheckpoint, which names the first that differs.
+  """
+  if saved is None:
+    return
+  for name, found in digest.to_text(digest.lanes(tree)).items():
+    if saved.get(owner + name) != found:
+      raise BadCheckpoint(step, f'{owner}{name} is not what was saved')
 
 
 def restore(
@@ -144,41 +317,51 @@ def restore(
   """Restores (state, cursor, meta) of a step, with the shardings of `like`;
   frozen parameters are None. `like` may hold ShapeDtypeStructs.
 
-  Raises ValueError when the checkpoint's leaves are not those of `like`, as of
-  another model, optimizer or algorithm.
+  Raises BadCheckpoint for files that are not what was saved, and ValueError
+  when the leaves are not those of `like`, as of another model, optimizer or
+  algorithm.
   """
-  meta = manager.restore(
-    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-  ).meta
-  if meta['format'] not in (LAYERED, FORMAT):
-    raise ValueError(
-      f'checkpoint {step} has format {meta["format"]} and this version reads '
-      f'{LAYERED} and {FORMAT}; resume with the version that wrote it, or pass '
-      'another output_dir'
-    )
+  meta = read_meta(manager, step)
   like, have = like.replace(frozen=None), meta['leaves']
   was_layered = meta['format'] == LAYERED
   stored = layered(like, have) if was_layered else like
   want = _leaves(stored)
   for name in sorted(want.keys() | have.keys()):
     if want.get(name) != have.get(name):
-      raise ValueError(
+      raise NotResumed(
         f'checkpoint {step} has {name} {have.get(name, "missing")} and this '
         f'run {want.get(name, "no such leaf")}; resume with the flags that '
         'the run was started with (config.yaml)'
       )
   shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
-  found = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(shapes),
-      cursor=ocp.args.StandardRestore(),
-    ),
-  )
+
+  def read():
+    with _reading(step, 'it'):
+      return manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(shapes),
+          cursor=ocp.args.StandardRestore(),
+        ),
+      )
+
+  found, _ = processes.together(read)
   state = found.state
+  check_digests(step, state, meta.get('digests'))
+  _check_cursor(step, found.cursor, meta.get('cursor'))
   if was_layered:
     state = stacked(state, like)
   return state, found.cursor, meta
+
+
+def _check_cursor(step: int, cursor, saved: dict | None) -> None:
+  """Compares the cursor with its digests."""
+  if saved is None:
+    return
+  found = digest.to_text(digest.lanes(cursor))
+  if found != saved:
+    name = min(n for n in found | saved if found.get(n) != saved.get(n))
+    raise BadCheckpoint(step, f'cursor/{name} is not what was saved')
 
 
 # --- the format before stacks -------------------------------------------------

@@ -30,6 +30,7 @@ from jaxrl_tok.progress import (
   after_evaluation,
   stop_reason,
 )
+from jaxrl_tok.report import disk
 from jaxrl_tok.report.logger import Logger
 from jaxrl_tok.rewards.functions import shorten
 from jaxrl_tok.step.collectors import Batch, Collector
@@ -70,10 +71,14 @@ class DeviceRewardError(ValueError):
   agreed = True
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # the last: no terminal
+
+
 @contextlib.contextmanager
 def stop_requested():
-  """Yields a function that is True once SIGINT or SIGTERM came. A second
-  signal ends the process at once."""
+  """Yields a function that is True once SIGINT, SIGTERM or SIGHUP came. A
+  second signal ends the process at once. SIGHUP stays ignored where it is, as
+  by nohup."""
   came, before = [], {}
 
   def note(number, frame):
@@ -82,8 +87,9 @@ def stop_requested():
       signal.signal(s, signal.SIG_DFL)
 
   with contextlib.suppress(ValueError):  # only the main thread has signals
-    for s in (signal.SIGINT, signal.SIGTERM):
-      before[s] = signal.signal(s, note)
+    for s in SIGNALS:
+      if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:
+        before[s] = signal.signal(s, note)
   try:
     yield lambda: bool(came)
   finally:
@@ -343,14 +349,14 @@ def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   error tells where it cannot.
 
   A reward on the device fails after its step, which could not be repeated:
-  nothing is saved. Batches whose updates were not finite are not repeated.
-  Updates that were not finite leave the policy that they began from. It is
+  nothing is saved, nor on a full disk. Batches whose updates were not finite
+  are not repeated. Such updates leave the policy that they began from. It is
   saved where the rewards are at fault, and where there is no checkpoint unless
   it is spoilt. Several processes save what all of them know to have failed.
   """
   if at.progress.step in (begun, at.saved) or not processes.is_agreed(error):
     return
-  if isinstance(error, DeviceRewardError):
+  if isinstance(error, DeviceRewardError) or disk.is_full(error):
     return
   if isinstance(error, NotFinite):
     older = begun or at.saved is not None
@@ -408,7 +414,8 @@ def train(
         run_evaluations(at, known, config, log)
       while not (reason := stop_reason(at.progress, config)):
         run_step(at, collector, update, evaluations, config, log)
-        step, stop = at.progress.step, processes.on_any(asked())
+        step = at.progress.step
+        stop = processes.on_any(asked() or bool(logger.lost))
         best = config.keep_best and at.progress.best_step == step
         if stop or best or is_due(config.save_every, step):
           log.flush()
@@ -416,9 +423,8 @@ def train(
             at.save(save)
           log.restart()
         if stop:
-          raise Interrupted(
-            f'stopped by a signal after step {at.progress.step}'
-          )
+          why = 'as its console is lost' if logger.lost else 'by a signal'
+          raise Interrupted(f'stopped {why} after step {step}')
       log.flush()
     except Interrupted:
       raise

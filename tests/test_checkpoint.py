@@ -57,7 +57,7 @@ def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
     found, cursor, meta = checkpoint.restore(manager, 4, like)
   assert meta['progress'] == progress
   assert meta['settings'] == {'seed': 3}
-  assert meta['format'] == checkpoint.FORMAT == 5
+  assert meta['format'] == checkpoint.FORMAT == 6
   assert jax.tree.structure(cursor) == jax.tree.structure(CURSOR)
   for a, b in zip(jax.tree.leaves(cursor), jax.tree.leaves(CURSOR)):
     np.testing.assert_array_equal(a, b)
@@ -75,19 +75,20 @@ def test_comes_back_bitwise_on_any_mesh(tmp_path, state, spec):
 
 def test_keeps_the_newest_and_finds_them(tmp_path, state):
   with checkpoint.open_checkpoints(tmp_path, 2) as manager:
-    assert checkpoint.choose_step(manager, 'auto') is None
+    assert checkpoint.restore_named(manager, 'auto', state) is None
     with pytest.raises(ValueError, match=r'no checkpoint of step 3 .*none'):
-      checkpoint.choose_step(manager, '3')
+      checkpoint.restore_named(manager, '3', state)
     for step in (1, 2, 3):
       checkpoint.save(
         manager, state.replace(step=jnp.int32(step)), CURSOR, {}, {}
       )
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 3]
-    assert checkpoint.choose_step(manager, 'auto') == 3
-    assert checkpoint.choose_step(manager, '2') == 2
+    for word, step in (('auto', 3), ('2', 2)):
+      found, _, _ = checkpoint.restore_named(manager, word, state)
+      assert int(found.step) == step
     with pytest.raises(ValueError, match='there are: 2, 3'):
-      checkpoint.choose_step(manager, '1')
+      checkpoint.restore_named(manager, '1', state)
     with pytest.raises(FileExistsError, match='was not saved'):
       checkpoint.save(manager, state.replace(step=jnp.int32(2)), CURSOR, {}, {})
 
@@ -109,7 +110,7 @@ def test_another_format_is_refused(tmp_path, state, monkeypatch):
     checkpoint.save(manager, state, CURSOR, {}, {})
     monkeypatch.undo()
     manager.wait_until_finished()
-    with pytest.raises(ValueError, match=r'has format 3 and .* reads 4 and 5'):
+    with pytest.raises(ValueError, match=r'has format 3 and .* reads 4 to 6'):
       checkpoint.restore(manager, 4, state)
 
 

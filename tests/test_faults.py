@@ -599,7 +599,8 @@ def test_a_device_reward_that_fails_in_a_call_saves_nothing_after_it(
   assert saved(out) == ([2] if every == '2' else [])
   if every == '2':
     assert 'steps after the last checkpoint are lost' in line
-  rows = run(out, varied_on_device, *more, '--resume=auto')
+  again = '--resume=auto', '--allow_change=rewards'
+  rows = run(out, varied_on_device, *more, *again)
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   assert [row['nonfinite_updates'] for row in rows] == [0.0] * 6
 
@@ -628,10 +629,10 @@ def test_rewards_of_1e30_end_in_one_line(tmp_path, capsys, kind, reward):
     'error: 3 updates in a row, up to step 3, were not finite and changed '
     'nothing; the first such tensor is the reward; make the rewards smaller; '
     f'the last good checkpoint is step {step}: go on with --output_dir {out} '
-    '--resume auto'
+    '--resume auto --allow_change rewards'
   )
   assert saved(out) == [step]
-  rows = run(out, right, *flags, '--resume=auto')
+  rows = run(out, right, *flags, '--resume=auto', '--allow_change=rewards')
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6]
   bad = [row['nonfinite_updates'] for row in rows]
   assert bad == [1.0] * step + [0.0] * (6 - step)
@@ -677,10 +678,10 @@ def test_a_reward_that_raises_loses_nothing(whole, tmp_path, capsys, ahead):
   assert line.endswith(
     'mend it, return None where it does not apply, or pass --reward_on_error '
     'mask; the last good checkpoint is step 4: go on with --output_dir '
-    f'{out} --resume auto'
+    f'{out} --resume auto --allow_change rewards'
   )
   assert saved(out) == [4]
-  run(out, varied, *flags, '--resume=auto')
+  run(out, varied, *flags, '--resume=auto', '--allow_change=rewards')
   same_runs(out, whole)
 
 
@@ -701,7 +702,7 @@ def test_a_metric_that_raises_loses_nothing(tmp_path, capsys):
   assert "the metric judged raised KeyError: 'bleu' on 4 completions" in line
   assert line.endswith(
     f'mend it; the last good checkpoint is step 3: go on with --output_dir '
-    f'{out} --resume auto'
+    f'{out} --resume auto --allow_change rewards'
   )
   assert saved(out) == [3]
   rows = run(out, task, '--resume=auto', '--reward_on_error=mask')
@@ -785,8 +786,9 @@ def test_the_last_good_checkpoint_is_one_that_an_update_has_proven(tmp_path):
     ((), 'the loss', 'no good checkpoint is there: begin again'),
   ):
     assert want in note(steps, first), (steps, first)
-  assert note((2, 4), 'the loss').endswith('--resume 2')
-  assert note((2, 3), 'the loss').endswith('--resume auto')
+  assert note((2, 4), 'the loss').endswith('--resume 2 --allow_change settings')
+  auto = note((2, 3), finite.REWARD)
+  assert auto.endswith('--resume auto --allow_change rewards')
 
 
 def test_a_full_disk_is_said_beside_the_error(tmp_path, capsys, monkeypatch):

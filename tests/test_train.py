@@ -203,7 +203,7 @@ def test_a_signal_saves_and_the_run_goes_on(whole, tmp_path, monkeypatch):
   assert 1 < len(steps) < 6
   saved = [int(p.name) for p in (out / 'checkpoints').iterdir()]
   assert saved == steps[-1:]
-  arithmetic.run(flags(out, resume='auto'))
+  arithmetic.run(flags(out, resume='auto', allow_change='rewards'))
   assert_same_run(out, whole[0])
 
 

@@ -4,14 +4,18 @@ python -m jaxrl_tok.hub.export RUN_DIR OUT_DIR [--step N|best]
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 import jax
 
 from jaxrl_tok import sharding
-from jaxrl_tok.checkpoint import best_step, open_checkpoints
+from jaxrl_tok.checkpoint import (
+  best_step,
+  check_digests,
+  open_checkpoints,
+  read_meta,
+)
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.hub.directory import open_model
 from jaxrl_tok.hub.model import Model
@@ -116,7 +120,11 @@ def _restored_params(run_dir: Path, step: int | str | None, like, mesh):
       f'checkpoint {step} of {run_dir} cannot be read ({said}); pass another '
       f'--step of {", ".join(map(str, steps))}'
     ) from None
-  return step, found.state['params']
+  params = found.state['params']
+  check_digests(
+    step, params, read_meta(manager, step).get('digests'), 'params/'
+  )
+  return step, params
 
 
 def export_run(
@@ -163,7 +171,6 @@ def main(argv=None) -> None:
   )
   parser.add_argument('--push_to_hub', metavar='OWNER/NAME')
   given = parser.parse_args(argv)
-  logging.getLogger('absl').setLevel(logging.ERROR)  # advice of Orbax
   try:
     if given.push_to_hub:
       fetch.push_token()

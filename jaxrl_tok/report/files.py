@@ -88,6 +88,17 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
   return read_rows(Path(run_dir) / 'metrics.jsonl')
 
 
+def last_of(path: str | Path, name: str) -> float | None:
+  """Largest number of a name in the rows of a file; None without any."""
+  found = (number(row.get(name)) for row in iterate_rows(path))
+  return max((x for x in found if x is not None), default=None)
+
+
+def last_step(path: str | Path) -> float | None:
+  """Last step in the rows of a file; None without any."""
+  return last_of(path, 'step')
+
+
 def atomic_write(path: str | Path, text: str | Iterable[str]) -> Path:
   """Writes text, or its parts one after the other, to a file that is never
   seen half-written. A failure leaves the old file as it was."""

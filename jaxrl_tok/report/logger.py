@@ -16,9 +16,11 @@ import rich.console
 import rich.progress
 import rich.text
 
-from jaxrl_tok.report import mirror
+from jaxrl_tok.report import disk, mirror
+from jaxrl_tok.report.console import Stream
 from jaxrl_tok.report.files import (
   atomic_write,
+  last_of,
   number,
   numbered_lines,
   parse_row,
@@ -81,6 +83,10 @@ class Logger:
     is_main: False on every process but 0, which neither writes nor prints.
     evaluated: step whose evaluations were the last to be complete; None:
       resume_step.
+
+  Attributes:
+    earlier: seconds that the run had taken when it was stopped, by the rows
+      that stay: the column `time` goes on from there.
   """
 
   def __init__(
@@ -91,10 +97,12 @@ class Logger:
     is_main: bool = True,
     evaluated: int | None = None,
   ):
+    self._stream = Stream()
     self.console = rich.console.Console(
-      quiet=not is_main, soft_wrap=True, emoji=False
+      file=self._stream, quiet=not is_main, soft_wrap=True, emoji=False
     )
     self._started = time.monotonic()
+    self.earlier = 0.0
     self._said = set()
     self._files = {}
     self._board = None
@@ -109,6 +117,7 @@ class Logger:
         num_skipped = trim_jsonl(path, resume_step, evaluated)
         if num_skipped:
           self.warn(f'{path}: {num_skipped} lines that are no rows are dropped')
+        self.earlier = max(self.earlier, last_of(path, 'time') or 0.0)
       # a lone surrogate becomes \uXXXX, which is its JSON
       self._files[name] = open(  # noqa: SIM115
         path, 'a', 1, encoding='utf-8', errors='backslashreplace'
@@ -116,11 +125,15 @@ class Logger:
     if report_to == 'tensorboard':
       from tensorboardX import SummaryWriter
 
-      self._board = SummaryWriter(str(run_dir / 'tb'))
+      board, after = run_dir / 'tb', (resume_step or 0) + 1
+      purged = after if resume_step is not None else 0
+      self._board = SummaryWriter(
+        str(board), purge_step=purged if board.is_dir() else None
+      )
 
   def metrics(self, phase: str, step: int, values: dict) -> None:
     """Writes one row; phase is 'warm_start', 'train' or 'eval'."""
-    spent = round(time.monotonic() - self._started, 3)
+    spent = round(self.earlier + time.monotonic() - self._started, 3)
     values = {
       name: None if value is None else float(value)
       for name, value in values.items()
@@ -149,8 +162,21 @@ class Logger:
       self._write('samples', row)
 
   def _write(self, name: str, row: dict) -> None:
-    if name in self._files:
-      self._files[name].write(to_line(row))
+    if name not in self._files:
+      return
+    try:
+      with disk.writing(f'{name}.jsonl', self._run_dir):
+        self._files[name].write(to_line(row))
+    except OSError:
+      file = self._files.pop(name)  # its buffer would fail again
+      with contextlib.suppress(OSError):
+        file.close()
+      raise
+
+  @property
+  def lost(self) -> str | None:
+    """Why the console cannot be written any more; None while it can."""
+    return self._stream.lost
 
   def message(self, text: str, style: str | None = None) -> None:
     """Prints a line. Its text is data, never markup."""

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_tok import Interrupted
+from jaxrl_tok.report import disk
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import (
   OptimizerSettings,
@@ -52,7 +53,8 @@ REPLACED = {
     'critic_learning_rate',
   ],
 }
-TRY_AGAIN = 75  # exit status of a run that a signal stopped
+# exit status of a run that a signal stopped, or a full disk; supervise.py knows
+TRY_AGAIN = 75
 
 
 class Arguments(NamedTuple):
@@ -228,7 +230,7 @@ def main(
     defaults: defaults of the flags, as the arguments of `train`.
 
   Returns None with --print_config and --dry_run. A fault is one line and exit
-  status 2; a run that a signal stopped exits with 75.
+  status 2; a run that a signal or a full disk stopped exits with 75.
   """
   function = None if isinstance(task, Task) else task
   module = module_of(None if argv is None else function)
@@ -266,6 +268,7 @@ def main(
     if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
       print(e.traceback, file=sys.stderr)
     flags.show_fault(e)
+    status = TRY_AGAIN if disk.is_full(e) else 2
     if alone:  # jax would wait for the other processes, which wait for it
-      os._exit(2)
-    raise SystemExit(2) from None
+      os._exit(status)
+    raise SystemExit(status) from None

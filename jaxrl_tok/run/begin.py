@@ -6,6 +6,7 @@ before anything is written.
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 import yaml
 
 from jaxrl_tok import checkpoint, processes
-from jaxrl_tok.data import data_fingerprint
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import packages
 from jaxrl_tok.hub.weights import fingerprint
 from jaxrl_tok.policy import evaluate as evaluate_rollout
 from jaxrl_tok.progress import Progress, from_saved
 from jaxrl_tok.report import mirror
+from jaxrl_tok.report.files import last_step
 from jaxrl_tok.report.logger import Logger
-from jaxrl_tok.run import build, record
+from jaxrl_tok.run import build, foundation, record
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.settings import flatten
 from jaxrl_tok.run.warm_start import warm_start
@@ -32,8 +33,6 @@ from jaxrl_tok.step.state import make_state
 from jaxrl_tok.step.turn_programs import episode_rollout
 from jaxrl_tok.step.update import make_update
 from jaxrl_tok.types import Greedy, Rollout, Scored
-
-DATA = 'data_fingerprint'  # in a checkpoint's settings
 
 
 def new_state(setup: Setup, params, frozen):
@@ -72,37 +71,59 @@ def first_params(setup: Setup) -> tuple:
     return setup.trainable.load(setup.mesh)
 
 
-def restore(setup: Setup, run_dir: Path, checkpoints):
-  """Restores the checkpoint that --resume names: (state, cursor, progress, old
-  settings); None without one."""
-  resume = setup.settings.run.resume
-  if resume == 'never':
+def restore(setup: Setup, run_dir: Path, checkpoints, settings: dict):
+  """Restores the checkpoint that --resume names: (state, cursor, progress);
+  None without one. Says what has changed since, and refuses what may not.
+
+  settings: saved_settings of this run.
+  """
+  run, say = setup.settings.run, setup.logger.warn
+  if run.resume == 'never':
     return None
-  step = checkpoint.choose_step(checkpoints, resume)
-  if step is None:
-    return None
+  for name in processes.main_only(lambda: checkpoint.drop_partial(run_dir)):
+    say(f'checkpoint {name} was not finished; it is deleted')
   like = new_state(setup, *setup.trainable.structs())
-  state, cursor, meta = checkpoint.restore(checkpoints, step, like)
+  found = checkpoint.restore_named(checkpoints, run.resume, like, say)
+  if found is None:
+    return None
+  state, cursor, meta = found
+  changed = foundation.changes(meta['settings'], settings)
+  foundation.check_changes(changed, run.allowed, say)
   if like.frozen is not None:  # it is not in the checkpoint
     old = yaml.safe_load((run_dir / 'config.yaml').read_text())
     if old['model_fingerprint'] != fingerprint(setup.model):
       cure = f'--revision {old["model_commit"]}'
-      raise ValueError(
+      raise checkpoint.NotResumed(
         f'{setup.model.origin} is not the model that the run began with; pass '
         + (cure if old['model_commit'] else '--model as it was')
       )
     frozen = setup.trainable.load_frozen(setup.mesh)
     state = state.replace(frozen=frozen)
-  return state, cursor, from_saved(meta['progress']), meta['settings']
+  return state, cursor, from_saved(meta['progress'])
 
 
-def begin(setup: Setup, run_dir: Path, checkpoints):
+def set_aside(run_dir: Path) -> int | None:
+  """Renames the rows of a run that has no checkpoint, NAME.old.jsonl: it
+  begins again. Returns the last step that they tell of; None without rows."""
+  step = last_step(run_dir / 'metrics.jsonl')
+  for name in ('metrics', 'samples'):
+    file = run_dir / f'{name}.jsonl'
+    if file.is_file():
+      os.replace(file, file.with_suffix('.old.jsonl'))
+  return step
+
+
+def begin(setup: Setup, run_dir: Path, checkpoints, settings: dict):
   """Begins or resumes: (setup with the run's logger, state, cursor or None,
-  progress)."""
-  restored = restore(setup, run_dir, checkpoints)
-  if restored is None and processes.is_main():
-    for name in ('metrics', 'samples'):  # of a run without a checkpoint
-      (run_dir / f'{name}.jsonl').unlink(missing_ok=True)
+  progress). settings: saved_settings of this run."""
+  restored = restore(setup, run_dir, checkpoints, settings)
+  if restored is None:
+    before = processes.main_only(lambda: set_aside(run_dir))
+    if setup.settings.run.resume != 'never':
+      line = f'{mirror.name_of(run_dir)} has no checkpoint: begins at step 0'
+      if before is not None:
+        line += f'; rows up to step {before:g} are set aside (*.old.jsonl)'
+      setup.logger.warn(line)
   logger = Logger(
     run_dir,
     setup.settings.run.report_to,
@@ -117,20 +138,11 @@ def begin(setup: Setup, run_dir: Path, checkpoints):
     state = new_state(setup, *first_params(setup))
     check_state(setup, state)
     return setup, state, None, Progress()
-  state, cursor, progress, old = restored
+  state, cursor, progress = restored
   logger.message(f'resumed from step {progress.step}')
   check_state(setup, state)
   if dropped := checkpoint.drop_after(checkpoints, progress.step):
     logger.message(f'later checkpoints are made anew: {dropped}')
-  new = saved_settings(setup)
-  if old.get(DATA, new[DATA]) != new[DATA]:
-    logger.warn(
-      'the training prompts are not those that the run began with; it goes on '
-      'at their place in the order'
-    )
-  for name in sorted(new.keys() & old.keys() - {'resume', DATA}):
-    if json.dumps(new[name]) != json.dumps(old[name]):  # tuples are lists
-      logger.warn(f'--{name} was {old[name]} and is now {new[name]}')
   return setup, state, cursor, progress
 
 
@@ -144,7 +156,7 @@ def check_state(setup: Setup, state) -> None:
 def saved_settings(setup: Setup) -> dict:
   """Settings in a checkpoint, as JSON has them."""
   found = setup.task_flags | flatten(setup.settings)
-  found[DATA] = data_fingerprint(setup.data.records)
+  found[foundation.KEY] = foundation.describe(setup)
   return json.loads(json.dumps(found, default=str))
 
 

@@ -16,8 +16,10 @@ from jaxrl_tok.report import mirror
 from jaxrl_tok.run import compat
 from jaxrl_tok.run.algorithm_settings import OF_ALGORITHM
 from jaxrl_tok.run.settings import (
+  CHANGES,
   DataSettings,
   ModelSettings,
+  RunSettings,
   Settings,
   flatten,
 )
@@ -191,6 +193,7 @@ def check_run(settings: Settings) -> None:
       )
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise ValueError(f'--resume {run.resume!r} is none of never, auto, a step')
+  check_allowed(run)
   mirror.check_address(run.output_dir)
   if run.resume != 'never' and run.output_dir is None:
     raise ValueError('--resume needs the --output_dir of the run to go on with')
@@ -198,6 +201,20 @@ def check_run(settings: Settings) -> None:
     fetch.push_token()
     if not re.fullmatch(fetch.HUB_ID, run.push_to_hub):
       raise ValueError(f'--push_to_hub {run.push_to_hub!r} is no OWNER/NAME')
+
+
+def check_allowed(run: RunSettings) -> None:
+  """Refuses words of --allow_change that are none, or that nothing reads."""
+  for word in run.allowed:
+    if word not in CHANGES:
+      raise ValueError(
+        f'--allow_change {word!r} is none of {", ".join(CHANGES)}'
+      )
+  if run.allowed and run.resume == 'never':
+    raise ValueError(
+      '--allow_change is of a run that goes on; pass --resume auto, or leave '
+      'it out'
+    )
 
 
 def check_model(settings: Settings) -> None:

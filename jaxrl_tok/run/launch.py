@@ -21,12 +21,12 @@ import jax
 from jaxrl_tok import Interrupted, checkpoint, finite, processes
 from jaxrl_tok.hub import fetch
 from jaxrl_tok.progress import BEST_METRIC, Progress, known_best
-from jaxrl_tok.report import mirror
+from jaxrl_tok.report import disk, mirror
 from jaxrl_tok.report.charts import figure
 from jaxrl_tok.report.files import read_metrics
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
-from jaxrl_tok.rewards.functions import shorten
+from jaxrl_tok.rewards.functions import RewardError, shorten
 from jaxrl_tok.run import compat, dry_run, record
 from jaxrl_tok.run.begin import (
   begin,
@@ -82,20 +82,43 @@ def compile_run(setup: Setup, model: tuple | None) -> Programs:
     return compile_programs(networks, config, like, setup.data, shapes)
 
 
-def close(setup: Setup, checkpoints, error: BaseException) -> None:
+def close(
+  setup: Setup, run_dir: Path, checkpoints, error: BaseException
+) -> None:
   """Closes a run that an error ends, once its checkpoint is on disk; a note on
   the error tells where that fails."""
   try:
     if processes.is_agreed(error):
-      checkpoints.close()
+      with saving(run_dir):
+        checkpoints.close()
   except Exception as failed:
-    error.add_note(f'the checkpoint cannot be written ({shorten(failed)})')
-  setup.logger.close()
+    if not disk.is_full(error):
+      error.add_note(str(failed))
+  with contextlib.suppress(OSError):
+    setup.logger.close()
 
 
-def resume_command(run_dir: Path, step: int | str = 'auto') -> str:
-  """Sentence with the flags that go on with a run."""
-  return f'go on with --output_dir {mirror.name_of(run_dir)} --resume {step}'
+def saving(run_dir: Path):
+  """Context of a checkpoint that is written: it fails in one line."""
+  return disk.writing('a checkpoint', mirror.name_of(run_dir))
+
+
+def resume_command(
+  run_dir: Path, step: int | str = 'auto', change: str = ''
+) -> str:
+  """Sentence with the flags that go on with a run; change: what the cure
+  changes, a word of --allow_change."""
+  found = f'go on with --output_dir {mirror.name_of(run_dir)} --resume {step}'
+  return f'{found} --allow_change {change}' if change else found
+
+
+def change_of(error: Exception) -> str:
+  """Word of --allow_change for the cure of an error; '' for others."""
+  if isinstance(error, RewardError | DeviceRewardError):
+    return 'rewards'
+  if isinstance(error, NotFinite):
+    return 'rewards' if error.by_reward else 'settings'
+  return ''
 
 
 def drop_spoilt(
@@ -145,7 +168,8 @@ def resume_note(
   if not steps:
     return begin_again if isinstance(error, DeviceRewardError) else None
   step = (good or steps)[-1]
-  command = resume_command(run_dir, 'auto' if step == steps[-1] else step)
+  word = 'auto' if step == steps[-1] else step
+  command = resume_command(run_dir, word, change_of(error))
   if good:
     found = f'the last good checkpoint is step {step}: {command}'
     if isinstance(error, DeviceRewardError):
@@ -173,9 +197,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   jax.set_mesh."""
   run = setup.settings.run
   config, best, made = loop_config(run), {}, {}
-  checkpoints = checkpoint.open_checkpoints(
-    run_dir, run.keep, lambda: best.get('step')
-  )
+  checkpoints = checkpoint.open_checkpoints(run_dir, run.keep, best.values)
   settings = saved_settings(setup)
 
   def save(state, cursor, progress):
@@ -183,12 +205,15 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       mirror.push(run_dir)  # rows first: a resumed run reads them
     best['step'] = progress.best_step if config.keep_best else None
     found = dataclasses.asdict(progress)
-    checkpoint.save(checkpoints, state, cursor, found, settings)
+    with saving(run_dir):
+      checkpoint.save(checkpoints, state, cursor, found, settings)
 
   model = read_reward_model(setup)
   with concurrent.futures.ThreadPoolExecutor(1) as aside:
     compiling = aside.submit(compile_run, setup, model)
-    setup, state, cursor, progress = begin(setup, run_dir, checkpoints)
+    setup, state, cursor, progress = begin(
+      setup, run_dir, checkpoints, settings
+    )
     with setup.logger.doing('compiling the sampler, update and evaluation'):
       programs = compiling.result()
   collector = make_collector(setup, programs)
@@ -218,17 +243,20 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       save,
     )
   except Interrupted as e:
+    with saving(run_dir):
+      checkpoints.close()
     setup.logger.message(f'{e}; {resume_command(run_dir)}')
-    close(setup, checkpoints, e)
+    setup.logger.close()
     raise
   except BaseException as e:
-    close(setup, checkpoints, e)
+    close(setup, run_dir, checkpoints, e)
     raise
-  checkpoints.close()  # waits until the last one is on disk
+  with saving(run_dir):
+    checkpoints.close()  # waits until the last one is on disk
   setup.logger.message(f'stopped at step {progress.step}: {reason}')
   step = progress.step
   logged = not_logged(setup, step) if step > evaluated else set()
-  if run.export == 'best':
+  if run.exports_best:
     step, state = best_state(setup, run_dir, state, progress)
     logged = logged if step == progress.step else set()
   found = evaluate_all(setup, programs, state, step, 'after', logged, made)
@@ -246,14 +274,18 @@ def best_state(
   if best == progress.step:
     return best, state
   with checkpoint.open_checkpoints(run_dir) as checkpoints:
-    if best not in checkpoints.all_steps():
-      setup.logger.warn(
-        'no evaluation while training was the best, or its checkpoint is not '
-        'there; the last policy is exported'
-      )
-      return progress.step, state
-    found, _, _ = checkpoint.restore(checkpoints, best, state)
-  return best, found.replace(frozen=state.frozen)
+    line = (
+      'no evaluation while training was the best, or its checkpoint is not '
+      'there'
+    )
+    if best in checkpoints.all_steps():
+      try:
+        found, _, _ = checkpoint.restore(checkpoints, best, state)
+        return best, found.replace(frozen=state.frozen)
+      except checkpoint.BadCheckpoint as e:
+        line = f'{e}'
+  setup.logger.warn(f'{line}; the last policy is exported')
+  return progress.step, state
 
 
 def loop_config(run: RunSettings) -> LoopConfig:
@@ -305,28 +337,38 @@ def run(setup: Setup) -> Result | None:
   with jax.set_mesh(setup.mesh), closing(setup.world):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
-    begins = setup.settings.run.resume  # 'never', 'auto' or a step
-    before = (
-      [int(begins)] if begins.isdecimal() else checkpoint.saved_steps(run_dir)
-    )
-    try:
-      done = learn(setup, run_dir)
-      return finish(done, run_dir, time.monotonic() - began)
-    except Interrupted:
+    with record.locked(run_dir):
+      return run_in(setup, run_dir, began)
+
+
+def run_in(setup: Setup, run_dir: Path, began: float) -> Result:
+  """Runs in a directory that is this run's alone; an error says how to go on.
+
+  began: time of its beginning (time.monotonic).
+  """
+  begins = setup.settings.run.resume  # 'never', 'auto' or a step
+  before = (
+    [int(begins)] if begins.isdecimal() else checkpoint.saved_steps(run_dir)
+  )
+  try:
+    done = learn(setup, run_dir)
+    return finish(done, run_dir, time.monotonic() - began)
+  except (Interrupted, checkpoint.NotResumed):
+    raise
+  except Exception as e:
+    if not processes.is_agreed(e):
       raise
-    except Exception as e:
-      if not processes.is_agreed(e):
-        raise
-      dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
-      if note := resume_note(run_dir, e, dropped):
-        e.add_note(note)
-      raise
+    dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
+    if note := resume_note(run_dir, e, dropped):
+      e.add_note(note)
+    raise
 
 
 def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
   """Writes export and report, and prints the summary."""
   setup, progress = done.setup, done.progress
   unit = setup.task.reward_unit
+  seconds += setup.logger.earlier  # before it was resumed
   summary = {
     'held-out before': figure(progress.first_reward, unit),
     'held-out after': figure(done.reward, unit),
@@ -334,7 +376,7 @@ def finish(done: Finished, run_dir: Path, seconds: float) -> Result:
     'tokens': f'{progress.num_tokens:,}',
     'time': duration(seconds),
   }
-  if setup.settings.run.export == 'best':
+  if setup.settings.run.exports_best:
     label = f'exported, best by {progress.best_metric} (optimistic)'
     summary[label] = f'step {done.exported}'
   out = export(setup, run_dir, done.state, summary)

@@ -1,6 +1,9 @@
 """Records of a run on disk: config.yaml, command.txt, env.json, model/."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -29,13 +32,79 @@ def claim_output_dir(
   """Makes the run's directory, which process 0 names; of a bucket, the local
   one that stands for it. Raises ValueError or OSError for one that is not
   empty, or cannot be written."""
-  name = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
-  given = processes.from_main(str(run.output_dir or Path('runs') / name))
+  given = run.output_dir
+  if given is None:
+    given = processes.main_only(lambda: str(fresh_directory(name)))
+  given = processes.from_main(str(given))
   if not resumable:
     mirror.check_local(given, '--output_dir')
   path = mirror.local(given)
   processes.main_only(lambda: claim(path, run, resumable))
   return path
+
+
+def fresh_directory(name: str) -> Path:
+  """Makes runs/NAME-TIME; of two runs that begin in one second the second gets
+  a number."""
+  base = f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
+  for number in range(1, 1000):
+    path = Path('runs') / (base if number == 1 else f'{base}-{number}')
+    try:
+      path.mkdir(parents=True)
+      return path
+    except FileExistsError:
+      continue
+    except OSError as e:
+      raise ValueError(
+        f'{path} cannot be made: {e.strerror}; give an --output_dir'
+      ) from None
+  raise ValueError(f'runs/{base} and 999 more are taken; give an --output_dir')
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+  """Context in which no other run may have a directory; that ends with the
+  process, however it ends.
+
+  Raises ValueError, in one line, where another run has it. A file system
+  without locks has none here either.
+  """
+  held = os.open(path, os.O_RDONLY) if processes.is_main() else None
+
+  def lock():
+    try:
+      if held is not None:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(
+        f'another run is in {mirror.name_of(path)}; wait until it has ended, '
+        'or give another --output_dir'
+      ) from None
+    except OSError:
+      return  # as some network file systems
+
+  if held is not None:
+    _held.add(held)
+  try:
+    processes.main_only(lock)
+    yield
+  finally:
+    if held in _held:  # else a child, which has closed it
+      _held.discard(held)
+      os.close(held)
+
+
+_held = set()  # descriptors of the locks
+
+
+def let_go() -> None:
+  """Closes the locks in a forked child, which may outlive the run."""
+  for held in _held:
+    os.close(held)
+  _held.clear()
+
+
+os.register_at_fork(after_in_child=let_go)
 
 
 def claim(path: Path, run: RunSettings, resumable: bool) -> None:

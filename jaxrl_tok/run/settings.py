@@ -12,6 +12,9 @@ from typing import Any, Literal
 from jaxrl_tok.credit.names import DISCOUNTS
 from jaxrl_tok.run.algorithm_settings import AlgorithmSettings
 
+# words of --allow_change, see run/foundation.py
+CHANGES = 'data', 'tokenizer', 'template', 'model', 'rewards', 'settings'
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
@@ -36,9 +39,9 @@ class RunSettings:
   evaluations is too good to be true: judge what is exported on other data."""
   best_mode: Literal['max', 'min'] = 'max'
   """Whether more of --best_metric is better, or less."""
-  export: Literal['last', 'best'] = 'last'
+  export: Literal['auto', 'last', 'best'] = 'auto'
   """Policy in export/: that of the last step, or of the best evaluation while
-  training."""
+  training; auto: the best with --patience, else the last."""
   eval_every: int = 50
   """Steps between evaluations on held-out data; 0: only before the first step
   and after the last."""
@@ -52,8 +55,11 @@ class RunSettings:
   keep: int = 2
   """Checkpoints on disk, the newest ones; with --best_metric also the best."""
   resume: str = 'never'
-  """Checkpoint of output_dir to go on from: never, auto (the newest, if any) or
-  a step."""
+  """Checkpoint of output_dir to go on from: never, auto (the newest that is
+  whole; from step 0 where there is none at all) or a step."""
+  allow_change: str = ''
+  """Changes since the checkpoint that a resumed run takes: data, tokenizer,
+  template, model, rewards, settings; several with commas."""
   push_to_hub: str | None = None
   """Upload the policy to this repository, OWNER/NAME (HF_TOKEN); a new one is
   private."""
@@ -82,8 +88,18 @@ class RunSettings:
   v5p:4x4x4, v6e:8x8 (extra [tpu]) or gpu:8; default: those of this machine."""
 
   @property
+  def allowed(self) -> list[str]:
+    """Words of allow_change."""
+    return self.allow_change.split(',') if self.allow_change else []
+
+  @property
+  def exports_best(self) -> bool:
+    patient = self.export == 'auto' and self.patience > 0
+    return patient or self.export == 'best'
+
+  @property
   def keeps_best(self) -> bool:
-    return self.best_metric is not None or self.export == 'best'
+    return self.best_metric is not None or self.exports_best
 
 
 @dataclasses.dataclass(frozen=True)

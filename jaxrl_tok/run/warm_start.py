@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrl_tok import __version__, data, processes, sharding
+from jaxrl_tok import __version__, data, digest, processes, sharding
 from jaxrl_tok.finite import check_finite
 from jaxrl_tok.hub import directory
 from jaxrl_tok.hub.weights import read_params
+from jaxrl_tok.report import disk
 from jaxrl_tok.rewards.functions import describe_weights, get_name
 from jaxrl_tok.run.cache import user_cache
 from jaxrl_tok.run.evaluations import jit_scorer, make_draw, run_evaluation
@@ -29,8 +30,10 @@ from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.step.compile import QUICKLY
 from jaxrl_tok.step.supervised import answer_loss
 
+DIGESTS = 'digests.json'  # beside the weights of a kept start
 
-def digest(records) -> str:
+
+def digest_of(records) -> str:
   """Hash of all records; of endless ones, that of the first prompts."""
   if records.num_records is None:
     return data.data_fingerprint(records)
@@ -72,8 +75,8 @@ def cache_dir(setup: Setup) -> Path:
       describe_weights(setup.evaluations[0].rewards.weights).items()
     ),
     'data': [
-      digest(setup.data.records),
-      digest(setup.evaluations[0].data.records),
+      digest_of(setup.data.records),
+      digest_of(setup.evaluations[0].data.records),
     ],
   }
   if setup.world is not None:
@@ -222,6 +225,7 @@ def warm_start(setup: Setup):
   if keep and all(processes.exchange(where.is_dir())):
     try:
       params = read_params(directory.open_model(where), setup.mesh)
+      check_start(params, where)
       setup.logger.message(
         f'supervised start from {where} (--no_cache makes it anew)'
       )
@@ -239,14 +243,31 @@ def warm_start(setup: Setup):
   return params
 
 
+def digests(params) -> dict[str, str]:
+  """Digests {path: text} of parameters."""
+  return digest.to_text(digest.lanes(params))
+
+
+def check_start(params, where: Path) -> None:
+  """Refuses parameters that are not those that were kept."""
+  file = where / DIGESTS
+  if not file.is_file():  # of an older version
+    return
+  if json.loads(file.read_text()) != digests(params):
+    raise ValueError(f'{where} is not what was kept')
+
+
 def save_start(setup: Setup, params, where: Path) -> None:
   """Saves the warm start. Parallel runs may save one place; a failure is a
   warning."""
   own = where.with_name(f'{where.name}.{os.getpid()}')
   card = {'title': 'supervised start', 'data': setup.task.description}
   try:
-    directory.save(own, setup.model, params, card)
+    with disk.writing('it', where.parent):
+      directory.save(own, setup.model, params, card)
+    found = digests(params)
     if processes.is_main():
+      (own / DIGESTS).write_text(json.dumps(found))
       os.replace(own, where)
   except OSError as e:
     if not where.is_dir():  # else another run was first
