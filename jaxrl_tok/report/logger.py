@@ -22,6 +22,7 @@ from jaxrl_tok.report.files import (
   number,
   numbered_lines,
   parse_row,
+  redact,
   to_line,
 )
 
@@ -153,8 +154,10 @@ class Logger:
       self._files[name].write(to_line(row))
 
   def message(self, text: str, style: str | None = None) -> None:
-    """Prints a line. Its text is data, never markup."""
-    self.console.print(text, style=style, markup=False, highlight=False)
+    """Prints a line, without secrets. Its text is data, never markup."""
+    self.console.print(
+      redact(str(text)), style=style, markup=False, highlight=False
+    )
 
   def warn(self, text: str) -> None:
     """Prints a warning."""

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_tok import Interrupted
+from jaxrl_tok.report.files import redact
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import (
   OptimizerSettings,
@@ -27,6 +28,7 @@ from jaxrl_tok.run.settings import (
 )
 from jaxrl_tok.run.task import Caller, Task
 from jaxrl_tok.run.turns import check_turns
+from jaxrl_tok.watch import TRY_AGAIN, Diverged
 
 if TYPE_CHECKING:
   from jaxrl_tok.run.result import Result
@@ -52,7 +54,6 @@ REPLACED = {
     'critic_learning_rate',
   ],
 }
-TRY_AGAIN = 75  # exit status of a run that a signal stopped
 
 
 class Arguments(NamedTuple):
@@ -168,10 +169,23 @@ def start(
   from jaxrl_tok.run import launch
   from jaxrl_tok.run.build import Own
   from jaxrl_tok.run.prepare import prepare
+  from jaxrl_tok.run.rollback import with_rollback
 
   evaluations = (*task.evaluations, *given.evaluations)
   task, own = dataclasses.replace(task, evaluations=evaluations), given.own
-  return launch.run(prepare(task, settings, Own(**own), caller, task_flags))
+
+  def run(settings: Settings):
+    made = prepare(
+      task, with_rollback(settings), Own(**own), caller, task_flags
+    )
+    return launch.run(made)
+
+  try:
+    return run(settings)
+  except Diverged as e:
+    if e.settings is None:
+      raise
+    return run(e.settings)
 
 
 def train(task: Task, **settings) -> 'Result':
@@ -216,6 +230,25 @@ def fails_alone(error: Exception) -> bool:
   return processes is not None and not processes.is_agreed(error)
 
 
+def out_of_memory(e: Exception) -> MemoryError | None:
+  """One line in place of an error of a device, or of Python, that has no memory
+  left; None for other errors."""
+  text = ' '.join(str(e).split())
+  of_device = type(e).__name__ == 'JaxRuntimeError'
+  if not (
+    isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in text * of_device
+  ):
+    return None
+  line = MemoryError(
+    f'no memory is left ({text[:100] or "MemoryError"}); pass a smaller '
+    '--num_prompts, --num_generations or --micro_batch; --dry_run prints what '
+    'a step needs'
+  )
+  for note in getattr(e, '__notes__', ()):
+    line.add_note(note)
+  return line
+
+
 def main(
   task: Task | Callable, argv: list[str] | None = None, /, **defaults
 ) -> 'Result | None':
@@ -228,7 +261,8 @@ def main(
     defaults: defaults of the flags, as the arguments of `train`.
 
   Returns None with --print_config and --dry_run. A fault is one line and exit
-  status 2; a run that a signal stopped exits with 75.
+  status 2; a run that a signal stopped exits with 75, and one that has diverged
+  (--max_kl) with 1.
   """
   function = None if isinstance(task, Task) else task
   module = module_of(None if argv is None else function)
@@ -263,9 +297,15 @@ def main(
     alone = fails_alone(e)
     if not alone:
       wait_for_devices()
-    if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
-      print(e.traceback, file=sys.stderr)
+    if text := getattr(e, 'traceback', ''):  # of the user's own code
+      print(redact(text), file=sys.stderr)
     flags.show_fault(e)
     if alone:  # jax would wait for the other processes, which wait for it
       os._exit(2)
+    raise SystemExit(getattr(e, 'status', 2)) from None
+  except Exception as e:
+    line = None if fails_alone(e) else out_of_memory(e)
+    if line is None:
+      raise
+    flags.show_fault(line)
     raise SystemExit(2) from None
