@@ -20,6 +20,11 @@ class LoopConfig:
   best_metric: str = BEST_METRIC  # which evaluation is the best
   best_mode: str = 'max'  # or 'min'
   keep_best: bool = False  # saves a checkpoint of the best evaluation
+  step_timeout: float = 0.0  # seconds of a step, see watch.Hang
+  max_kl: float = 0.0  # see watch.Limits
+  min_entropy: float = 0.0
+  max_grad_ratio: float = 0.0
+  divergence_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ from jaxrl_tok.step.device_steps import GREEDY_TOKENS, StepBatch
 from jaxrl_tok.step.state import step_key
 from jaxrl_tok.step.update import FIRST, IN_A_ROW
 from jaxrl_tok.types import TrainState
+from jaxrl_tok.watch import Diverged, Hang, Limits, watch, watched
 
 # totals of a run that are logged with each step
 TOTALS = 'num_tokens', 'sampled_tokens', 'reward_calls'
@@ -151,8 +152,10 @@ class StepLog:
 
   Args:
     tensors: names of an update's tensors, see finite.tensor_names.
+    history: rows of metrics.jsonl of the steps before.
 
   Attributes:
+    seen: state of the watch of the run's numbers.
     in_a_row: updates that were not finite, up to the step written last.
     first: name of the first tensor of the first of them.
     spoilt: the policy that they began from has log-probs that are not finite.
@@ -165,10 +168,18 @@ class StepLog:
     show: Callable,
     config: LoopConfig,
     tensors: list[str],
+    history: Sequence[dict] = (),
   ):
     self._logger, self._show = logger, show
     self._config, self._tensors = config, tensors
     self._held, self._warned = [], set()
+    self._limits = Limits(
+      config.max_kl,
+      config.min_entropy,
+      config.max_grad_ratio,
+      config.divergence_steps,
+    )
+    self.seen = watched(history, self._limits)
     self.in_a_row, self.first = 0, ''
     self.spoilt = self.passed = False
     self.restart()
@@ -260,6 +271,14 @@ class StepLog:
     metrics['tokens_per_second'] = generated / metrics['step_time']
     self._logger.metrics('train', progress.step, metrics)
     self._check(progress.step, errors)
+    row = metrics | {'step': progress.step}
+    self.seen, reason = watch(self.seen, row, self._limits)
+    if reason:
+      raise Diverged(
+        f'the run has diverged at step {progress.step}: {reason}; lower '
+        '--learning_rate, or raise --beta',
+        self.seen.since - 1,
+      )
     for kind, text in find_warnings(metrics, first).items():
       if kind not in self._warned:
         self._warned.add(kind)
@@ -349,14 +368,15 @@ def rescue(at: Moment, begun: int, save: Callable, error: Exception) -> None:
   error tells where it cannot.
 
   A reward on the device fails after its step, which could not be repeated:
-  nothing is saved, nor on a full disk. Batches whose updates were not finite
-  are not repeated. Such updates leave the policy that they began from. It is
+  nothing is saved, nor on a full disk, nor a policy that has diverged. Batches
+  whose updates were not finite are not repeated. Such updates leave the policy
+  that they began from. It is
   saved where the rewards are at fault, and where there is no checkpoint unless
   it is spoilt. Several processes save what all of them know to have failed.
   """
   if at.progress.step in (begun, at.saved) or not processes.is_agreed(error):
     return
-  if isinstance(error, DeviceRewardError) or disk.is_full(error):
+  if isinstance(error, DeviceRewardError | Diverged) or disk.is_full(error):
     return
   if isinstance(error, NotFinite):
     older = begun or at.saved is not None
@@ -383,6 +403,7 @@ def train(
   config: LoopConfig,
   logger: Logger,
   save: Callable = lambda state, cursor, progress: None,
+  history: Sequence[dict] = (),
 ) -> tuple[TrainState, dict, Progress, str]:
   """Trains until stop_reason; the module's docstring has the steps.
 
@@ -391,35 +412,39 @@ def train(
     update: (state, batch.scored) -> (state, metrics, StepBatch), compiled.
     save: called at save_every, after the best evaluation with keep_best, at
       the end, when a signal came and before an error ends the run; not at
-      save_every while updates are not finite, and never where they are not
-      because the policy is spoilt.
+      save_every while updates are not finite or numbers beyond their limits,
+      and never where they are not because the policy is spoilt.
+    history: rows of metrics.jsonl of the steps before, for the watch.
 
   Evaluations of the first state's step that an error cut short are run first;
   those of a step's own batch cannot be.
 
   Must run under jax.set_mesh. Returns (state, cursor, progress, why it
   stopped). Raises Interrupted, after saving, when a signal came; NotFinite
-  after max_nonfinite updates in a row.
+  after max_nonfinite updates in a row; Diverged, see watch.py. A step that
+  takes longer than step_timeout ends the process.
   """
   at, begun = Moment(state, cursor, progress), progress.step
   with (
     logger.bar('train', config.max_steps, progress.step) as show,
     stop_requested() as asked,
+    Hang(config.step_timeout) as hang,
   ):
     names = finite.tensor_names(state.trained)
-    log = StepLog(logger, show, config, names)
+    log = StepLog(logger, show, config, names, history)
     try:
       if progress.evaluated < progress.step:
         known = [e for e in evaluations if e.name != 'train']
-        run_evaluations(at, known, config, log)
+        run_evaluations(at, known, config, log, hang)
       while not (reason := stop_reason(at.progress, config)):
-        run_step(at, collector, update, evaluations, config, log)
+        run_step(at, collector, update, evaluations, config, log, hang)
         step = at.progress.step
         stop = processes.on_any(asked() or bool(logger.lost))
         best = config.keep_best and at.progress.best_step == step
         if stop or best or is_due(config.save_every, step):
           log.flush()
-          if not log.in_a_row or ((stop or best) and not log.spoilt):
+          in_doubt = log.in_a_row or log.seen.in_doubt
+          if not in_doubt or ((stop or best) and not log.spoilt):
             at.save(save)
           log.restart()
         if stop:
@@ -445,16 +470,18 @@ def run_step(
   evaluations: Sequence[Due],
   config: LoopConfig,
   log: StepLog,
+  hang: Hang,
 ) -> None:
   """Makes one step, or as many as an update has: steps 1 to 4 and the
   evaluations that are due; see train."""
+  hang.begin(f'step {at.progress.step + 1}')
   pending = collector.start(at.state, step_key(at.state), at.cursor)
   log.flush()
   batch, cursor = collector.finish(pending)
   at.state, metrics, last = update(at.state, batch.scored)
   at.cursor = cursor
   at.progress = log.hold(at.progress, batch, metrics)
-  run_evaluations(at, evaluations, config, log, batch, last)
+  run_evaluations(at, evaluations, config, log, hang, batch, last)
 
 
 def run_evaluations(
@@ -462,12 +489,14 @@ def run_evaluations(
   evaluations: Sequence[Due],
   config: LoopConfig,
   log: StepLog,
+  hang: Hang,
   batch: Batch | None = None,
   last: StepBatch | None = None,
 ) -> None:
   """Runs the evaluations that are due; progress has them once all are done."""
   progress = at.progress
   for e in due(evaluations, progress.step, config.max_steps):
+    hang.begin(f'the evaluation {e.name} of step {progress.step}')
     found = e.run(at.state, progress.step, batch, last)
     progress = log.evaluation(progress, e.name, *found)
   at.progress = dataclasses.replace(progress, evaluated=progress.step)

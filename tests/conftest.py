@@ -75,7 +75,7 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 10)
 
 LONG = (  # minutes or more; each is one worker's
-  *('processes', 'faults', 'seq2seq_train', 'train', 'lora', 'door'),
+  *('processes', 'runs', 'seq2seq_train', 'train', 'lora', 'door'),
   *('encoder_decoder', 'golden', 'texts'),
 )
 

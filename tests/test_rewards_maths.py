@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_tok import rewards
 from jaxrl_tok.rewards import math_worker
-from jaxrl_tok.rewards.worker import Worker
+from jaxrl_tok.rewards.workers import Answer, Failure, Limits, Workers
 
 HANGS = '$10^{10^{10^{10}}}$'
 
@@ -102,24 +102,16 @@ def test_a_deadline_concerns_one_completion(equal):
 
 
 def test_a_worker_that_is_killed_is_started_again():
-  worker = Worker(rewards.maths.WORKER, '5')
-  question = {'answers': ['3'], 'text': '3'}
-  assert worker.ask(question) == {'equal': True}
-  os.kill(worker.process.pid, signal.SIGKILL)
-  worker.process.wait()
-  assert worker.ask(question) is None
-  assert worker.ask(question) == {'equal': True}
-  process = worker.process
-  worker.stop()
+  with Workers(math_worker.equal, Limits(20), name='math_equal') as workers:
+    (worker,) = workers.all
+    question = ['3'], '3'
+    assert workers.ask([question]) == [Answer(True)]
+    os.killpg(worker.process.pid, signal.SIGKILL)
+    (failure,) = workers.ask([question])
+    assert failure == Failure('ended', 'ended its process (signal SIGKILL)')
+    assert workers.ask([question]) == [Answer(True)]
+    process = worker.process
   assert process.returncode == -signal.SIGKILL
-
-
-def test_a_worker_that_does_not_start_is_one_line(tmp_path):
-  file = tmp_path / 'broken.py'
-  file.write_text('raise SystemExit(1)')
-  with pytest.raises(ValueError, match='worker of broken does not start') as e:
-    Worker(file).ask({})
-  assert '\n' not in str(e.value)
 
 
 def test_columns_and_settings_are_checked():

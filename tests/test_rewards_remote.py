@@ -63,8 +63,9 @@ def embedding(path, question):
 
 
 def judged(reward, completions, **given):
+  """Values of a reward, called in this process, and what it logs."""
   logged = {}
-  values = reward(
+  values = reward.function(
     prompts=given.pop('prompts', ['Q'] * len(completions)),
     completions=completions,
     log_metric=logged.__setitem__,
@@ -97,7 +98,7 @@ def test_similarity_is_the_cosine(server):
 
 def judged_similarity(reward, completions, references):
   logged = {}
-  values = reward(
+  values = reward.function(
     completions=completions,
     reference=references,
     log_metric=logged.__setitem__,
@@ -137,6 +138,22 @@ def test_grades_are_read(server, said, grade):
   server.reply = lambda path, question: says(said)
   reward = rewards.judge(Endpoint(server.url, 'big'))
   assert judged(reward, ['text'])[0] == [pytest.approx(grade)]
+
+
+def test_a_judge_is_asked_in_a_worker(server):
+  """With its lock, and the answers that it keeps."""
+  server.reply = lambda path, question: says('7')
+  reward, logged = rewards.judge(Endpoint(server.url, 'big', key='k')), {}
+  for _ in range(2):
+    values = reward(
+      prompts=['Q', 'R'],
+      completions=['a', 'b'],
+      log_metric=logged.__setitem__,
+    )
+    assert values == [0.7, 0.7]
+  assert logged == {'judge_failed': 0}
+  assert len(server.seen) == 2
+  reward.workers.close()
 
 
 def test_a_judge_reads_prompt_completion_and_columns(server):

@@ -37,6 +37,7 @@ from jaxrl_tok.data.records import (
   key_of,
   rename,
 )
+from jaxrl_tok.rewards.functions import shorten
 
 CHAT = 'prompt', 'tools'  # columns that a chat template is given
 MAX_LINE = 4 * 2**20  # bytes of a jsonl line
@@ -182,10 +183,24 @@ def open_file(path: Path, columns: dict, name: str) -> Records:
     raise PermissionError(f'{path} cannot be read; change its mode') from None
 
 
+def unique_keys(pairs: list) -> dict:
+  """Object of its pairs. Raises ValueError where a key is there twice, as the
+  last one would win."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'the key {shorten(repr(twice))} is there twice')
+  return found
+
+
+loads = json.JSONDecoder(object_pairs_hook=unique_keys).decode
+
+
 def parse_line(raw: bytes, columns: dict, where: str) -> dict:
   """The record of one line."""
   try:
-    record = json.loads(raw.decode('utf-8'))
+    record = loads(raw.decode('utf-8'))
   except UnicodeDecodeError as e:
     raise ValueError(f'{where}: not UTF-8 ({e.reason})') from None
   except json.JSONDecodeError as e:
@@ -220,7 +235,7 @@ def scan_jsonl(file, path: Path, columns: dict):
   number of bytes), an array of each."""
   offsets, sizes, hashes = array('q'), array('q'), array('Q')
   num_bytes = array('i')
-  loads, free = json.loads, RESERVED.isdisjoint
+  free = RESERVED.isdisjoint
   for number, offset, raw in jsonl_lines(file, path):
     prompt = None
     if not columns:  # nearly every line; what it cannot take is read again

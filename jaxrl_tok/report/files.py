@@ -8,8 +8,23 @@ the rows that can be used are returned, the others are counted.
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+# names of variables whose values are written nowhere
+SECRETS = re.compile('KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL', re.IGNORECASE)
+SHORTEST = 8  # characters of such a value
+
+
+def redact(text: str) -> str:
+  """Text without the values of the environment's secrets: [NAME] stands for
+  each. Paths are none."""
+  for name, value in os.environ.items():
+    is_path = value.startswith(os.sep)
+    if len(value) >= SHORTEST and SECRETS.search(name) and not is_path:
+      text = text.replace(value, f'[{name}]')
+  return text
 
 
 def number(value: object) -> float | None:
@@ -39,7 +54,8 @@ def plain(value: object) -> object:
 
 def to_line(row: dict) -> str:
   """One line of JSON."""
-  return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + '\n'
+  text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+  return redact(text) + '\n'
 
 
 def parse_row(line: str) -> dict | None:
@@ -106,7 +122,7 @@ def atomic_write(path: str | Path, text: str | Iterable[str]) -> Path:
   part = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     with part.open('w', encoding='utf-8', errors='replace', newline='') as file:
-      file.writelines([text] if isinstance(text, str) else text)
+      file.writelines(map(redact, [text] if isinstance(text, str) else text))
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)

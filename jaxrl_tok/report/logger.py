@@ -24,6 +24,7 @@ from jaxrl_tok.report.files import (
   number,
   numbered_lines,
   parse_row,
+  redact,
   to_line,
 )
 
@@ -179,8 +180,10 @@ class Logger:
     return self._stream.lost
 
   def message(self, text: str, style: str | None = None) -> None:
-    """Prints a line. Its text is data, never markup."""
-    self.console.print(text, style=style, markup=False, highlight=False)
+    """Prints a line, without secrets. Its text is data, never markup."""
+    self.console.print(
+      redact(str(text)), style=style, markup=False, highlight=False
+    )
 
   def warn(self, text: str) -> None:
     """Prints a warning."""

@@ -20,7 +20,8 @@ functions wait side by side.
   incremental.py their metrics, symbol by symbol
   splits.py      outcome, constant, shuffled: controls of dense credit
   build.py       parts that rewards of text are made of
-  worker.py      processes with a deadline
+  workers.py     processes with a deadline, worker_main.py is what they run
+  isolated.py    reward functions in them
   endpoint.py    requests with a deadline, kept
 
 Rewards that ship. Those with () make a reward function; each docstring says how

@@ -1,11 +1,15 @@
-"""Calls of user functions: plain ones, then coroutines side by side."""
+"""Calls of user functions: plain ones, then coroutines side by side; those that
+fail by the network once more."""
 
 import asyncio
 import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable
+import time
+import urllib.error
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 
 from jaxrl_tok.rewards.functions import RewardError, raised_by_us, shorten
 
@@ -43,27 +47,87 @@ def run_together(awaitables: list) -> list:
     raise
 
 
-def call_all(calls: dict[str, Callable], first_only: bool = True) -> dict:
-  """Calls functions without arguments: {name: values, or an exception}.
-  Coroutines are awaited together after the plain functions.
+# seconds before a call that failed by the network is made again
+BACK_OFF = (1.0, 2.0, 4.0)
+# errors of the network that are no OSError: those of httpx and its users
+OF_NETWORK = (
+  *('ConnectError', 'ReadError', 'ConnectTimeout', 'ReadTimeout'),
+  *('RemoteDisconnected', 'RemoteProtocolError', 'IncompleteRead'),
+  *('APIConnectionError', 'APITimeoutError', 'RateLimitError'),
+  'InternalServerError',
+)
+
+
+def is_of_network(e) -> bool:
+  """Tells whether a value is an exception that another try may not have: a
+  connection, a time-out, a server that is too busy (429, 5xx)."""
+  if isinstance(e, urllib.error.HTTPError):
+    return e.code == 429 or e.code >= 500
+  if isinstance(e, urllib.error.URLError | ConnectionError | TimeoutError):
+    return True
+  return isinstance(e, Exception) and any(
+    kind.__name__ in OF_NETWORK for kind in type(e).__mro__
+  )
+
+
+def call_all(
+  calls: dict[str, Callable],
+  first_only: bool = True,
+  aside: Collection[str] = (),
+  wait: Callable = time.sleep,
+) -> dict:
+  """Calls functions without arguments: {name: values, or an exception}. Those
+  that fail by the network are called again, with BACK_OFF.
 
   first_only: calls nothing more after an exception.
+  aside: names of those that only wait; they do it side by side.
   """
+  found = call_once(calls, first_only, aside)
+  for seconds in BACK_OFF:
+    if not any(map(is_of_network, found.values())):
+      break
+    wait(seconds)
+    left = {
+      name: call
+      for name, call in calls.items()
+      if name not in found or is_of_network(found[name])
+    }
+    found |= call_once(left, first_only, aside)
+  return {name: found[name] for name in calls if name in found}
+
+
+def call_once(
+  calls: dict[str, Callable], first_only: bool, aside: Collection[str]
+) -> dict:
+  """Calls functions once each, see call_all: those that wait begin first, then
+  the plain ones, then coroutines together."""
   results, failed = {}, False
-  for name, call in calls.items():
-    try:
-      results[name] = call()
-    except (Exception, SystemExit) as e:
-      results[name], failed = e, True
-      if first_only:
+  waiting = [name for name in calls if name in aside]
+  with ThreadPoolExecutor(len(waiting) or 1) as pool:
+    begun = {name: pool.submit(settled, calls[name]) for name in waiting}
+    for name, call in calls.items():
+      if name in begun:
+        continue
+      results[name] = settled(call)
+      failed = isinstance(results[name], BaseException)
+      if failed and first_only:
         break
-  waiting = {k: v for k, v in results.items() if inspect.isawaitable(v)}
-  if waiting and not (failed and first_only):
-    results |= zip(waiting, run_together(list(waiting.values())))
-  for awaitable in waiting.values():
+    results |= {name: future.result() for name, future in begun.items()}
+  coroutines = {k: v for k, v in results.items() if inspect.isawaitable(v)}
+  if coroutines and not (failed and first_only):
+    results |= zip(coroutines, run_together(list(coroutines.values())))
+  for awaitable in coroutines.values():
     if inspect.iscoroutine(awaitable):
       awaitable.close()  # no warning where it was never awaited
   return results
+
+
+def settled(call: Callable):
+  """Value of a call, or the exception that it raises."""
+  try:
+    return call()
+  except (Exception, SystemExit) as e:
+    return e
 
 
 def describe_error(e: BaseException) -> str:

@@ -54,6 +54,10 @@ class Endpoint:
     default_factory=threading.Lock, repr=False
   )
 
+  def __reduce__(self):  # on its way to a worker; neither lock nor answers go
+    names = 'url', 'model', 'key', 'deadline', 'tries', 'workers', 'cache'
+    return Endpoint, tuple(getattr(self, name) for name in names)
+
   def __post_init__(self):
     if not self.url:
       raise ValueError(

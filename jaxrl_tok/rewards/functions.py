@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PIECES = 'completion_pieces'  # passed where it is named
+GROUP = '_group_size'  # rows of a prompt, for calls of workers alone
 # arguments that are no columns of the data; `environments` only with one
 ARGUMENTS = (
   'prompts',
@@ -61,10 +62,17 @@ def quote(text: str) -> str:
 
 class RewardError(ValueError):
   """A user's code raised an exception. The message is one line; `traceback`
-  is its author's part of the exception's traceback."""
+  is its author's part of the exception's traceback, also where it was raised in
+  another process ('': by none)."""
+
+  def __init__(self, message: str, traceback: str | None = None):
+    super().__init__(message)
+    self._traceback = traceback
 
   @property
   def traceback(self) -> str:
+    if self._traceback is not None:
+      return self._traceback
     return user_traceback(self.__cause__ or self)
 
 
@@ -231,7 +239,7 @@ class Accepted(NamedTuple):
     return {
       k: v
       for k, v in arguments.items()
-      if k in self.names or (self.any_name and k != PIECES)
+      if k in self.names or (self.any_name and k not in (PIECES, GROUP))
     }
 
 

@@ -66,10 +66,19 @@ def _cure(module: ModuleType, name: str) -> str:
   return f'it has {", ".join(has)}' if has else 'it has no functions'
 
 
+FILE_MODULE = 'reward_file_'  # and the file's name
+
+
+def imported_files() -> list[str]:
+  """Paths of the files that import_file has run."""
+  modules = list(sys.modules.items())
+  return [m.__file__ for name, m in modules if name.startswith(FILE_MODULE)]
+
+
 @functools.cache
 def import_file(path: Path) -> ModuleType:
   """The module of a file, run once; files beside it may be imported."""
-  name = f'reward_file_{path.stem}'
+  name = f'{FILE_MODULE}{path.stem}'
   spec = importlib.util.spec_from_file_location(name, path)
   if spec is None:
     raise ValueError(f'{path.name} is no Python file; its name must end in .py')

@@ -1,17 +1,6 @@
-"""Process of math_equal: python math_worker.py SECONDS
+"""Comparison of answers by math-verify, as workers of math_equal make it."""
 
-Reads lines {"answers": [...], "text": ...} and writes {"equal": true | false}
-for each, or null where math-verify reads no answer of the data.
-"""
-
-import contextlib
 import functools
-import json
-import resource
-import signal
-import sys
-
-MEMORY = 4 << 30  # bytes that a comparison may take
 
 
 def as_latex(answer: str) -> str:
@@ -28,14 +17,19 @@ def read(text: str) -> list:
   return parse(text, parsing_timeout=None)
 
 
-def equal(question: dict) -> bool | None:
-  """Tells whether the answer that a text gives is one of the right ones."""
-  found = [read(as_latex(a)) for a in question['answers']]
+def equal(question: tuple[list[str], str]) -> bool | None:
+  """Tells whether the answer that a text gives is one of the right ones, of a
+  question (right answers, text); None where math-verify reads none of them."""
+  answers, text = question
+  found = [read(as_latex(a)) for a in answers]
   found = [gold for gold in found if gold]
   if not found:
     return None
-  said = read(question['text'])
-  return any(same(gold, said) for gold in found)
+  try:
+    said = read(text)
+    return any(same(gold, said) for gold in found)
+  except (MemoryError, RecursionError):
+    return False
 
 
 def same(gold: list, said: list) -> bool:
@@ -70,30 +64,3 @@ def is_polynomial(found: list) -> bool:
     and all(map(is_small, value.atoms(sympy.Pow)))
     and bool(value.is_polynomial(*variables))
   )
-
-
-def set_alarm(seconds: float) -> None:
-  """Lets a signal end the process after seconds of its own time, or ten times
-  as many by the clock; 0: never. A busy machine changes no answer."""
-  signal.setitimer(signal.ITIMER_PROF, seconds)
-  signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
-
-
-def main(seconds: float) -> None:
-  """Answers questions until there are none."""
-  with contextlib.suppress(OSError, ValueError):  # some systems have no limit
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-  equal({'answers': ['1'], 'text': '$1$'})  # imports, and makes its parsers
-  print('ready', flush=True)
-  for line in sys.stdin:
-    set_alarm(seconds)
-    try:
-      answer = equal(json.loads(line))
-    except (MemoryError, RecursionError):
-      answer = False
-    set_alarm(0)
-    print(json.dumps({'equal': answer}), flush=True)
-
-
-if __name__ == '__main__':
-  main(float(sys.argv[1]))

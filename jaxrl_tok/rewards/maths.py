@@ -1,15 +1,12 @@
 """Answers of mathematics, compared by math-verify in processes of their own."""
 
 import importlib.util
-import queue
 from collections.abc import Callable
-from pathlib import Path
 
 from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.build import as_texts, missing, named
-from jaxrl_tok.rewards.worker import Worker, ask_all
-
-WORKER = Path(__file__).with_name('math_worker.py')
+from jaxrl_tok.rewards.math_worker import equal
+from jaxrl_tok.rewards.workers import Answer, Failure, Limits, Workers
 
 
 def math_equal(
@@ -41,9 +38,9 @@ def math_equal(
       f'math_equal in {deadline} seconds by {workers} workers; pass a deadline '
       'above 0 and 1 worker or more'
     )
-  idle = queue.SimpleQueue()
-  for _ in range(workers):
-    idle.put(Worker(WORKER, str(deadline)))
+  # a busy machine changes no answer: time counts by the processor
+  limits = Limits(10 * deadline, cpu=deadline)
+  comparing = Workers(equal, limits, workers, 'math_equal')
 
   def reward(completions, log_metric=None, **given) -> list[float | None]:
     rows = [
@@ -51,17 +48,19 @@ def math_equal(
       for c, answer in zip(completions, given[column])
     ]
     asked = [row for row in rows if row is not None]
-    answers = ask_all(idle, [{'answers': a, 'text': t} for a, t in asked])
+    answers = comparing.ask(asked)
     if log_metric is not None:
-      log_metric('math_timeouts', sum(a is None for a in answers))
+      failed = sum(isinstance(a, Failure) for a in answers)
+      log_metric('math_timeouts', failed)
     found = iter(answers)
     return [None if row is None else _value(next(found)) for row in rows]
 
+  reward.own_worker = True  # --reward_workers leave it there
   return named(reward, 'math_equal', ['completions', column], ('log_metric',))
 
 
-def _value(answer: dict | None) -> float | None:
+def _value(answer: Answer | Failure) -> float | None:
   """Reward of an answer: 0 without one in time, None where it says so."""
-  if answer is None:
+  if isinstance(answer, Failure):
     return 0.0
-  return None if answer['equal'] is None else float(answer['equal'])
+  return None if answer.value is None else float(answer.value)

@@ -5,9 +5,9 @@
 
   judge(Endpoint('http://localhost:8000/v1', 'qwen'))
 
-A request that fails makes the reward not apply to its completion, and is
-counted in the metric NAME_failed; where all requests of a batch fail, that is
-an error.
+Requests are made in a worker. One that fails makes the reward not apply to its
+completion, and is counted in the metric NAME_failed; where all requests of a
+batch fail, that is an error.
 """
 
 import math
@@ -19,6 +19,9 @@ from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.build import as_texts, named, prompt_text
 from jaxrl_tok.rewards.endpoint import Endpoint, Failed, ask_all
 from jaxrl_tok.rewards.functions import shorten
+from jaxrl_tok.rewards.isolated import in_worker
+
+MARGIN = 10.0  # seconds of a call beside its requests
 
 
 def similarity(endpoint: Endpoint, column: str = 'reference') -> Callable:
@@ -48,7 +51,15 @@ def similarity(endpoint: Endpoint, column: str = 'reference') -> Callable:
       log_metric('similarity_failed', sum(v is None for v in answers))
     return [_nearest(vectors, text, references) for text, references in rows]
 
-  return named(reward, 'similarity', ['completions', column], ('log_metric',))
+  reward = named(reward, 'similarity', ['completions', column], ('log_metric',))
+  return beside(reward, endpoint)
+
+
+def beside(reward: Callable, endpoint: Endpoint) -> Callable:
+  """The reward in a worker: a request that hangs where no deadline of a socket
+  counts, as in the search for an address, ends with it."""
+  once = endpoint.deadline * endpoint.tries
+  return in_worker(reward, once + MARGIN, once / endpoint.workers)
 
 
 def read_embedding(answer: dict) -> list[float]:
@@ -142,4 +153,4 @@ def judge(
     return found
 
   required = ['prompts', 'completions', *columns]
-  return named(reward, 'judge', required, ('log_metric',))
+  return beside(named(reward, 'judge', required, ('log_metric',)), endpoint)

@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxrl_tok.rewards.calls import as_reward_error, call_all
 from jaxrl_tok.rewards.functions import (
+  GROUP,
   PIECES,
   Accepted,
+  RewardError,
   accepted,
   own_lists,
   quote,
@@ -60,7 +62,7 @@ def lift(
   return np.stack(
     [
       lift_row(value, mask[b], name, _where(b, rows))
-      for b, value in enumerate(_as_rows(values, len(mask), name))
+      for b, value in enumerate(as_rows(values, len(mask), name))
     ]
   )
 
@@ -96,7 +98,7 @@ def _is_list(value) -> bool:
   )
 
 
-def _as_rows(values, B: int, name: str) -> Sequence:
+def as_rows(values, B: int, name: str) -> Sequence:
   """The B values of a function: a sequence, or anything that is an array."""
   if hasattr(values, '__array__'):
     try:
@@ -151,7 +153,7 @@ def _number(value, name: str, where: str) -> float:
 
 
 # endings of rewards/NAME/... that count completions
-COUNTS = ('/errors', '/not_applicable')
+COUNTS = ('/errors', '/not_applicable', '/killed')
 
 
 def count_missing(name: str, applies: np.ndarray) -> dict:
@@ -178,16 +180,21 @@ def merge_metrics(rounds: Sequence[dict]) -> dict:
 # --- what functions log
 
 
-class _Log:
+class Log:
   """log_extra and log_metric of one function and one batch."""
 
-  def __init__(self, name: str, B: int, reserved: Collection[str]):
+  def __init__(self, name: str, B: int, reserved: Collection[str] = ()):
     self.name, self.B, self.reserved = name, B, reserved
     self.extra, self.values = {}, {}
     self.arguments = {
       'log_extra': self.log_extra,
       'log_metric': self.log_metric,
     }
+
+  def clear(self) -> None:
+    """Forgets what was logged, before the function is called again."""
+    self.extra.clear()
+    self.values.clear()
 
   def log_extra(self, column: str, values) -> None:
     values = list(values)
@@ -232,7 +239,7 @@ def _plain(value):
   return value
 
 
-def _merge_logs(logs: list[_Log]) -> tuple[dict, dict]:
+def _merge_logs(logs: list[Log]) -> tuple[dict, dict]:
   """(extra columns, metrics) of all functions: a metric that is logged twice
   is averaged, a column that two functions log is refused."""
   extra, values, owner = {}, {}, {}
@@ -250,6 +257,18 @@ def _merge_logs(logs: list[_Log]) -> tuple[dict, dict]:
 
 
 # --- a rollout
+
+
+class Failed(NamedTuple):
+  """Value of a completion whose call failed."""
+
+  text: str  # what the function did, a predicate
+  traceback: str = ''  # its author's part of one
+
+  def as_error(self, name: str, where: str, cure: str) -> RewardError:
+    return RewardError(
+      f'reward {name} {self.text} on {where}; {cure}', self.traceback
+    )
 
 
 class _Judged(NamedTuple):
@@ -276,12 +295,17 @@ def judge(
     error = as_reward_error(f'reward {name}', values, samples, cure)
     return _Judged(reward, applies, by_token, ~failed, error)
   try:
-    rows = _as_rows(values, B, name)
+    rows = as_rows(values, B, name)
   except ValueError as e:
     error = _with_cure(e, flag, on_error)
     return _Judged(reward, applies, by_token, ~failed, error)
   error = None
   for b, value in enumerate(rows):
+    if isinstance(value, Failed):
+      failed[b] = True
+      end = f'{cure}, {flag}' if on_error == 'raise' else cure
+      error = error or value.as_error(name, _where(b, samples), end)
+      continue
     applies[b], by_token[b] = value is not None, _is_list(value)
     try:
       reward[b] = lift_row(value, mask[b], name, _where(b, samples))
@@ -331,8 +355,7 @@ def make_scorer(
   environments=None) -> HostScores. Each function gets copies of its own.
 
   Args:
-    functions: {name: reward function}. Without any (the device has them)
-      there are the texts.
+    functions: {name: f}; without any (the device has them) there are texts.
     decode: token ids of each completion, end token left out -> texts.
     end_tokens: ids that end a completion.
     keep_special_tokens: calls decode(ids, skip_special_tokens=False).
@@ -342,13 +365,13 @@ def make_scorer(
     warn: (name of the function, text) of what was masked or is zero.
     pieces: maker of completion_pieces, data.make_pieces.
     split: split of token rewards, see splits.make_split.
-    split: see splits.make_split.
 
   `examples` are the C records of the prompts, each with its prompt and other
   columns; the G = B / C rows of a prompt are consecutive.
   """
   takes = {name: accepted(f) for name, f in functions.items()}
   ends, wants = set(end_tokens), _wanting_pieces(takes, pieces)
+  aside = [n for n, f in functions.items() if getattr(f, 'waits', False)]
   if keep_special_tokens:
     decode = functools.partial(decode, skip_special_tokens=False)
 
@@ -367,12 +390,12 @@ def make_scorer(
       arguments[PIECES] = pieces(ids, shown, texts)
     if environments is not None:
       arguments['environments'] = environments
-    logs = {name: _Log(name, len(ids), reserved) for name in functions}
+    logs = {name: Log(name, len(ids), reserved) for name in functions}
     calls = {
-      name: _bind(f, takes[name], arguments | logs[name].arguments)
+      name: _bind(f, takes[name], arguments, logs[name])
       for name, f in functions.items()
     }
-    values = call_all(calls, first_only=on_error == 'raise')
+    values = call_all(calls, first_only=on_error == 'raise', aside=aside)
     samples = quote_samples(examples, texts)
     rewards, applies, by_token, metrics = {}, {}, {}, {}
     for name, found in values.items():
@@ -380,6 +403,7 @@ def make_scorer(
       rewards[name], by_token[name] = judged.reward, judged.by_token
       applies[name], errors = treat(judged, name, on_error, warn)
       metrics |= count_missing(name, applies[name]) | errors
+    metrics |= take_counts({name: functions[name] for name in aside})
     rewards, own = split(rewards, by_token, applies, mask, state.global_step)
     extra, logged = _merge_logs(list(logs.values()))
     return HostScores(rewards, applies, texts, metrics | own | logged, extra)
@@ -387,9 +411,29 @@ def make_scorer(
   return score
 
 
-def _bind(function: Callable, takes: Accepted, arguments: dict) -> Callable:
-  """The function with copies of the arguments that it takes."""
-  return functools.partial(function, **own_lists(takes.choose(arguments)))
+def take_counts(functions: dict) -> dict[str, float]:
+  """Counts {rewards/NAME/...} of functions that are called in workers."""
+  return {
+    f'rewards/{name}/{kind}': count
+    for name, function in functions.items()
+    for kind, count in function.take_counts().items()
+  }
+
+
+def _bind(
+  function: Callable, takes: Accepted, arguments: dict, log: Log
+) -> Callable:
+  """The function with the arguments that it takes: copies, but where they
+  leave for a worker, which is told the number of a group's rows."""
+  chosen = takes.choose(arguments | log.arguments)
+  waits = getattr(function, 'waits', False)
+  group = {GROUP: arguments[GROUP]} if waits else {}
+
+  def call():
+    log.clear()
+    return function(**(chosen if waits else own_lists(chosen)), **group)
+
+  return call
 
 
 def _wanting_pieces(takes: dict, pieces: Callable | None) -> bool:
@@ -436,4 +480,5 @@ def _arguments(examples: list[dict], texts: list, ids: list) -> dict:
     'prompts': prompts,
     'completions': completions,
     'completion_ids': ids,
+    GROUP: B // C,
   }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_tok import Interrupted
 from jaxrl_tok.report import disk
+from jaxrl_tok.report.files import redact
 from jaxrl_tok.run import flags
 from jaxrl_tok.run.settings import (
   OptimizerSettings,
@@ -28,6 +29,7 @@ from jaxrl_tok.run.settings import (
 )
 from jaxrl_tok.run.task import Caller, Task
 from jaxrl_tok.run.turns import check_turns
+from jaxrl_tok.watch import TRY_AGAIN, Diverged
 
 if TYPE_CHECKING:
   from jaxrl_tok.run.result import Result
@@ -53,8 +55,6 @@ REPLACED = {
     'critic_learning_rate',
   ],
 }
-# exit status of a run that a signal stopped, or a full disk; supervise.py knows
-TRY_AGAIN = 75
 
 
 class Arguments(NamedTuple):
@@ -170,10 +170,23 @@ def start(
   from jaxrl_tok.run import launch
   from jaxrl_tok.run.build import Own
   from jaxrl_tok.run.prepare import prepare
+  from jaxrl_tok.run.rollback import with_rollback
 
   evaluations = (*task.evaluations, *given.evaluations)
   task, own = dataclasses.replace(task, evaluations=evaluations), given.own
-  return launch.run(prepare(task, settings, Own(**own), caller, task_flags))
+
+  def run(settings: Settings):
+    made = prepare(
+      task, with_rollback(settings), Own(**own), caller, task_flags
+    )
+    return launch.run(made)
+
+  try:
+    return run(settings)
+  except Diverged as e:
+    if e.settings is None:
+      raise
+    return run(e.settings)
 
 
 def train(task: Task, **settings) -> 'Result':
@@ -218,6 +231,25 @@ def fails_alone(error: Exception) -> bool:
   return processes is not None and not processes.is_agreed(error)
 
 
+def out_of_memory(e: Exception) -> MemoryError | None:
+  """One line in place of an error of a device, or of Python, that has no memory
+  left; None for other errors."""
+  text = ' '.join(str(e).split())
+  of_device = type(e).__name__ == 'JaxRuntimeError'
+  if not (
+    isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in text * of_device
+  ):
+    return None
+  line = MemoryError(
+    f'no memory is left ({text[:100] or "MemoryError"}); pass a smaller '
+    '--num_prompts, --num_generations or --micro_batch; --dry_run prints what '
+    'a step needs'
+  )
+  for note in getattr(e, '__notes__', ()):
+    line.add_note(note)
+  return line
+
+
 def main(
   task: Task | Callable, argv: list[str] | None = None, /, **defaults
 ) -> 'Result | None':
@@ -230,7 +262,8 @@ def main(
     defaults: defaults of the flags, as the arguments of `train`.
 
   Returns None with --print_config and --dry_run. A fault is one line and exit
-  status 2; a run that a signal or a full disk stopped exits with 75.
+  status 2; a run that a signal or a full disk stopped exits with 75, and one
+  that has diverged (--max_kl) with 1.
   """
   function = None if isinstance(task, Task) else task
   module = module_of(None if argv is None else function)
@@ -265,10 +298,16 @@ def main(
     alone = fails_alone(e)
     if not alone:
       wait_for_devices()
-    if hasattr(e, 'traceback'):  # rewards.RewardError: of the user's own code
-      print(e.traceback, file=sys.stderr)
+    if text := getattr(e, 'traceback', ''):  # of the user's own code
+      print(redact(text), file=sys.stderr)
     flags.show_fault(e)
     status = TRY_AGAIN if disk.is_full(e) else 2
     if alone:  # jax would wait for the other processes, which wait for it
       os._exit(status)
-    raise SystemExit(status) from None
+    raise SystemExit(getattr(e, 'status', status)) from None
+  except Exception as e:
+    line = None if fails_alone(e) else out_of_memory(e)
+    if line is None:
+      raise
+    flags.show_fault(line)
+    raise SystemExit(2) from None

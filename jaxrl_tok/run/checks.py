@@ -68,14 +68,14 @@ RANGES = (
     'max_steps held_out keep d_model num_layers num_heads num_kv_heads d_ff '
     'warm_start_max_steps warm_start_batch_size warm_start_check_every epochs '
     'mini_batches length_buckets cpu_devices replay_capacity max_turns '
-    'max_episode_length environment_workers',
+    'max_episode_length environment_workers divergence_steps',
   ),
   (
     lambda x: x > 0,
     'above 0',
     'temperature learning_rate warm_start_learning_rate lora_alpha kl_horizon '
     'critic_learning_rate rho_bar c_bar ratio_cap constraint_rate '
-    'turn_deadline',
+    'turn_deadline reward_timeout',
   ),
   (lambda x: 0 < x <= 1, 'in (0, 1]', 'top_p'),
   (lambda x: 0 <= x <= 1, 'in [0, 1]', 'min_p gamma gae_lambda min_lr_ratio'),
@@ -89,7 +89,9 @@ RANGES = (
     'steps_per_call clip_high dual_clip ratio_floor advantage_clip '
     'importance_cap kl_target max_update_kl value_clip value_coef entropy_coef '
     'critic_warmup_steps overlong_buffer dynamic_sampling_rounds '
-    'ref_sync_steps mask_sync_steps replay_groups constraint_damping',
+    'ref_sync_steps mask_sync_steps replay_groups constraint_damping '
+    'reward_workers reward_memory max_kl min_entropy max_grad_ratio '
+    'step_timeout',
   ),
 )
 
@@ -174,6 +176,21 @@ def check_run(settings: Settings) -> None:
         f'--{name} {getattr(run, name)} must be a multiple of --steps_per_call '
         f'{n}; pass --{name} {fit}'
       )
+  limits = run.max_kl, run.min_entropy, run.max_grad_ratio
+  for name in ('divergence_steps', 'on_divergence'):
+    changed = getattr(run, name) != getattr(RunSettings, name)
+    if changed and not any(limits):
+      raise ValueError(
+        f'--{name} is of a limit, and there is none; pass --max_kl, '
+        '--min_entropy or --max_grad_ratio, or leave it out'
+      )
+  for name in ('reward_timeout', 'reward_memory'):
+    changed = getattr(run, name) != getattr(RunSettings, name)
+    if changed and not run.reward_workers:
+      raise ValueError(
+        f'--{name} is of --reward_workers, and there are none; pass '
+        '--reward_workers 2, or leave it out'
+      )
   if run.best_metric is None and run.best_mode != 'max':
     raise ValueError(
       f'--best_mode {run.best_mode} is of a --best_metric, and there is none; '
@@ -194,6 +211,8 @@ def check_run(settings: Settings) -> None:
   if not re.fullmatch(r'never|auto|\d+', run.resume):
     raise ValueError(f'--resume {run.resume!r} is none of never, auto, a step')
   check_allowed(run)
+  if run.output_dir == '':
+    raise ValueError('--output_dir is empty; name a directory, or leave it out')
   mirror.check_address(run.output_dir)
   if run.resume != 'never' and run.output_dir is None:
     raise ValueError('--resume needs the --output_dir of the run to go on with')

@@ -25,6 +25,7 @@ from typing import (
 import docstring_parser
 import tyro
 
+from jaxrl_tok.report.files import redact
 from jaxrl_tok.run.checks import (
   algorithm_defaults,
   check,
@@ -52,7 +53,7 @@ def show_fault(message) -> None:
   """Prints one line on stderr, an error's notes included."""
   notes = getattr(message, '__notes__', ())
   lines = [str(message), *(n for n in notes if '\n' not in n)]  # not jax's
-  print(f'error: {"; ".join(lines)}', file=sys.stderr)
+  print(redact(f'error: {"; ".join(lines)}'), file=sys.stderr)
 
 
 def fail(message) -> None:

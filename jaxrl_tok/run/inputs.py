@@ -24,6 +24,7 @@ from jaxrl_tok.run.task import Task
 from jaxrl_tok.step import device_rewards
 from jaxrl_tok.step.turns import REWARD as ENVIRONMENT
 
+LONG = 512  # tokens of a prompt that may be long beside others
 DEFAULT_LENGTH = 64  # tokens of a completion at most, by default
 
 
@@ -268,6 +269,14 @@ def message_counts(logger: Logger, asked, split, train, held_out) -> None:
       f'and are left out; {counts["repeated"]:,} held-out ones were repeated'
     )
   for found in (train, held_out):
+    least, most = found.buckets[0], found.buckets[-1]
+    if most >= LONG and most >= 8 * least:
+      logger.warn(
+        f'the longest {found.name} has {most:,} tokens, and most batches have '
+        f'{least:,} at most: a step with it takes many times as long, and as '
+        f'much memory; --max_prompt_length {found.buckets[-2]} --long_prompts '
+        'drop leaves it out'
+      )
     for what in ('dropped', 'cut'):
       if found.counts.get(what):
         logger.message(

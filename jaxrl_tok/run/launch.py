@@ -27,7 +27,7 @@ from jaxrl_tok.report.files import read_metrics
 from jaxrl_tok.report.logger import duration
 from jaxrl_tok.report.page import Report, write_report
 from jaxrl_tok.rewards.functions import RewardError, shorten
-from jaxrl_tok.run import compat, dry_run, record
+from jaxrl_tok.run import compat, dry_run, record, rollback
 from jaxrl_tok.run.begin import (
   begin,
   check_shapes,
@@ -46,8 +46,10 @@ from jaxrl_tok.run.evaluations import (
   read_reward_model,
   warn_of_audit,
 )
+from jaxrl_tok.run.optimizer import rate_warning
 from jaxrl_tok.run.prepare import Setup
 from jaxrl_tok.run.result import Result, show_samples
+from jaxrl_tok.run.reward_workers import working
 from jaxrl_tok.run.settings import RunSettings, flatten
 from jaxrl_tok.step.episodes import World
 from jaxrl_tok.step.programs import Programs, compile_programs
@@ -58,6 +60,7 @@ from jaxrl_tok.train import (
   NotFinite,
   train,
 )
+from jaxrl_tok.watch import Diverged
 
 
 def compile_run(setup: Setup, model: tuple | None) -> Programs:
@@ -118,7 +121,7 @@ def change_of(error: Exception) -> str:
     return 'rewards'
   if isinstance(error, NotFinite):
     return 'rewards' if error.by_reward else 'settings'
-  return ''
+  return 'settings' if isinstance(error, Diverged) else ''
 
 
 def drop_spoilt(
@@ -161,6 +164,10 @@ def resume_note(
   if dropped:
     listed = ', '.join(map(str, dropped))
     begin_again = f'deleted checkpoints of that policy: {listed}; {begin_again}'
+  if isinstance(error, Diverged):
+    good = [s for s in steps if s < error.since]
+    if not good:
+      return begin_again
   if isinstance(error, NotFinite) and not error.by_reward:
     good = [s for s in steps if s < error.since]
     if not good and (error.by_policy or not steps):
@@ -229,7 +236,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     first = found.metrics['eval/reward']
     setup.logger.message(f'held-out reward before: {first:.3f}')
     progress = dataclasses.replace(progress, first_reward=first)
-  evaluated = progress.evaluated
+  evaluated, history = progress.evaluated, read_metrics(run_dir)
   try:
     state, cursor, progress, reason = train(
       state,
@@ -237,10 +244,11 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
       progress,
       collector,
       programs.update,
-      due_evaluations(setup, programs, made, read_metrics(run_dir)),
+      due_evaluations(setup, programs, made, history),
       config,
       setup.logger,
       save,
+      list(history),
     )
   except Interrupted as e:
     with saving(run_dir):
@@ -300,6 +308,11 @@ def loop_config(run: RunSettings) -> LoopConfig:
     run.best_metric or BEST_METRIC,
     run.best_mode,
     run.keeps_best,
+    run.step_timeout,
+    run.max_kl,
+    run.min_entropy,
+    run.max_grad_ratio,
+    run.divergence_steps,
   )
 
 
@@ -327,6 +340,10 @@ def run(setup: Setup) -> Result | None:
   began = time.monotonic()
   for line in compat.warnings(flatten(setup.settings)):
     setup.logger.warn(line)
+  rollback.check_limits(setup)
+  line = rate_warning(setup.settings)
+  if line and setup.own.optimizer is None:
+    setup.logger.warn(line)
   if setup.settings.run.print_config:
     state = new_state(setup, *setup.trainable.structs())
     record.print_config(setup, state)
@@ -334,7 +351,11 @@ def run(setup: Setup) -> Result | None:
   if setup.settings.run.dry_run:
     dry_run.run(setup)
     return None
-  with jax.set_mesh(setup.mesh), closing(setup.world):
+  with (
+    jax.set_mesh(setup.mesh),
+    closing(setup.world),
+    working(setup.reward_workers),
+  ):
     check_shapes(setup)
     run_dir = record.claim_output_dir(setup.settings.run, setup.caller.name)
     with record.locked(run_dir):
@@ -357,6 +378,11 @@ def run_in(setup: Setup, run_dir: Path, began: float) -> Result:
     raise
   except Exception as e:
     if not processes.is_agreed(e):
+      raise
+    if isinstance(e, Diverged):
+      e.settings = rollback.halved(setup, run_dir, e)
+      if e.settings is not None:
+        raise
       raise
     dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
     if note := resume_note(run_dir, e, dropped):

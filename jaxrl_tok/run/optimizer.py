@@ -11,6 +11,8 @@ from jaxrl_tok.step import optimizer as parts
 from jaxrl_tok.step.guard import param_labels
 from jaxrl_tok.types import Algorithm
 
+LARGEST_RATE = 0.1  # of optimizers whose steps have a length of their own
+
 
 def peak_learning_rate(settings: Settings):
   """Peak learning rate: as given, or by kind of policy."""
@@ -20,6 +22,18 @@ def peak_learning_rate(settings: Settings):
   if model.model is None:
     return 1e-3
   return 1e-4 if model.lora_rank or model.lora_adapter else 1e-5
+
+
+def rate_warning(settings: Settings) -> str | None:
+  """Warning of a learning rate that no policy survives; None for others."""
+  f, rate = settings.optimizer, peak_learning_rate(settings)
+  if rate <= LARGEST_RATE or f.optimizer == 'sgd':
+    return None
+  return (
+    f'--learning_rate {rate:g} moves each parameter by about {rate:g} in a '
+    f'step of {f.optimizer}, which few policies survive; 1e-6 to 1e-2 is '
+    'usual, and --max_kl 10 ends a run that diverges'
+  )
 
 
 def make_chain(settings: Settings, peak, steps: int, warmup: int):

@@ -31,6 +31,7 @@ from jaxrl_tok.run.inputs import (
 )
 from jaxrl_tok.run.networks import make_networks
 from jaxrl_tok.run.optimizer import make_optimizer
+from jaxrl_tok.run.reward_workers import RewardWorkers, make_reward_workers
 from jaxrl_tok.run.settings import Settings
 from jaxrl_tok.run.task import Caller, Evaluation, Task
 from jaxrl_tok.run.turns import max_length
@@ -84,6 +85,7 @@ class Setup(NamedTuple):
   logger: Logger
   pieces: Callable  # see data/pieces.py
   world: World | None = None  # environments of the task
+  reward_workers: RewardWorkers | None = None
 
   def decode(self, ids: list[list[int]], skip_special_tokens=True) -> list:
     return data.decode_all(
@@ -102,8 +104,11 @@ class Setup(NamedTuple):
     def trainer_state(step: int) -> rewards.TrainerState:
       return rewards.TrainerState(step, run.max_steps, step * C / n if n else 0)
 
+    functions = found.host
+    if self.reward_workers is not None:
+      functions = self.reward_workers.take(functions)
     host = rewards.make_scorer(
-      found.host,
+      functions,
       self.decode,
       self.model.end_tokens,
       keep_special_tokens=run.keep_special_tokens,
@@ -445,4 +450,5 @@ def prepare(
     logger,
     make_pieces(settings, model, found, *(e.rewards for e in evaluations)),
     world,
+    make_reward_workers(settings, found, *(e.rewards for e in evaluations)),
   )

@@ -68,11 +68,39 @@ class RunSettings:
   with rewards on the host, too."""
   reward_on_error: Literal['raise', 'mask', 'zero'] = 'raise'
   """Treatment of a reward that fails: save and stop, mask (it does not apply to
-  those completions) or zero. An exception concerns its function's whole batch,
-  a value that is no finite number its completion."""
+  those completions) or zero. A value that is no finite number concerns its
+  completion; an exception its function's whole batch, or with --reward_workers
+  its completion, too."""
+  reward_workers: int = 0
+  """Processes that reward functions on the host run in, which are killed and
+  replaced where a function hangs, exits or takes too much; each is called with
+  the completions of some prompts, several side by side. 0: in this one."""
+  reward_timeout: float = 60.0
+  """Seconds of a call in a reward worker; where it fails, its completions are
+  asked one by one, each in a tenth of them, and all in as many again."""
+  reward_memory: float = 4.0
+  """GiB that a reward worker and its children may hold; 0: no limit."""
   max_nonfinite: int = 3
   """Updates in a row that are not finite before the run stops; each is skipped.
   0: no limit."""
+  max_kl: float = 0.0
+  """KL to the starting policy, in nats a token, above which the run has
+  diverged; 0: any."""
+  min_entropy: float = 0.0
+  """Entropy, in nats a token, below which the run has diverged; 0: any."""
+  max_grad_ratio: float = 0.0
+  """Gradient norm over its median in the last 50 steps, above which the run has
+  diverged; 0: any."""
+  divergence_steps: int = 3
+  """Steps in a row beyond such a limit (that log the number) that end the
+  run."""
+  on_divergence: Literal['stop', 'rollback'] = 'stop'
+  """Treatment of a run that has diverged: stop (exit status 1), or once go on
+  from the last good checkpoint with half the learning rate."""
+  step_timeout: float = 0.0
+  """Seconds after which a step, or an evaluation, hangs: the stacks of all
+  threads are written, and the run ends with exit status 75, to be started again
+  with --resume auto. 0: never."""
   keep_special_tokens: bool = False
   """Keep special tokens in the completions that reward functions get."""
   report_to: Literal['tensorboard', 'none'] = 'tensorboard'

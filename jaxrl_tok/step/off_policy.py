@@ -5,7 +5,9 @@ importance weights (importance_cap), or a ratio to the sampler's log-probs
 (Passes.old_logp = 'sampler'). Rollout.version dates each row, in updates.
 """
 
+import time
 from collections.abc import Callable
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -171,7 +173,9 @@ def own_examples(batch: Batch, positions, examples: Callable) -> list:
 
 def ahead(collector: Collector) -> Collector:
   """Sampling one step ahead: while a batch is scored on the host and learnt
-  from, the device samples the next one by the policy before the update.
+  from, the device samples the next one by the policy before the update. The
+  metric time/device_idle are the seconds of time/score that were longer: the
+  device had nothing to do.
 
   collector: single_turn, whose pending batch holds arrays alone.
   """
@@ -182,6 +186,8 @@ def ahead(collector: Collector) -> Collector:
     return pending._replace(
       version=version, started=(), cursor={}, examples=None
     )
+
+  aside = futures.ThreadPoolExecutor(1)
 
   def start(state: TrainState, key, cursor: dict) -> Pending:
     inner, held = cursor['inner'], cursor.get('pending')
@@ -201,7 +207,22 @@ def ahead(collector: Collector) -> Collector:
       started=(state, key), version=state.step, cursor=after
     )
 
-  return Collector(lambda: {'inner': collector.init()}, start, collector.finish)
+  def finish(pending: Pending):
+    sampled = aside.submit(time_of, pending.cursor['pending'])
+    batch, cursor = collector.finish(pending)
+    idle, most = 0.0, batch.metrics['time/score']
+    if sampled.done() and not sampled.exception():
+      idle = min(max(time.monotonic() - sampled.result(), 0.0), most)
+    metrics = batch.metrics | {'time/device_idle': idle}
+    return batch._replace(metrics=metrics), cursor
+
+  return Collector(lambda: {'inner': collector.init()}, start, finish)
+
+
+def time_of(arrays: dict) -> float:
+  """Time at which the devices had made arrays."""
+  jax.block_until_ready(arrays)
+  return time.monotonic()
 
 
 def place_pending(pending: Pending) -> Pending:

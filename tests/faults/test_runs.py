@@ -1,12 +1,15 @@
-"""Faults of a run: numbers that are not finite, rewards that fail. Nothing of
-what was learnt is lost, and the run ends in one line."""
+"""Faults 13 to 19 in whole runs: numbers that are not finite or beyond their
+limits, rewards that fail. Nothing of what was learnt is lost, and the run ends
+in one line."""
 
 import functools
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
+import misbehaving
 import numpy as np
 import optax
 import pytest
@@ -638,11 +641,10 @@ def test_rewards_of_1e30_end_in_one_line(tmp_path, capsys, kind, reward):
   assert bad == [1.0] * step + [0.0] * (6 - step)
 
 
-def same_runs(a, b) -> None:
+def same_runs(a, b, rows_of_a=None) -> None:
   """Checks that two runs have the same rows, but for times, and weights."""
   found = []
-  for out in (a, b):
-    rows = train_rows(out)
+  for rows in (rows_of_a or train_rows(a), train_rows(b)):
     clocks = ('time', 'step_time', 'tokens_per_second')
     found.append(
       [
@@ -841,3 +843,134 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path, capsys):
     f'error: {where} has layers/mlp/down with numbers that are not finite; no '
     'update of it is finite: give another model'
   )
+
+
+# --- rewards in workers, numbers beyond their limits --------------------------
+
+WORKERS = ('--reward_workers=2', '--reward_timeout=30')
+
+
+def test_19_a_reward_that_ends_its_process_loses_nothing(
+  whole, tmp_path, capsys
+):
+  """One line that names function, completion and cure, after the state was
+  saved; resumed, the run is that which nothing stopped."""
+  out = tmp_path / 'run'
+  task = {'varied': misbehaving.ends_at_step_2}
+  line = failed(capsys, out, task, *WORKERS)
+  assert line.startswith(
+    'error: reward varied ended its process (exit code 0) on completion 0 ('
+  )
+  assert line.endswith(
+    'mend it, return None where it does not apply, or pass --reward_on_error '
+    'mask; the last good checkpoint is step 2: go on with --output_dir '
+    f'{out} --resume auto'
+  )
+  assert saved(out) == [2]
+  run(out, {'varied': misbehaving.varied}, '--resume=auto', *WORKERS)
+  rows = train_rows(out)
+  for row in rows:
+    assert row.pop('rewards/varied/killed') == 0
+  same_runs(out, whole, rows)
+
+
+def test_19_masked_completions_leave_the_loss(tmp_path):
+  """The run goes on, and counts them."""
+  task, mask = {'varied': misbehaving.ends_for_some}, '--reward_on_error=mask'
+  rows = run(tmp_path / 'run', task, mask, *WORKERS)
+  errors = [row['rewards/varied/errors'] for row in rows]
+  assert 0 < errors[2] < 16
+  assert rows[2]['frac_not_valid'] == errors[2] / 16
+  assert rows[2]['rewards/varied/killed'] > errors[2]
+  assert not any(errors[:2] + errors[3:])
+  assert len(rows) == 6
+
+
+def test_a_reward_that_cannot_be_sent_is_refused_first(tmp_path, capsys):
+  """Before anything is compiled or written."""
+  lock, out = threading.Lock(), tmp_path / 'run'
+
+  def locked(completions, **columns):
+    with lock:
+      return [1.0] * len(completions)
+
+  with pytest.raises(SystemExit) as stopped:
+    main(Task(RECORDS, locked), [f'--output_dir={out}', *WORKERS], **SMALL)
+  line = error_line(capsys, stopped.value, out)
+  assert line.startswith('error: reward locked cannot be sent to a worker (')
+  assert not out.exists()
+  with pytest.raises(SystemExit) as stopped:
+    main(
+      Task(RECORDS, varied_on_device),
+      [f'--output_dir={out}', *WORKERS],
+      **SMALL,
+    )
+  assert error_line(capsys, stopped.value, out) == (
+    'error: --reward_workers has no effect on rewards that are JAX functions; '
+    'leave it out'
+  )
+
+
+def begun(whole, out):
+  """Copy of six steps, whose entropy was above all limits."""
+  shutil.copytree(whole, out)
+  shutil.rmtree(out / 'export')
+  rows = map(json.loads, (out / 'metrics.jsonl').read_text().splitlines())
+  lines = [json.dumps(row | {'entropy': 200.0}) + '\n' for row in rows]
+  (out / 'metrics.jsonl').write_text(''.join(lines))
+  return out
+
+
+def test_16_a_run_that_diverges_ends_with_status_1(whole, tmp_path, capsys):
+  """Named: the last checkpoint before; no later one is kept."""
+  out = begun(whole, tmp_path / 'run')
+  more = ('--resume=auto', '--max_steps=12', '--min_entropy=100')
+  with pytest.raises(SystemExit) as stopped:
+    run(out, varied, '--save_every=1', '--keep=9', *more)
+  assert stopped.value.code == 1
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert 'error: the run has diverged at step 9: entropy ' in line
+  assert ' is below --min_entropy 100, in 3 steps in a row; lower --' in line
+  assert line.endswith(
+    f'the last good checkpoint is step 4: go on with --output_dir {out} '
+    '--resume 4'
+  )
+  assert saved(out) == [2, 4, 6]
+
+
+def test_16_a_run_that_diverges_is_rolled_back_once(whole, tmp_path, capsys):
+  """With half the learning rate, which whoever resumes it keeps."""
+  out = begun(whole, tmp_path / 'run')
+  more = ('--max_steps=12', '--min_entropy=100', '--on_divergence=rollback')
+  with pytest.raises(SystemExit) as stopped:
+    run(out, varied, '--resume=auto', *more)
+  assert stopped.value.code == 1
+  found = capsys.readouterr()
+  assert 'rolled back to step 4, with --learning_rate 0.0005 in' in found.out
+  assert 'the last good checkpoint is step 2: ' in found.err
+  rates = {row['step']: row['learning_rate'] for row in train_rows(out)}
+  assert rates[4] == pytest.approx(1e-3)
+  # an optimizer's state holds the rate of its next step
+  assert rates[6] == rates[7] == pytest.approx(5e-4)
+  rows = run(out, varied, '--resume=2', max_steps=4)
+  assert rows[-1]['learning_rate'] == pytest.approx(5e-4)
+
+
+def test_no_memory_is_one_line(tmp_path, capsys, monkeypatch):
+  """Of a device; other errors are shown whole."""
+  from jaxrl_tok.run import launch
+
+  def runs(setup):
+    raise jax.errors.JaxRuntimeError(said)
+
+  monkeypatch.setattr(launch, 'run', runs)
+  said = 'RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n at x'
+  with pytest.raises(SystemExit) as stopped:
+    main(Task(RECORDS, varied), [], **SMALL)
+  assert error_line(capsys, stopped.value, tmp_path).startswith(
+    'error: no memory is left (RESOURCE_EXHAUSTED: Out of memory allocating 9 '
+    'bytes. at x); pass a smaller --num_prompts, --num_generations or '
+  )
+  said = 'INTERNAL: x'
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    main(Task(RECORDS, varied), [], **SMALL)
