@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 
+SHOWN = 8  # members of a tuple
 PLAIN = str, bytes, int, float, bool, types.NoneType
 
 
@@ -66,10 +67,11 @@ def _is_plain_tuple(value) -> bool:
 
 
 def _shown(value) -> str:
-  if isinstance(value, tuple):
+  if isinstance(value, tuple) and len(value) <= SHOWN:
     return f'({", ".join(map(_shown, value))})'
-  if isinstance(value, str | bytes):
-    return f'text {hashlib.sha256(repr(value).encode()).hexdigest()[:16]}'
+  if isinstance(value, str | bytes | tuple):
+    said = hashlib.sha256(repr(value).encode()).hexdigest()
+    return f'{type(value).__name__} {said[:16]}'
   return repr(value)
 
 
