@@ -32,7 +32,7 @@ def writing(what: str, place):
   except Exception as e:
     if is_full(e):
       full = OSError(
-        f'{what} cannot be written: the disk of {place} is full; what is there '
+        f'the disk is full: {what} cannot be written to {place}; what is there '
         'stays as it was: make room'
       )
       full.errno = errno.ENOSPC

@@ -383,7 +383,6 @@ def run_in(setup: Setup, run_dir: Path, began: float) -> Result:
       e.settings = rollback.halved(setup, run_dir, e)
       if e.settings is not None:
         raise
-      raise
     dropped = drop_spoilt(run_dir, setup.settings.run.keep, e, before)
     if note := resume_note(run_dir, e, dropped):
       e.add_note(note)
