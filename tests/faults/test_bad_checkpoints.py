@@ -179,7 +179,7 @@ def test_fault_8_a_full_disk_is_one_line():
     RuntimeError('x: Disk quota exceeded'),
   ):
     with (
-      pytest.raises(OSError, match='the disk is full: .* to runs/x;') as found,
+      pytest.raises(OSError, match=r'the disk is full: .* to runs/x;') as found,
       disk.writing('a checkpoint', 'runs/x'),
     ):
       raise error

@@ -358,7 +358,7 @@ def test_a_console_on_a_full_disk_is_said(monkeypatch, capsys):
 def test_fault_8_rows_on_a_full_disk(tmp_path):
   (tmp_path / 'metrics.jsonl').symlink_to('/dev/full')
   log = Logger(tmp_path)
-  with pytest.raises(OSError, match='the disk is full: metrics.jsonl'):
+  with pytest.raises(OSError, match='the disk is full: metrics'):
     log.metrics('train', 1, {'reward': 1.0})
   log.close()
 
