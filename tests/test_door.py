@@ -540,7 +540,11 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     )
   assert (tmp_path / 'run' / 'metrics.jsonl').read_text()
   result = jaxrl_tok.train(
-    Task(records(0, 40), short, held_out=8), **out, resume='auto', **TINY
+    Task(records(0, 40), short, held_out=8),
+    **out,
+    resume='auto',
+    allow_change='rewards',
+    **TINY,
   )
   assert [row['step'] for row in phases(result, 'train')] == [1, 2]
   assert [row['step'] for row in phases(result, 'eval')] == [0, 2]

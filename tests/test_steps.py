@@ -185,8 +185,8 @@ class Runs:
     cursor, progress = collector.init(), Progress()
     checkpoints = checkpoint.open_checkpoints(out, 3)
     if resume:
-      found = checkpoint.restore_named(checkpoints, 'auto', state)
-      state, cursor, meta = found
+      last = checkpoint.restore_named(checkpoints, 'auto', state)
+      state, cursor, meta = last
       progress = Progress(**meta['progress'])
     logger = Logger(out, resume_step=progress.step if resume else None)
 

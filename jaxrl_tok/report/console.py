@@ -7,6 +7,9 @@ is saved, and ends; see train.stop_requested.
 import contextlib
 import os
 import sys
+import weakref
+
+_lost = weakref.WeakKeyDictionary()  # {standard output: why}, of all Streams
 
 
 class Stream:
@@ -14,7 +17,13 @@ class Stream:
   why, and what follows goes to standard error."""
 
   def __init__(self):
-    self.lost: str | None = None
+    if sys.stdout is None:  # a process that was started without
+      sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+
+  @property
+  def lost(self) -> str | None:
+    """Why standard output cannot be written any more; None while it can."""
+    return _lost.get(sys.stdout)
 
   def __getattr__(self, name: str):
     return getattr(sys.stdout, name)  # as it is now: it may be replaced
@@ -33,11 +42,11 @@ class Stream:
         return
       except (OSError, ValueError) as e:  # the latter: a closed file
         self._give_up(getattr(e, 'strerror', None) or str(e))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
       do(sys.stderr)
 
   def _give_up(self, why: str) -> None:
-    self.lost = why
+    _lost[sys.stdout] = why
     with contextlib.suppress(OSError, ValueError, AttributeError):
       # what is left in its buffer would fail again when the process ends
       null = os.open(os.devnull, os.O_WRONLY)

@@ -205,7 +205,7 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
   run = setup.settings.run
   config, best, made = loop_config(run), {}, {}
   checkpoints = checkpoint.open_checkpoints(run_dir, run.keep, best.values)
-  settings = saved_settings(setup)
+  saved = saved_settings(setup)
 
   def save(state, cursor, progress):
     if processes.is_main():
@@ -213,14 +213,12 @@ def learn(setup: Setup, run_dir: Path) -> Finished:
     best['step'] = progress.best_step if config.keep_best else None
     found = dataclasses.asdict(progress)
     with saving(run_dir):
-      checkpoint.save(checkpoints, state, cursor, found, settings)
+      checkpoint.save(checkpoints, state, cursor, found, saved)
 
   model = read_reward_model(setup)
   with concurrent.futures.ThreadPoolExecutor(1) as aside:
     compiling = aside.submit(compile_run, setup, model)
-    setup, state, cursor, progress = begin(
-      setup, run_dir, checkpoints, settings
-    )
+    setup, state, cursor, progress = begin(setup, run_dir, checkpoints, saved)
     with setup.logger.doing('compiling the sampler, update and evaluation'):
       programs = compiling.result()
   collector = make_collector(setup, programs)
