@@ -347,3 +347,20 @@ def test_a_pad_that_is_no_row_is_the_end(broken, pad):
   fields = {'eos_token_id': [7, 257], 'pad_token_id': pad}
   (directory / 'generation_config.json').write_text(json.dumps(fields))
   assert open_model(directory).pad_token == 7
+
+
+@pytest.mark.parametrize(('text', 'said'), [('a', 1), ('<', 0)])
+def test_23_a_pad_that_is_a_word_is_said(broken, text, said):
+  """It would silently be sampled never."""
+  directory = broken()
+  tokenizer = open_model(directory).tokenizer
+  (pad,) = tokenizer.encode(text, add_special_tokens=False)
+  fields = {'eos_token_id': [7, 257], 'pad_token_id': pad}
+  (directory / 'generation_config.json').write_text(json.dumps(fields))
+  notes = [note for note in open_model(directory).notes if 'the pad' in note]
+  line = (
+    f"the pad token {pad} is the text 'a', which is then never sampled; give "
+    'pad_token_id a token of its own, or an end token, in '
+    'generation_config.json'
+  )
+  assert notes == [line] * said

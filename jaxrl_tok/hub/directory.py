@@ -28,6 +28,7 @@ from jaxrl_tok.hub.tokenizer import (
   has_tokenizer,
   listed,
   name_class,
+  pad_notes,
   read_tokenizer,
   special_tokens,
 )
@@ -106,7 +107,7 @@ def open_model(
       pad,
       str(model),
       directory,
-      notes=notes,
+      notes=(*notes, *pad_notes(tokenizer, pad, ends)),
     )
     if value_head and not config.value_head:
       found = found.with_value_head()

@@ -355,6 +355,20 @@ def special_tokens(
   return tuple(ends), pad if is_row(pad, vocab_size) else ends[0]
 
 
+def pad_notes(tokenizer, pad: int, ends: tuple) -> tuple:
+  """Note on a pad that is a word of its own, as padding is never sampled."""
+  if pad in ends:
+    return ()
+  text = tokenizer.decode([pad])
+  is_word = bool(text.strip()) and text.strip().isalnum()
+  if not is_word or tokenizer.encode(text, add_special_tokens=False) != [pad]:
+    return ()
+  return (
+    f'the pad token {pad} is the text {text!r}, which is then never sampled; '
+    f'give pad_token_id a token of its own, or an end token, in {GENERATION}',
+  )
+
+
 def is_row(i, vocab_size: int) -> bool:
   """Tells whether it is the id of a row of the model."""
   return type(i) is int and 0 <= i < vocab_size

@@ -8,7 +8,10 @@ list with one entry a completion:
                   # or a list each: one reward for every token
 
 It gets the arguments that it names, of ARGUMENTS and the columns; `async def`
-functions wait side by side.
+functions wait side by side, and one that fails by the network is called again
+after 1, 2 and 4 s. With --reward_workers N functions are called in N processes,
+which are killed and replaced where one hangs, exits or takes too much memory:
+what it remembers between calls is then each process's own.
 
   functions.py   names, weights, arguments: what can be called
   calls.py       plain functions, then coroutines side by side

@@ -29,6 +29,7 @@ from jaxrl_tok.rewards.workers import Answer, Failure, Limits, Workers, pack
 
 # arguments that stay in this process
 HERE = ('log_extra', 'log_metric', 'environments', GROUP)
+HINTS = {'late': ' (see --reward_timeout)', 'memory': ' (see --reward_memory)'}
 ALONE = 0.1  # share of a call's deadline that one completion alone has
 
 
@@ -169,7 +170,7 @@ class Isolated:
     again = [rows for rows, a in answers.items() if is_divisible(a, rows)]
     if again and self.row_seconds is None:
       answers = self.one_by_one(answers, again, arguments, logs)
-    values = merge(answers, logs)
+    values = merge(answers, logs, {} if self.row_seconds else HINTS)
     failed = next((v for v in values if isinstance(v, Failed)), None)
     if failed is not None and not by_scorer:  # another function calls this one
       where = f'completion {values.index(failed)}'
@@ -232,15 +233,21 @@ def is_divisible(answer: Answer | Failure, rows: range) -> bool:
   return failed and len(rows) > 1
 
 
-def merge(answers: dict[range, Answer | Failure], logs: dict) -> list:
+def merge(
+  answers: dict[range, Answer | Failure], logs: dict, hints: dict
+) -> list:
   """Values of all rows, and what was logged, once more for the caller's log.
-  Raises ValueError where the function's answer was refused."""
+  Raises ValueError where the function's answer was refused.
+
+  hints: {kind of a failure: words after its text}.
+  """
   values, columns, metrics = [], {}, []
   for rows, answer in answers.items():
     if isinstance(answer, Failure):
       if answer.kind == 'refused':
         raise ValueError(answer.text)
-      values += [Failed(*answer[1:])] * len(rows)
+      text = answer.text + hints.get(answer.kind, '')
+      values += [Failed(text, answer.traceback)] * len(rows)
       continue
     judged = Judged(*answer.value)
     values += map(read_value, judged.values)

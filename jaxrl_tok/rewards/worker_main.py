@@ -91,12 +91,14 @@ def kill_tagged(tag: str) -> None:
 def guard(worker: int, channel: socket.socket) -> None:
   """Waits for the worker's end, or for that of the program that started it;
   kills what the worker has left behind, and ends as it did."""
-  poll, status = select.poll(), 0
+  poll = select.poll()
   poll.register(channel, 0)
   while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
     if poll.poll(TICK):
       break
   kill_tagged(os.environ[TAG])
+  if not Path('/proc').is_dir():  # all of the group, as none can be told apart
+    os.killpg(0, signal.SIGKILL)
   status = os.waitstatus_to_exitcode(ended[1]) if ended[0] else -signal.SIGKILL
   if status < 0:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

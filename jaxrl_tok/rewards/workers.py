@@ -58,7 +58,8 @@ class Answer(NamedTuple):
 class Failure(NamedTuple):
   """Question without an answer."""
 
-  kind: str  # 'raised', 'refused' (by us), 'late', 'memory' or 'ended'
+  # 'raised', 'refused' (by us), 'skipped', 'late', 'memory' or 'ended'
+  kind: str
   text: str  # what the function did, a predicate: 'took more than 30 s'
   traceback: str = ''
 
@@ -315,7 +316,7 @@ class Workers:
       worker = self.idle.get()
       try:
         if time.monotonic() >= until:
-          return Failure('late', 'had no time left')
+          return Failure('skipped', 'had no time left')
         return worker.ask(question, limits)
       finally:
         self.idle.put(worker)
