@@ -4,10 +4,15 @@ r"""REINFORCE learns to ask a user what is missing, and to book.
 
 The user is environments/games/dialogue.py: a goal of food, area and price, one
 of them told at first; little patience, less without 'please'. 1 for the right
-booking, -0.1 a turn before it, -1 where the user leaves. The scripted player
-gets 0.85.
+booking, -0.1 a turn before it, -1 where the user leaves.
 
-A tiny decoder of words starts from random weights; a turn is 5 tokens at most.
+A tiny decoder of words first imitates a scripted player half of whose turns are
+any question or booking, and then learns from the reward: 100 steps, 7 minutes
+on 2 CPU cores beside other work. With 48 held-out users, seeds 0 and 1: a mean
+return of 0.26 and 0.21 after the imitation (52 and 44 % are served), of 0.846
+and 0.846 100 steps later (all are); the player without its noise has 0.846, the
+most that there is. Without imitation (--calls 0) 256 steps with seed 0 learnt
+nothing: 0.0. A turn is 5 tokens at most.
 """
 
 import functools
@@ -71,7 +76,7 @@ def run(argv=None):
   return main(
     dialogue,
     argv,
-    max_steps=400,
+    max_steps=100,
     num_prompts=32,
     num_generations=8,
     max_turns=6,
@@ -81,7 +86,7 @@ def run(argv=None):
     lr_schedule='linear',
     entropy_coef=0.01,
     length_buckets=1,
-    eval_every=50,
+    eval_every=20,
     save_every=0,
     warm_start_stop_at=2.0,
     warm_start_max_steps=300,

@@ -4,10 +4,16 @@ r"""REINFORCE learns to guess hidden words, turn by turn.
 
 The game is environments/games/wordle.py: 200 words, six guesses, a letter of
 answer for each letter; a wrong guess costs 1. A tiny decoder of words (a word
-is a token, an answer as well) starts from random weights, so that at first it
-guesses what is no word of the list. These settings are too few steps: with seed
-0 the mean return is -5.95 before and after 300 of them, 1.5 % of the words are
-found, and a scripted player has -1.6.
+is a token, an answer as well) first imitates games of a scripted player half of
+whose guesses are any word, 8 for each hidden word, and then learns from the
+reward: 2.5 minutes on 2 CPU cores beside other work.
+
+  seeds 0, 1, 2            mean return           words found
+  after the imitation      -2.28, -2.23, -2.27   93, 94, 93 %
+  300 steps later          -1.90, -1.90, -1.86   98, 99, 98 %
+  the player, no noise     -1.60                 100 %
+
+Without imitation (--games 0) 300 steps are too few: -5.95 before and after.
 
 A turn is one token: --max_completion_length 1 leaves no room for an end token,
 and --cut_turns act gives the environment the word. The held-out episodes are

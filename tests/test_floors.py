@@ -38,6 +38,7 @@ FLOORS = {
   'evaluation': 6,
   'train': 7,
   'run': 8,
+  'env': 9,
 }
 # inside models/: a network of parts
 MODEL_FLOORS = {
