@@ -47,7 +47,7 @@ def plain_hidden(policy, params, rollout):
     rows[b, : len(whole)] = whole
 
   def after(t):  # t of the completion's tokens
-    return policy.encode(params, Prompts(rows, length + t)).hidden
+    return policy.encode(params, Prompts(jnp.asarray(rows), length + t)).hidden
 
   return jnp.moveaxis(jax.lax.map(after, jnp.arange(T)), 0, 1)
 
@@ -362,11 +362,11 @@ def test_encode_runs_the_prompts_not_the_rows(tiny):
       changed(tiny.config, samples_per_prompt=G, max_completion_length=1),
     )
     args = tiny.params, jax.random.key(0), long, tiny.rule
-    cost = jax.jit(sample).lower(*args).cost_analysis()
+    cost = jax.jit(sample).lower(*args).compile().cost_analysis()
     tokens = jnp.full((4 * G, 1), PAD)
     rollout = make_rollout(long, tokens, tokens > 0)
     looked = jax.jit(lambda p, r: evaluate(policy, p, r, tiny.rule))
-    cost2 = looked.lower(tiny.params, rollout).cost_analysis()
+    cost2 = looked.lower(tiny.params, rollout).compile().cost_analysis()
     return cost['flops'], cost2['flops']
 
   for one, eight in zip(flops(1), flops(8)):
