@@ -19,10 +19,10 @@ from jaxrl_tok.rewards import (
   threshold,
   weight_at,
 )
-
-pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 from jaxrl_tok.rewards.functions import describe_weights
 from jaxrl_tok.step.device_rewards import on_device
+
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 
 def size(completions):
