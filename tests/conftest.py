@@ -48,7 +48,15 @@ from jaxrl_tok.models.transformer import Layer, TransformerConfig, make_policy
 from jaxrl_tok.policy import evaluate
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.sharding import is_stacked, path_name
-from jaxrl_tok.types import AdvantageInputs, Greedy, Prompts, Rollout, Scored
+from jaxrl_tok.types import (
+  AdvantageInputs,
+  Greedy,
+  Policy,
+  Prefix,
+  Prompts,
+  Rollout,
+  Scored,
+)
 
 CONFIG = TransformerConfig(
   vocab_size=11,
@@ -61,6 +69,7 @@ CONFIG = TransformerConfig(
   qkv_bias=True,
   qk_norm='head',
 )
+ONE_LAYER = dataclasses.replace(CONFIG, layers=CONFIG.layers[:1])
 PAD, END, OTHER_END = 0, 10, 9
 GOLDEN = Path(__file__).parent / 'golden/families'  # directories torch made
 DECODER_FAMILIES = [
@@ -104,6 +113,51 @@ def sharpened(params, scale=4.0):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def recurrent(vocab_size=11, width=8) -> Policy:
+  """h' = tanh(h W + embed(token)): its cache is h, whatever T is. It
+  compiles in a fraction of a transformer's time."""
+
+  def init(key):
+    embed, mix = jax.random.split(key)
+    return {
+      'embed': jax.random.normal(embed, (vocab_size, width)),
+      'mix': jax.random.normal(mix, (width, width)),
+      'value': jnp.full(width, 0.2),
+    }
+
+  def run(params, hidden, tokens):  # [R, D], [R, t] -> [R, t, D]
+    def one(hidden, token):
+      hidden = jnp.tanh(hidden @ params['mix'] + params['embed'][token])
+      return hidden, hidden
+
+    return jnp.moveaxis(jax.lax.scan(one, hidden, tokens.T)[1], 0, 1)
+
+  def encode(params, prompts):
+    start = prompts.inputs.get('start', jnp.zeros((len(prompts.tokens), width)))
+    states = run(params, start, prompts.tokens)
+    last = (prompts.length - 1)[:, None, None]
+    hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
+    return Prefix((), hidden, prompts.length)
+
+  def extend(params, prefix, tokens, cache, at):
+    G = len(tokens) // len(prefix.hidden)
+    hidden = jnp.repeat(prefix.hidden, G, axis=0)
+    if cache is not None:
+      hidden = jnp.where(at == 0, hidden, cache)
+    states = run(params, hidden, tokens)
+    return states, None if cache is None else states[:, -1]
+
+  return Policy(
+    init=init,
+    encode=encode,
+    extend=extend,
+    logits=lambda params, hidden: hidden @ params['embed'].T,
+    init_cache=lambda rows, length: jnp.zeros((rows, width)),
+    vocab_size=vocab_size,
+    value=lambda params, hidden: hidden @ params['value'],
+  )
+
+
 def make_tiny(config=CONFIG):
   """policy, params, prompts (C=4, P=6), rule (two ends), G, T, rollout."""
   policy = make_policy(config)
@@ -130,8 +184,8 @@ def make_tiny(config=CONFIG):
 
 @pytest.fixture(scope='session')
 def tiny():
-  """make_tiny of two layers."""
-  return make_tiny()
+  """make_tiny of one layer: test_policy and the families have laws of more."""
+  return make_tiny(ONE_LAYER)
 
 
 # jitted: running operation by operation would compile each of them

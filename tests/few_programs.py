@@ -105,6 +105,7 @@ def is_small(x: jax.Array) -> bool:
     and plain
     and not x.is_deleted()
     and x.size <= 1000
+    and (x.is_fully_addressable or x.is_fully_replicated)
   )
 
 

@@ -1,12 +1,18 @@
 """Program of test_processes.py: runs by name, on one or several processes.
 
 python process_runs.py OUT NAMES [--num_processes ... further flags]
+
+NAMES: of RUNS, with commas. A run that is NAME:PROCESS:STEP:HOW is ended there
+(see digits); the next one begins all the same, unless the process was killed.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
+
+import jax
+from few_programs import FewPrograms
 
 from jaxrl_tok import Task, main
 
@@ -23,6 +29,8 @@ SIZE = {
 }
 RUNS = {
   'plain': {},
+  'whole': {},  # plain, and never ended
+  'fails': {},
   'supervised': {
     'algorithm': 'grpo',
     'ahead': True,
@@ -38,16 +46,15 @@ RUNS = {
   },
   'tensor': {'mesh': 'data=1,fsdp=2,tensor=4', 'd_ff': 32, 'max_steps': 2},
 }
+NEVER = '-1 -1 -'
 SIGNALS = {'term': signal.SIGTERM, 'kill': signal.SIGKILL}
 
 
 def digits(prompts, completions, trainer_state, log_metric, **columns):
-  """Share of digits. Where DIES is 'PROCESS STEP term|kill|raise' this process
-  is ended there."""
-  import jax
-
+  """Share of digits. Where DIES is 'PROCESS STEP term|kill|raise' this run is
+  ended there."""
   log_metric('longest', max(map(len, completions)))
-  process, step, how = os.environ.get('DIES', '-1 -1 -').split()
+  process, step, how = os.environ.get('DIES', NEVER).split()
   here = jax.process_index(), trainer_state.global_step
   if (int(process), int(step)) == here:
     if how == 'raise':
@@ -80,12 +87,24 @@ def task(name: str) -> Task:
   )
 
 
+def run(out: Path, word: str, flags: list[str]) -> int:
+  """Exit status of a run, also logged."""
+  name, *dies = word.split(':')
+  os.environ['DIES'] = ' '.join(dies) or NEVER
+  given = '--output_dir', str(out / name), '--no_cache', *flags
+  status = 0
+  try:
+    main(task(name), [*given], **SIZE | RUNS[name])
+  except SystemExit as e:
+    status = e.code
+  print(f'{word} ended with {status}', flush=True)
+  return status
+
+
 if __name__ == '__main__':
   out, names, *flags = sys.argv[1:]
-  for name in names.split(','):
-    settings = SIZE | RUNS[name]
-    main(
-      task(name),
-      ['--output_dir', str(Path(out) / name), '--no_cache', *flags],
-      **settings,
-    )
+  few = FewPrograms()  # the runs are alike
+  jax.jit, jax.eval_shape = few.jit, few.eval_shape
+  for word in names.split(','):
+    status = run(Path(out), word, flags)
+  sys.exit(status)

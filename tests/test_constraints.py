@@ -26,6 +26,8 @@ from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
 from jaxrl_tok.types import AdvantageInputs, Policy, Prefix, Prompts, Scored
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 # --- a policy that is a table: logits [T + 1, V] by column
 
 V, T, END, C, G, N = 6, 3, 5, 16, 4, 400

@@ -140,6 +140,7 @@ def made(name: str):
   params = opinionated(jax.jit(policy.init)(jax.random.key(1)))
   sample = make_sampler(policy, SamplerConfig(G, T, PAD, chunk=2))
   rollout = jax.jit(sample)(params, jax.random.key(3), PROMPTS, RULE)
+  after = jax.jit(functools.partial(logits_after, policy))
   other = make_policy(config, scan_layers=True)
   ways = jax.jit(functools.partial(on_every_way, policy, other))
   logits = jax.device_get(ways(params, rollout.tokens))
@@ -162,30 +163,22 @@ def test_every_prompt_token_matters_and_every_completion_token(name):
   """Changes of one token move the logits from there on, and no others."""
   m = made(name)
   tokens = m.rollout.tokens
-  run = jax.jit(functools.partial(logits_after, m.policy, m.params))
   want = m.logits['shared']
   last = PROMPTS.tokens.copy()
   last[2, 4] = 1 + last[2, 4] % 8  # of the only full prompt
-  got = run(Prompts(last, PROMPTS.length), tokens)
+  got = m.after(m.params, Prompts(last, PROMPTS.length), tokens)
   changed = np.abs(got - want).max((1, 2)) > 1e-3
   assert changed.tolist() == [False] * 4 + [True] * 2
-  got = run(PROMPTS, tokens.at[0, 3].set((tokens[0, 3] + 1) % V))
+  other = tokens.at[0, 3].set((tokens[0, 3] + 1) % V)
+  got = m.after(m.params, PROMPTS, other)
   changed = np.abs(got - want).max(2) > 1e-4
   assert changed[0].tolist() == [False] * 4 + [True] * 3
   assert not changed[1:].any()
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_log_probs_are_the_samplers(name):
-  m = made(name)
-  stats = evaluate(m.policy, m.params, m.rollout, RULE)
-  assert m.rollout.mask.sum() > 12
-  np.testing.assert_allclose(stats.logp, m.rollout.logp, atol=1e-5)
-
-
 @functools.cache
 def gradient(name: str, remat: str = 'none'):
-  """Gradient of a rollout's log-probs and values."""
+  """Gradient of a rollout's log-probs and values, and those log-probs."""
   m, policy = made(name), make_policy(CONFIGS[name], remat=remat)
 
   @jax.jit
@@ -193,16 +186,23 @@ def gradient(name: str, remat: str = 'none'):
     def loss(params):
       stats = evaluate(policy, params, m.rollout, RULE)
       value = 0 if stats.value is None else stats.value.sum()
-      return stats.logp.sum() + value
+      return stats.logp.sum() + value, stats.logp
 
-    return jax.grad(loss)(params)
+    return jax.grad(loss, has_aux=True)(params)
 
   return run(m.params)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
+def test_log_probs_are_the_samplers(name):
+  rollout, (_, logp) = made(name).rollout, gradient(name)
+  assert rollout.mask.sum() > 12
+  np.testing.assert_allclose(logp, rollout.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_all_but_the_bias_of_logits_is_trained(name):
-  for path, g in jax.tree_util.tree_leaves_with_path(gradient(name)):
+  for path, g in jax.tree_util.tree_leaves_with_path(gradient(name)[0]):
     name = sharding.path_name(path)
     if name.startswith('logit_bias'):
       assert np.abs(g).max() == 0
@@ -213,9 +213,8 @@ def test_all_but_the_bias_of_logits_is_trained(name):
 
 
 def test_remat_changes_no_gradient():
-  for a, b in zip(
-    *map(jax.tree.leaves, (gradient('t5'), gradient('t5', 'full')))
-  ):
+  plain, again = gradient('t5')[0], gradient('t5', 'full')[0]
+  for a, b in zip(*map(jax.tree.leaves, (plain, again)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -69,7 +69,8 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   words = (
     '--num_problems=64 --d_model=16 --num_layers=1 --num_heads=2 '
-    '--num_kv_heads=1 --d_ff=16 --num_prompts=8 --num_generations=2 '
+    '--num_kv_heads=1 --d_ff=16 --length_buckets=1 '
+    '--num_prompts=8 --num_generations=2 '
     '--held_out=8 --max_steps=2 --warm_start_max_steps=2 --report_to=none '
     '--reward=exact --depth=1 --warm_start_batch_size=8 '
     f'--output_dir={tmp_path / "run"}'

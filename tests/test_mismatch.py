@@ -120,7 +120,7 @@ def test_rows_are_the_first_of_the_first_prompts(shards):
 
 
 def test_tiny_policies_have_none():
-  tiny = make_tiny()
+  tiny = make_tiny()  # of two layers
   assert_none(measured(tiny.policy, tiny.params, rollout=tiny.rollout))
 
 
@@ -180,7 +180,18 @@ def off_grid(name: str):
   )
 
 
-@pytest.mark.parametrize('name', DECODER_FAMILIES)
+# families whose parameters are cast by code of their own; the others, whose
+# runs are by hand as well (test_families_train), by hand
+OFTEN = 'gpt2', 'gpt_neox', 'gemma3_text', 'qwen3_moe', 'qwen2'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+    for name in DECODER_FAMILIES
+  ],
+)
 def test_one_cast_for_sampler_and_gradient(name):
   """Gap of log-probs in bfloat16, parameters on and off its grid: moving them
   off it changes nothing, as both sides round the same ones."""

@@ -1,5 +1,6 @@
-"""Laws that every preset keeps: micro-batches and devices change nothing, and
-on-policy the ratio is 1 under a truncating sampler."""
+"""Laws that every preset keeps, whatever the network (test_sharding has a
+transformer): micro-batches and devices change nothing, and on-policy the ratio
+is 1 under a truncating sampler."""
 
 import functools
 
@@ -9,20 +10,17 @@ import numpy as np
 import optax
 import pytest
 from conftest import (
-  CONFIG,
   END,
   OTHER_END,
   PAD,
-  changed,
   make_scored,
   random_prompts,
-  sharpened,
+  recurrent,
 )
 
 from jaxrl_tok import distribution, sharding
 from jaxrl_tok.credit import algorithms
 from jaxrl_tok.models.mask_policy import masked_policy
-from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler
 from jaxrl_tok.step.state import init_state
 from jaxrl_tok.step.update import make_update
@@ -44,7 +42,7 @@ PRESETS = [
   algorithms.reinforce_pp_baseline,
   algorithms.nlpo,
 ]
-POLICY = make_policy(changed(CONFIG, layers=CONFIG.layers[:1], value_head=True))
+POLICY = recurrent()
 RULE = distribution.make_rule(11, [END, OTHER_END], top_p=0.8)
 OPTIMIZER = optax.sgd(0.05)
 # one row of some groups, both rows of another
@@ -53,9 +51,7 @@ VALID = np.isin(np.arange(C * G), [1, 6, 7, 12, 31], invert=True)
 
 @pytest.fixture(scope='module')
 def params():
-  found = sharpened(jax.jit(POLICY.init)(jax.random.key(1)), 3.0)
-  found['value_head']['embedding'] += 0.2
-  return found
+  return POLICY.init(jax.random.key(1))
 
 
 @functools.cache

@@ -27,12 +27,10 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-def start(count: int, devices: int, out: Path, names: str, *flags, dies=None):
+def start(count: int, devices: int, out: Path, names: str, *flags):
   """Starts the processes of a run; each writes OUT.log.N."""
   env = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
   env['PYTHONPATH'] = os.pathsep.join([str(PROGRAM.parent.parent), *sys.path])
-  if dies:
-    env['DIES'] = dies
   joined = (
     *('--coordinator_address', f'127.0.0.1:{free_port()}'),
     *('--num_processes', f'{count}'),
@@ -124,28 +122,35 @@ def test_four_processes_are_one(alone, tmp_path):
 
 
 def test_what_fails_on_one_process_stops_all_and_is_resumed(tmp_path):
-  whole, out = tmp_path / 'whole', tmp_path / 'out'
-  assert wait(start(2, 1, whole, 'plain')) == [0, 0]
-  # a reward that fails: one line on each, and the step before is saved
-  assert wait(start(2, 1, out, 'plain', dies='1 1 raise')) == [2, 2]
-  assert "process 1: reward digits raised KeyError: 'boom'" in log_of(out, 0)
-  assert (out / 'plain/checkpoints/1').is_dir()
-  resume = ('--resume', 'auto')
-  # a signal to one of them: all save and exit with 75
-  assert wait(start(2, 1, out, 'plain', *resume, dies='1 2 term')) == [75, 75]
-  assert 'stopped by a signal after step 2' in log_of(out, 0)
+  out, resume = tmp_path / 'out', ('--resume', 'auto')
+  ends = 'plain:1:1:raise', 'plain:1:2:term', 'plain:1:3:kill'
+  found = start(2, 1, out, ','.join(['whole', *ends]), *resume)
+  assert found[1].wait(300) == -9
   # a process that dies: the other ends soon
-  found = start(2, 1, out, 'plain', *resume, dies='1 3 kill')
-  assert found[1].wait(120) == -9
   died = time.monotonic()
   assert found[0].wait(120) not in (0, 2, 75)
   assert time.monotonic() - died < HEARTBEAT + 10
-  assert wait(start(2, 1, out, 'plain', *resume)) == [0, 0], log_of(out, 0)
-  a, b = (load_file(x / 'plain/export/model.safetensors') for x in (whole, out))
+  for number in (0, 1):
+    log = log_of(out, number)
+    assert 'whole ended with 0' in log
+    # a reward that fails: one line on each
+    assert "process 1: reward digits raised KeyError: 'boom'" in log or number
+    assert 'plain:1:1:raise ended with 2' in log
+    # a signal to one of them: all save and exit with 75
+    assert 'plain:1:2:term ended with 75' in log
+  log = log_of(out, 0)
+  assert 'resumed from step 1' in log  # the step before the failure was saved
+  assert 'stopped by a signal after step 2' in log
+  # other processes go on; and a failure is the status of both
+  found = start(2, 1, out, 'plain,fails:1:1:raise', *resume)
+  assert wait(found) == [2, 2], log_of(out, 0)
+  for number in (0, 1):
+    assert 'plain ended with 0' in log_of(out, number)
+  both = out / 'whole', out / 'plain'
+  a, b = (load_file(x / 'export/model.safetensors') for x in both)
   assert all(np.array_equal(a[name], b[name]) for name in a)
-  assert [r['completion'] for r in rows(whole / 'plain', 'samples')] == [
-    r['completion'] for r in rows(out / 'plain', 'samples')
-  ]
+  a, b = ([r['completion'] for r in rows(x, 'samples')] for x in both)
+  assert a == b
 
 
 def test_processes_that_cannot_be_joined_are_refused_in_one_line(tmp_path):

@@ -170,7 +170,8 @@ class Run(NamedTuple):
   base: dict
   rollout: object
   logp: Callable  # (adapters, base, rollout) -> log-probs [B, T], compiled
-  gradient: Callable  # of a weighted sum of them by the adapters, compiled
+  # gradient of a weighted sum of them by the adapters, and they, compiled
+  gradient: Callable
 
 
 @pytest.fixture(scope='module', params=['qwen2', 'gpt2'])
@@ -195,9 +196,11 @@ def run(request):
 
   @jax.jit
   def gradient(adapters, base, rollout):
-    return jax.grad(lambda a: (logp(a, base, rollout) * weights).sum())(
-      adapters
-    )
+    def loss(adapters):
+      found = logp(adapters, base, rollout)
+      return (found * weights).sum(), found
+
+    return jax.grad(loss, has_aux=True)(adapters)
 
   return Run(model, trainable, policy, adapters, base, rollout, logp, gradient)
 
@@ -218,17 +221,17 @@ def test_the_base_is_the_rule_of_its_file(run):
 def test_sampled_log_probs_are_those_evaluated(run):
   mask = run.rollout.mask
   assert mask.sum() > len(mask)
-  found = run.logp(run.adapters, run.base, run.rollout)
+  _, found = run.gradient(run.adapters, run.base, run.rollout)
   np.testing.assert_allclose(found, run.rollout.logp, **SAME)
 
 
 def test_a_gradient_is_that_of_the_dequantized_model(run):
-  floats = quantize.dequantize_params(run.base)
+  floats = jax.jit(quantize.dequantize_params)(run.base)
   args = run.adapters, run.base, run.rollout
-  want = run.logp(run.adapters, floats, run.rollout)
-  np.testing.assert_allclose(run.logp(*args), want, **SAME)
-  want = run.gradient(run.adapters, floats, run.rollout)
-  for a, b in zip(jax.tree.leaves(run.gradient(*args)), jax.tree.leaves(want)):
+  want, logp = run.gradient(run.adapters, floats, run.rollout)
+  gradient, found = run.gradient(*args)
+  np.testing.assert_allclose(found, logp, **SAME)
+  for a, b in zip(*map(jax.tree.leaves, (gradient, want)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
     assert np.abs(b).max() > 1e-3
 
@@ -252,8 +255,8 @@ def test_the_export_is_the_policy_that_was_trained(run, tmp_path):
   types = {x.dtype.name for x in jax.tree.leaves(params)}
   assert types == {'float32'}
   with_none = jax.tree.map(jnp.zeros_like, run.adapters)
-  found = run.logp(with_none, params, run.rollout)
-  want = run.logp(run.adapters, run.base, run.rollout)
+  _, found = run.gradient(with_none, params, run.rollout)
+  _, want = run.gradient(run.adapters, run.base, run.rollout)
   np.testing.assert_allclose(found, want, **SAME)
 
 
@@ -274,7 +277,7 @@ def test_log_probs_do_not_depend_on_devices(run):
     rollout = jax.tree.map(lambda x: np.concatenate([x] * 4), run.rollout)
     rollout = sharding.put_rows(mesh, jax.device_get(rollout))
     found = run.logp(adapters, base, rollout)
-  want = run.logp(run.adapters, run.base, run.rollout)
+  _, want = run.gradient(run.adapters, run.base, run.rollout)
   np.testing.assert_allclose(found, np.concatenate([want] * 4), **SAME)
 
 
@@ -319,7 +322,7 @@ def test_encoder_decoders_are_quantized_too(name):
   def logits(params):
     return policy.logits(params, policy.encode(params, prompts).hidden)
 
-  want = logits(quantize.dequantize_params(base))
+  want = logits(jax.jit(quantize.dequantize_params)(base))
   np.testing.assert_allclose(logits(base), want, atol=1e-4)
 
 

@@ -106,7 +106,8 @@ def test_runs_end_to_end(tmp_path, monkeypatch):
   out = tmp_path / 'run'
   words = (
     '--num_problems=200 --d_model=16 --num_layers=1 --num_heads=2 '
-    '--num_kv_heads=1 --d_ff=16 --num_prompts=8 --num_generations=4 '
+    '--num_kv_heads=1 --d_ff=16 --length_buckets=1 '
+    '--num_prompts=8 --num_generations=4 '
     '--held_out=16 --max_steps=2 --warm_start_max_steps=20 '
     '--report_to=none'
   )

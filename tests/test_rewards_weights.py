@@ -22,6 +22,8 @@ from jaxrl_tok.rewards import (
 from jaxrl_tok.rewards.functions import describe_weights
 from jaxrl_tok.step.device_rewards import on_device
 
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
+
 
 def size(completions):
   return [None if c == 'n' else float(len(c)) for c in completions]

@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIG, END, OTHER_END, PAD, changed, look, random_prompts
+from conftest import (
+  END,
+  ONE_LAYER,
+  OTHER_END,
+  PAD,
+  changed,
+  look,
+  random_prompts,
+  recurrent,
+)
 
 from jaxrl_tok import distribution
 from jaxrl_tok.models.transformer import make_policy
 from jaxrl_tok.sampler import SamplerConfig, make_sampler, stage_ends
-from jaxrl_tok.types import Policy, Prefix, Prompts
+from jaxrl_tok.types import Prompts
 
 FORBIDDEN = np.arange(11) % 4 == 0
 RULES = {
@@ -280,48 +289,6 @@ def test_no_stage_is_refused(tiny):
     make_sampler(tiny.policy, changed(tiny.config, stages=0))
 
 
-def recurrent(vocab_size=11, width=8) -> Policy:
-  """h' = tanh(h W + embed(token)): its cache is h, whatever T is."""
-
-  def init(key):
-    embed, mix = jax.random.split(key)
-    return {
-      'embed': jax.random.normal(embed, (vocab_size, width)),
-      'mix': jax.random.normal(mix, (width, width)),
-    }
-
-  def run(params, hidden, tokens):  # [R, D], [R, t] -> [R, t, D]
-    def one(hidden, token):
-      hidden = jnp.tanh(hidden @ params['mix'] + params['embed'][token])
-      return hidden, hidden
-
-    return jnp.moveaxis(jax.lax.scan(one, hidden, tokens.T)[1], 0, 1)
-
-  def encode(params, prompts):
-    start = prompts.inputs.get('start', jnp.zeros((len(prompts.tokens), width)))
-    states = run(params, start, prompts.tokens)
-    last = (prompts.length - 1)[:, None, None]
-    hidden = jnp.take_along_axis(states, last, axis=1)[:, 0]
-    return Prefix((), hidden, prompts.length)
-
-  def extend(params, prefix, tokens, cache, at):
-    G = len(tokens) // len(prefix.hidden)
-    hidden = jnp.repeat(prefix.hidden, G, axis=0)
-    if cache is not None:
-      hidden = jnp.where(at == 0, hidden, cache)
-    states = run(params, hidden, tokens)
-    return states, None if cache is None else states[:, -1]
-
-  return Policy(
-    init=init,
-    encode=encode,
-    extend=extend,
-    logits=lambda params, hidden: hidden @ params['embed'].T,
-    init_cache=lambda rows, length: jnp.zeros((rows, width)),
-    vocab_size=vocab_size,
-  )
-
-
 @pytest.mark.parametrize('inputs', [False, True])
 def test_a_recurrent_policy_samples_what_it_evaluates(tiny, inputs):
   policy = recurrent()
@@ -438,7 +405,7 @@ def test_stops_when_every_row_has_ended(tiny):
 @pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
 def test_casting_once_changes_no_bit(tiny, stored, compute):
   """Parameters off the compute dtype's grid, norms and value head included."""
-  config = changed(CONFIG, value_head=True, norm='layer', mlp_bias=True)
+  config = changed(ONE_LAYER, value_head=True, norm='layer', mlp_bias=True)
   policy = make_policy(config, compute)
   noise = np.random.default_rng(0)
   params = jax.tree.map(
@@ -464,7 +431,7 @@ def test_casting_once_changes_no_bit(tiny, stored, compute):
 
 
 def test_bfloat16_samples_and_evaluates_close(tiny):
-  policy = make_policy(CONFIG, jnp.bfloat16)
+  policy = make_policy(ONE_LAYER, jnp.bfloat16)
   sample = jax.jit(make_sampler(policy, tiny.config))
   rollout = sample(tiny.params, jax.random.key(7), tiny.prompts, tiny.rule)
   stats = look(policy, tiny.params, rollout, tiny.rule)

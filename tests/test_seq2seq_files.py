@@ -184,30 +184,38 @@ def logits_of(policy, params, name):
 @pytest.mark.parametrize('name', ['t5_gated', 'bart'])
 def test_adapters_are_beside_every_matrix_of_both_sides(name):
   model, trainable, adapters, base = opened(name)
-  policy = model.make_policy()
-  keys = iter(jax.random.split(jax.random.key(0), len(adapters)))
+  policy, rng = model.make_policy(), np.random.default_rng(0)
   random = {
     module: {
       'a': sides['a'],
-      'b': 0.1 * jax.random.normal(next(keys), sides['b'].shape),
+      'b': 0.1 * rng.normal(size=sides['b'].shape).astype(np.float32),
     }
     for module, sides in adapters.items()
   }
 
-  @jax.jit
   def run(adapters, base):
     return logits_of(policy, trainable.merge(adapters, base), name)
 
-  want = run(None, base)
-  np.testing.assert_allclose(run(adapters, base), want, atol=1e-6)
-  got = run(random, base)
+  @jax.jit
+  def beside(adapters, base):
+    """Gradient of a loss by the adapters, and the logits."""
+
+    def loss(adapters):
+      logits = run(adapters, base)
+      return (logits**2).sum(), logits
+
+    return jax.grad(loss, has_aux=True)(adapters)
+
+  plain = jax.jit(functools.partial(run, None))
+  want = plain(base)
+  np.testing.assert_allclose(beside(adapters, base)[1], want, atol=1e-6)
+  gradient, got = beside(random, base)
   assert np.abs(got - want).max() > 0.1
   mappings = model.param_mappings
   modules = lora.targeted(mappings, ['all-linear'])
-  full = lora.make_full_params(mappings, modules, 3.0)(random, base)
-  np.testing.assert_allclose(got, run(None, full), atol=1e-4)
-  loss = jax.jit(jax.grad(lambda a: (run(a, base) ** 2).sum()))
-  for module, sides in loss(random).items():
+  full = jax.jit(lora.make_full_params(mappings, modules, 3.0))(random, base)
+  np.testing.assert_allclose(got, plain(full), atol=1e-4)
+  for module, sides in gradient.items():
     for g in sides.values():  # of each layer
       assert np.abs(g).max((1, 2)).min() > 1e-6, module
   L = model.config.decoder.num_layers

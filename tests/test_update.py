@@ -9,12 +9,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import (
-  CONFIG,
   advantage_inputs,
   changed,
   greedy_outcomes,
   make_scored,
-  make_tiny,
   random_prompts,
   random_reward,
 )
@@ -51,12 +49,6 @@ class Found(NamedTuple):
   metrics: dict
   advantage: jax.Array
   carries: dict
-
-
-@pytest.fixture(scope='module')
-def tiny():
-  """Case of one layer: no law of the update is about two."""
-  return make_tiny(changed(CONFIG, layers=CONFIG.layers[:1]))
 
 
 @pytest.fixture(scope='module')

@@ -3,12 +3,15 @@ evaluated."""
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.usefixtures('one_device', 'few_programs')
 
 FILES = Path(__file__).parent / 'user_files'
 OWN = sorted(path.stem for path in FILES.glob('own_*.py'))
@@ -58,13 +61,11 @@ def users_promote_ranks():
 def test_trained_saved_resumed_evaluated(name, tmp_path, monkeypatch):
   assert len((FILES / f'{name}.py').read_text().splitlines()) <= 60
   monkeypatch.syspath_prepend(str(FILES))
-  one = jax.local_devices()[:1]  # fewer compile faster
-  monkeypatch.setattr(jax, 'devices', lambda *args: one)
   run = importlib.import_module(name).run
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   result = run(flags(whole, 4))
-  run(flags(parts, 2))
-  run(flags(parts, 4, '--resume=auto'))
+  shutil.copytree(whole, parts)
+  run(flags(parts, 4, '--resume=2'))
   rows = steps_of(whole)
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
   assert steps_of(parts) == rows
