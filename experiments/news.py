@@ -92,14 +92,17 @@ def items(
 ) -> tuple[list[dict], list[dict]]:
   """(training, held-out) records {'prompt', 'answer', 'facts', and the kinds};
   held-out facts never stand together in training."""
-  rng = random.Random(seed)
+  rng, seen = random.Random(seed), set()
 
-  def draw() -> tuple:
+  def draw() -> tuple | None:
     facts = draw_facts(rng)
+    values = list(facts.values())
+    if tuple(values) in seen:
+      return None
+    seen.add(tuple(values))
     prompt = PROMPT.format(**facts)
     if chat:
       prompt = [{'role': 'user', 'content': REQUEST.format(**facts)}]
-    values = list(facts.values())
     answer = written(facts, rng, wrong)
     record = {'prompt': prompt, 'answer': answer, 'facts': values}
     return tuple(values), record
