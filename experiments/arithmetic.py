@@ -20,6 +20,7 @@ import random
 from typing import Literal
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts
 
 OPERATORS = '+-'
 
@@ -82,8 +83,7 @@ def arithmetic(
 
   if not 1 <= digits <= 9:
     raise ValueError(f'--digits {digits} must be in 1..9')
-  if num_problems < 1:
-    raise ValueError(f'--num_problems {num_problems} must be at least 1')
+  check_counts(num_problems=num_problems)
   on_host, on_device = {
     'exact': (rewards.exact_match, device_rewards.exact_tokens),
     'digits': (rewards.digits, device_rewards.digit_tokens),

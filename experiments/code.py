@@ -34,7 +34,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxrl_tok import Task, main
-from jaxrl_tok.data import open_records, word_tokenizer
+from jaxrl_tok.data import (
+  check_counts,
+  draw_different,
+  open_records,
+  word_tokenizer,
+)
 from jaxrl_tok.rewards.programs import Budget
 from jaxrl_tok.rewards.programs.unit_tests import read_tests
 
@@ -124,10 +129,14 @@ def problem(rng: random.Random, form: str = '{}:') -> dict:
 
 def problems(num_train: int, num_held_out: int, form: str = '{}:') -> tuple:
   """Problems that are all different: (training, held-out)."""
-  rng, found = random.Random(0), {}
-  while len(found) < num_train + num_held_out:
+  rng = random.Random(0)
+
+  def draw() -> tuple:
     one = problem(rng, form)
-    found.setdefault(one['prompt'], one)
+    return one['prompt'], one
+
+  flags = f'--num_problems {num_train}'
+  found = draw_different(draw, num_train + num_held_out, flags)
   records = list(found.values())
   return records[num_held_out:], records[:num_held_out]
 
@@ -180,6 +189,7 @@ def code(
   if data is not None:
     train = own_problems(data, text_column, tests_column)
   else:
+    check_counts(num_problems=num_problems)
     form = '{}:' if model is None else f'# {{}}\n{HEAD}'
     train, tests = problems(num_problems, count, form)
   texts = [r['prompt'] + r['answer'] for r in train] if tests else ()

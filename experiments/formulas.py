@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from jaxrl_tok import Task, main
-from jaxrl_tok.data import word_tokenizer
+from jaxrl_tok.data import check_counts, draw_different, word_tokenizer
 
 LETTERS = 'xyz'
 
@@ -96,11 +96,15 @@ def formula(rng: random.Random, depth: int) -> Formula:
 
 def problems(depth: int, num_train: int, num_held_out: int, seed: int = 0):
   """Problems {'prompt', 'answer'}, all different: (training, held-out)."""
-  rng, found = random.Random(seed), {}
-  while len(found) < num_train + num_held_out:
+  rng = random.Random(seed)
+
+  def draw() -> tuple | None:
     one = formula(rng, depth)
-    if any(letter in one.latex for letter in LETTERS):
-      found.setdefault(one.words, f'${one.latex}$')
+    has_letter = any(letter in one.latex for letter in LETTERS)
+    return (one.words, f'${one.latex}$') if has_letter else None
+
+  flags = f'--depth {depth}, --num_problems {num_train}'
+  found = draw_different(draw, num_train + num_held_out, flags)
   records = [{'prompt': f'{k}:', 'answer': v} for k, v in found.items()]
   return records[num_held_out:], records[:num_held_out]
 
@@ -139,6 +143,7 @@ def formulas(
   """
   from jaxrl_tok import rewards
 
+  check_counts(depth=depth, num_problems=num_problems)
   train, tests = problems(depth, num_problems, held_out or 128)
   equal = remembered(rewards.math_equal(workers=2))
   texts = [r['prompt'] + r['answer'] for r in train + tests]

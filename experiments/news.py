@@ -26,6 +26,7 @@ import random
 import re
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts, draw_different
 
 FIRST = (
   *('Anna', 'Boris', 'Clara', 'David', 'Elena', 'Felix', 'Greta', 'Hugo'),
@@ -91,23 +92,23 @@ def items(
 ) -> tuple[list[dict], list[dict]]:
   """(training, held-out) records {'prompt', 'answer', 'facts', and the kinds};
   held-out facts never stand together in training."""
-  rng, seen, found = random.Random(seed), set(), []
-  while len(found) < count + held_out:
+  rng, seen = random.Random(seed), set()
+
+  def draw() -> tuple | None:
     facts = draw_facts(rng)
-    key = tuple(facts.values())
-    if key in seen:
-      continue
-    seen.add(key)
+    values = list(facts.values())
+    if tuple(values) in seen:
+      return None
+    seen.add(tuple(values))
     prompt = PROMPT.format(**facts)
     if chat:
       prompt = [{'role': 'user', 'content': REQUEST.format(**facts)}]
-    found.append(
-      {
-        'prompt': prompt,
-        'answer': written(facts, rng, wrong),
-        'facts': list(facts.values()),
-      }
-    )
+    answer = written(facts, rng, wrong)
+    record = {'prompt': prompt, 'answer': answer, 'facts': values}
+    return tuple(values), record
+
+  flags = f'--num_items {count}'
+  found = list(draw_different(draw, count + held_out, flags).values())
   return found[held_out:], found[:held_out]
 
 
@@ -196,6 +197,7 @@ def news(
 
   if not 0 <= wrong <= 1:
     raise ValueError(f'--wrong {wrong} is a share; pass 0 to 1')
+  check_counts(num_items=num_items)
   train, test = items(num_items, held_out or 512, wrong, model is not None)
   short = rewards.threshold(rewards.length(1, max_words), 1)
   return Task(

@@ -30,6 +30,7 @@ import random
 import string
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts
 
 NAMES = (
   *('Ann', 'Ben', 'Cleo', 'Dan', 'Eve', 'Finn', 'Gil', 'Hana', 'Ivo', 'Jo'),
@@ -135,6 +136,7 @@ def opinions(
   Args:
     num_prompts_drawn: Training prompts.
   """
+  check_counts(num_prompts_drawn=num_prompts_drawn)
   rewards = () if reward_model else opinion
   return Task(
     draw(num_prompts_drawn, seed=2),

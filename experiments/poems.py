@@ -27,7 +27,7 @@ import random
 from collections.abc import Callable
 
 from jaxrl_tok import Task, main
-from jaxrl_tok.data import word_tokenizer
+from jaxrl_tok.data import check_counts, draw_different, word_tokenizer
 
 # words of the grammar; a line of it is seldom in metre
 WORDS = {
@@ -75,11 +75,15 @@ def line(rng: random.Random) -> str:
 def poems_of(count: int, in_metre: Callable, seed: int = 0) -> list[dict]:
   """Records of different opening lines, all in metre, with three lines of the
   grammar at random as what a supervised start learns."""
-  rng, found = random.Random(seed), {}
-  while len(found) < count:
+  rng = random.Random(seed)
+
+  def draw() -> tuple | None:
     opening = line(rng)
-    if in_metre(completions=[opening]) == [1]:
-      found[opening] = '\n'.join(line(rng) for _ in range(3))
+    if in_metre(completions=[opening]) != [1]:
+      return None
+    return opening, '\n'.join(line(rng) for _ in range(3))
+
+  found = draw_different(draw, count, '--num_openings')
   return [
     {'prompt': f'{k}\n', 'opening': k, 'answer': v} for k, v in found.items()
   ]
@@ -120,6 +124,7 @@ def poems(
   """
   from jaxrl_tok import rewards
 
+  check_counts(num_openings=num_openings)
   iambic = rewards.IAMBIC_PENTAMETER
   count = held_out or 128
   records = poems_of(num_openings + count, rewards.metre(iambic))

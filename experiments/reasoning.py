@@ -20,6 +20,7 @@ import difflib
 import json
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts
 
 # tasks that the default decoder can learn in minutes; others: their defaults
 SMALL = {'chain_sum': 'min_terms=2,max_terms=3,min_digits=1,max_digits=1'}
@@ -127,6 +128,7 @@ def reasoning(
       f'--train_seed and --held_out_seed are both {train_seed}; held-out '
       'problems need another seed'
     )
+  check_counts(num_problems=num_problems)
   text = SMALL.get(task, '') if task_config is None else task_config
   sizes = {train_seed: num_problems, held_out_seed: held_out or 512}
   datasets = make_datasets(task, text, sizes)

@@ -89,11 +89,11 @@ def pairs(
       score of its continuations, for --reward_model_by token.
   """
   from experiments.opinions import draw_pairs
+  from jaxrl_tok.data import check_counts
   from jaxrl_tok.data.pairs import read_pairs
 
   if data is None:
-    if num_pairs < 1:
-      raise ValueError(f'--num_pairs {num_pairs} must be at least 1')
+    check_counts(num_pairs=num_pairs, held_out_pairs=held_out_pairs)
     found, held_out = draw_pairs(num_pairs, 0), draw_pairs(held_out_pairs, 1)
   else:
     found, held_out = data, held_out_data or held_out_pairs

@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts
 
 PEOPLE = (
   *('baker', 'farmer', 'teacher', 'painter', 'driver', 'child', 'nurse'),
@@ -324,6 +325,7 @@ def sentences(
 
   if not 0 <= wrong <= 1:
     raise ValueError(f'--wrong {wrong} is a share; pass 0 to 1')
+  check_counts(num_requests=num_requests)
   train, test = requests(num_requests, held_out or 128, wrong)
   texts = [f'{r["prompt"]}\n{r["answer"]}' for r in train]
   if model is not None:
@@ -333,10 +335,9 @@ def sentences(
     ngram_coherence(): coherence,
     rewards.keywords('topic'): topic,
   }
-  parts = {reward: weight for reward, weight in parts.items() if weight}
   return Task(
     train,
-    parts,
+    {reward: weight for reward, weight in parts.items() if weight} or parts,
     held_out=test,
     metrics=(sense, rewards.distinct),
     greedy=False,

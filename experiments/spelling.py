@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxrl_tok import Evaluation, Task, main
+from jaxrl_tok.data import check_counts
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 END_OF_PROMPT = '>'
@@ -160,8 +161,7 @@ def spelling(
 
   if not 0 <= p <= 1:
     raise ValueError(f'--p {p:g} is no probability; give 0 to 1')
-  if length < 1:
-    raise ValueError(f'--length {length} must be at least 1')
+  check_counts(length=length, words=words, num_texts=num_texts)
   potential = getattr(potentials, reward)('answer')
   right = potentials.edit_distance('answer', split='outcome')
   train, held = split_windows(phrases(read_words(text), words), length)

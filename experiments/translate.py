@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxrl_tok import Task, main
+from jaxrl_tok.data import check_counts
 
 FORM = '{to}: {text} ='  # of the prompts of a new model
 SMALLEST_HELD_OUT = 100  # below, a number may have a word of its own
@@ -270,6 +271,7 @@ def translate(
   else:
     if not 3 <= digits <= 12:
       raise ValueError(f'--digits {digits} must be in 3..12')
+    check_counts(num_pairs=num_pairs)
     pairs, test = number_pairs(languages, digits, num_pairs, held_out or 512)
     said = f'{len(pairs):,} numbers below 10^{digits} in words, en to {to}'
   form = form or ('{text}' if model else FORM)

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts, and samples that show credit by token."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -290,7 +291,14 @@ def metric_value(value, count: int):
   if isinstance(value, list | tuple) or getattr(value, 'ndim', 0):
     if len(value) != count:
       raise ValueError(f'{len(value)} numbers for {count} completions')
-    return [None if v is None else float(v) for v in value]
+    found = [None if v is None else float(v) for v in value]
+    for b, v in enumerate(found):
+      if v is not None and not math.isfinite(v):
+        raise ValueError(
+          f'{v} for completion {b}; give a finite number, or None where there '
+          'is none'
+        )
+    return found
   return float(value)
 
 

@@ -1,10 +1,15 @@
 """Record of an evaluation, and its page."""
 
+import math
+from collections import Counter
 from xml.etree import ElementTree
 
+import hypothesis
+import hypothesis.strategies
 import numpy as np
 import pytest
 
+from jaxrl_tok.evaluation import metric_value
 from jaxrl_tok.report import evaluation_page as page
 from jaxrl_tok.report.evaluated import (
   comparison,
@@ -176,3 +181,68 @@ def test_pages_of_few_numbers_are_whole(tmp_path):
   text = written(tmp_path, [one], None)
   assert 'distinct 1' in text
   assert 'no rewards recorded' in text
+
+
+# --- values that are none
+
+
+def test_ranges_are_told_apart_by_as_many_digits_as_that_takes():
+  for values in (
+    [1_700_000_000 + i for i in range(100)],
+    [1 + i * 1e-12 for i in range(100)],
+    [i * 1e9 for i in range(100)],
+  ):
+    names = slice_names(values, 'x')
+    assert sorted(Counter(names).values()) == [25] * 4
+    low = [float(n.split(' to ')[0]) for n in names]
+    assert low == sorted(low)
+    assert all(b <= v * (1 + 1e-6) for b, v in zip(low, values))
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+  hypothesis.strategies.lists(
+    hypothesis.strategies.sampled_from([None, math.nan, math.inf, -math.inf]),
+    max_size=9,
+  )
+)
+def test_what_is_no_number_does_not_move_the_ranges(others):
+  numbers = [i * 0.5 for i in range(40)]
+  names = slice_names([*others, *numbers], 'x')
+  assert names[len(others) :] == slice_names(numbers, 'x')
+  for value, name in zip(others, names):
+    is_none = value is None or math.isnan(value)
+    assert name == ('none' if is_none else str(value))
+  few = slice_names([*others, 1, 2], 'x')
+  assert few[: len(others)] == names[: len(others)]
+
+
+def plain_rows(n):
+  row = {'completion': 'a', 'reward': 1.0, 'length': 1, 'ended': True}
+  return [row | {'index': i} for i in range(n)]
+
+
+def test_slices_of_numbers_stand_first_in_their_order():
+  names = ['none', '10 to 20', 'x', '9', '-inf', 'inf', '1e+20', '9']
+  found = slices(plain_rows(len(names)), names)
+  assert list(found) == ['-inf', '9', '10 to 20', '1e+20', 'inf', 'none', 'x']
+  assert found['9']['reward'].prompts == 2
+
+
+@pytest.mark.parametrize('value', [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite_is_refused_by_the_metrics_name(value):
+  """And not left out of the mean as if there were none."""
+  rows = plain_rows(2)
+  rows[0]['metrics'], rows[1]['metrics'] = {'odd': 1.0}, {'odd': value}
+  with pytest.raises(ValueError, match='the metric odd gives') as e:
+    estimates(rows)
+  assert '\n' not in str(e.value)
+  with pytest.raises(ValueError, match='for completion 1; give a finite'):
+    metric_value([1.0, value], 2)
+  assert metric_value([1.0, None], 2) == [1.0, None]
+
+
+def test_runs_of_unlike_sizes_are_not_compared():
+  says = 'evaluated on 5 and 3 prompts; compare evaluations of the same'
+  with pytest.raises(ValueError, match=says):
+    comparison(plain_rows(5), plain_rows(3))

@@ -5,9 +5,11 @@ a cost that is linear in the text.
 """
 
 import functools
+import itertools
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -60,6 +62,7 @@ def random_pairs(count: int):
   rng = random.Random(0)
   for i in range(count):
     reference = random_text(rng, rng.choice((1, 2, 5, 20)))
+    reference += 'a' * (not reference.strip())
     text = random_text(rng, rng.choice((0, 1, 3, 8, 20)))
     if i % 3 == 0:
       text = reference[: rng.randint(0, len(reference))] + text
@@ -80,7 +83,12 @@ def deltas(reward, pieces: list[str], reference) -> list[float]:
 
 
 def words_of(text: str) -> list[str]:
-  return re.findall(r'\w+|[^\w\s]', text)
+  """Marks, decomposed, are written as letters, which \\w takes."""
+  parts = (
+    f'x{ord(c):x}' if unicodedata.category(c)[0] == 'M' else c
+    for c in unicodedata.normalize('NFD', text)
+  )
+  return re.findall(r'\w+|[^\w\s]', ''.join(parts))
 
 
 def bleu_by_definition(text: str, reference: str) -> float:
@@ -296,6 +304,62 @@ def test_smoothed_bleu_by_hand():
   third = ((3 / 4) * (2 / 3) * (1 / 2)) ** (1 / 4)
   want = [0, math.exp(-1), 1 - math.exp(-1), third - 1, 0]
   assert found == pytest.approx(want)
+
+
+# letters, marks of several orders, signs with marks, and what is not seen
+TYPES = st.text(
+  'aE\u00e9\u0301\u0323\u0327\u00c7 =\u2260\u0338\u0928\u093f\u094d\uac01'
+  '\u1100\u1161\u200d\u00ad_.\u212b\u05e9\u05bc\u05c1\ufe0f',
+  max_size=12,
+)
+BY_WORDS = [KINDS[0], KINDS[-1]]
+
+
+@settings(max_examples=150)
+@given(TYPES, TYPES, st.sampled_from(['NFC', 'NFD']), st.data())
+def test_canonically_equal_texts_are_paid_alike(text, word, form, data):
+  """In any pieces; and rewards up to a token sum to the metric up to there."""
+  reference, other = word + 'a', unicodedata.normalize(form, text)
+  cuts = data.draw(st.sets(st.integers(0, len(other))))
+  edges = [0, *sorted(cuts), len(other)]
+  pieces = [other[i:j] for i, j in itertools.pairwise(edges)]
+  for reward in BY_WORDS:
+    want = outcome(reward, text, reference)
+    hidden = other.replace('a', 'a\u200b')
+    for one in (other, hidden):
+      for ref in (reference, unicodedata.normalize(form, reference)):
+        assert outcome(reward, one, ref) == pytest.approx(want, abs=1e-12)
+    assert_sums(reward, pieces, reference)
+
+
+@pytest.mark.parametrize('reward', BY_WORDS, ids=get_name)
+def test_a_mark_is_a_part_of_its_word(reward):
+  for text, reference, alike in (
+    ('हानोदो', 'हिन्दी', False),
+    ('हिन्दी', 'हिन्दी', True),
+    ('नमस्ते', 'नमसत', False),
+    ('e\u0301cole', '\u00e9cole', True),
+    ('ecole', '\u00e9cole', False),
+    ('a\u0323\u0302', '\u1ead', True),
+    ('so\u00adft', 'soft', True),
+    ('แมวนั่ง', 'แมว', False),
+  ):
+    assert (outcome(reward, text, reference) == 1) == alike, (text, reference)
+
+
+def test_a_run_of_marks_takes_linear_time():
+  for name in ('a\u0301', 'a\u0323\u0301'):
+    counts = Counter()
+    reader = counted('smoothed_bleu', name * 3, counts)
+    text = name[0] + name[1:] * 400
+    incremental.deltas_of(reader, list(text))
+    assert counts['steps'] <= 2 * (incremental.MARKS + 2) * len(text)
+
+
+def test_blank_references_do_not_apply():
+  for name in ('smoothed_bleu', 'chrf', 'rouge_l'):
+    assert outcome(FACTORIES[name](COLUMN), 'a', ' \n\u00a0') is None
+  assert outcome(potentials.edit_distance(COLUMN), ' ', ' ') == 1
 
 
 # --- cost --------------------------------------------------------------------

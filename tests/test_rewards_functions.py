@@ -539,7 +539,10 @@ def test_a_combination_refuses_in_one_line():
 
   on_device.on_device = True
   for make, says in (
-    (lambda: score(product(length, short)), 'return 1 and 4 rewards'),
+    (
+      lambda: score(product(length, short)),
+      'short returned 1 rewards for 4 completions',
+    ),
     (lambda: score(product(for_every_token, two)), 'give 2 and 3 values'),
     (lambda: product(), 'product needs a reward function'),
     (lambda: gated(length, on_device), 'multiply @on_device rewards in a'),

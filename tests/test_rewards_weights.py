@@ -1,8 +1,10 @@
 """Thresholds, scales, and weights that change by step."""
 
 import asyncio
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from test_door import TINY
@@ -49,10 +51,64 @@ def test_scales_by_hand():
   scaled = rescaled(size, 1, 3)
   assert scaled.__name__ == 'size'
   assert scaled(completions=TEXTS) == [0, 0, 0.5, 1, None]
-  assert rescaled(by_token, 0, 4)(completion_ids=[[1, 8]]) == [[0.25, 1.0]]
+  with pytest.raises(ValueError, match=r'a scale takes .* its \.outcome'):
+    rescaled(by_token, 0, 4)(completion_ids=[[1, 8]])
   assert product(scaled, size)(completions=['abcd']) == [4]
   with pytest.raises(ValueError, match='pass low < high'):
     rescaled(size, 1, 1)
+
+
+def const(value, name='given'):
+  """Reward function of a name that gives a value for every completion."""
+
+  def f(completions):
+    return [value] * len(completions)
+
+  f.__name__ = name
+  return f
+
+
+MAKERS = {
+  'gate': lambda f: gated(f, size),
+  'gated': lambda f: gated(size, f),
+  'product': lambda f: product(size, f),
+  'threshold': lambda f: threshold(f, 0.5),
+  'rescaled': lambda f: rescaled(f, 0, 1),
+}
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(
+  'wrong',
+  [math.nan, math.inf, '0', 'a', b'1', {}, {'a': 1}, {1}, object(), 10**400,
+   [math.nan], ['0'], [[1.0]]],
+  ids=lambda x: repr(x)[:9],
+)  # fmt: skip
+def test_what_scoring_refuses_is_refused_inside_a_combination(make, wrong):
+  """By the name of the function and the completion, in one line, as alone."""
+  with pytest.raises(ValueError, match='reward function given gave') as e:
+    make(const(wrong))(completions=['ab'])
+  assert 'for completion 0' in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize('wrong', [None, 'ab', {'a': 1, 'b': 2}, 1.0, [1.0]])
+def test_no_list_of_rewards_is_refused_inside_a_combination(make, wrong):
+  def given(completions):
+    return wrong
+
+  with pytest.raises(ValueError, match='reward function given returned'):
+    make(given)(completions=['ab', 'b'])
+
+
+@pytest.mark.parametrize('make', MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize('one', [1, True, np.float32(1), np.array(1.0)])
+def test_numbers_of_every_kind_are_rewards_inside_a_combination(make, one):
+  (want,) = make(const(1.0))(completions=['a'])
+  assert make(const(one))(completions=['a']) == [want]
+  given = product(const(np.array([1.0, 2.0])), const(2))
+  assert given(completions=['a']) == [[2.0, 4.0]]
 
 
 async def later(completions):

@@ -182,6 +182,28 @@ def test_a_split_without_effect_is_refused():
   scored('outcome', now_and_then, step=1)  # no reward applies: not known yet
 
 
+def test_a_split_waits_for_every_function():
+  """A first batch without a reference for the potential stops no run; nor does
+  a function that has never applied."""
+
+  def seldom(completions, trainer_state):
+    late = trainer_state.global_step > 1
+    return [[1.0, 2.0, 3.0], None] if late else [None, None]
+
+  for how in ('outcome', 'constant', 'shuffled'):
+    functions = {'whole': whole, 'seldom': seldom}
+    score = make_scorer(functions, decode, [END], split=make_split(how))
+    for step in range(4):
+      found = score(TOKENS, CHOSEN, EXAMPLES, TrainerState(step))
+    assert found.rewards['seldom'].any()
+    # none of these two will ever give one for each token
+    score = make_scorer(
+      {'whole': whole, 'other': whole}, decode, [END], split=make_split(how)
+    )
+    with pytest.raises(ValueError, match='whole, other gives one number'):
+      score(TOKENS, CHOSEN, EXAMPLES)
+
+
 # --- in a run ----------------------------------------------------------------
 
 RECORDS = [{'prompt': f'{i}:', 'reference': 'ab cd'} for i in range(20)]

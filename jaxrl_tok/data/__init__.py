@@ -12,6 +12,7 @@
   stops       stop texts -> an automaton over tokens
   pieces      completions -> the text that each token adds
   pairs       preferred completions and the others
+  drawing     records that are drawn at random, all different
   turns       observations -> the ids between turns
 
 Nothing here imports jax, transformers or datasets before it is used.
@@ -19,6 +20,7 @@ Nothing here imports jax, transformers or datasets before it is used.
 
 from jaxrl_tok.data.buckets import choose_buckets
 from jaxrl_tok.data.chat import ROLES, Chat
+from jaxrl_tok.data.drawing import check_counts, draw_different
 from jaxrl_tok.data.held_out import Split, split
 from jaxrl_tok.data.order import record_index, record_indices
 from jaxrl_tok.data.pieces import make_pieces
@@ -59,11 +61,13 @@ __all__ = [
   'batch_at',
   'bpe_tokenizer',
   'byte_tokenizer',
+  'check_counts',
   'check_history',
   'choose_buckets',
   'data_fingerprint',
   'decode_all',
   'demonstrate',
+  'draw_different',
   'encode_prompts',
   'end_at_stop',
   'make_pieces',

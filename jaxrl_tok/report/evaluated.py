@@ -10,6 +10,7 @@ have a number for each completion.
   comparison    of two models on the same prompts
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -49,19 +50,32 @@ def as_floats(values: Sequence) -> np.ndarray:
   return np.array([np.nan if v is None else v for v in values], float)
 
 
+def finite(name: str, values: Sequence) -> np.ndarray:
+  """Numbers of a metric, NaN in place of None. Raises ValueError for numbers
+  that are not finite, which would be left out as if there were none."""
+  wrong = [v for v in values if v is not None and not math.isfinite(v)]
+  if wrong:
+    raise ValueError(
+      f'the metric {name} gives {wrong[0]} for a completion; give a finite '
+      'number, or None where there is none'
+    )
+  return as_floats(values)
+
+
 def columns(rows: list[dict]) -> dict[str, np.ndarray]:
-  """Values [rows] by name, NaN where there is none."""
+  """Values [rows] by name, NaN where there is none. Raises ValueError for a
+  number that is not finite."""
   found = {
-    'reward': as_floats([r['reward'] for r in rows]),
+    'reward': finite('reward', [r['reward'] for r in rows]),
     'mean_length': as_floats([r['length'] for r in rows]),
     'clipped_ratio': as_floats([not r['ended'] for r in rows]),
   }
   parts = dict.fromkeys(k for r in rows for k in r.get('components', ()))
   for name in parts if len(parts) > 1 else ():  # one is the reward
-    values = as_floats([r['components'].get(name) for r in rows])
-    found[f'rewards/{name}/mean'] = values
+    values = [r['components'].get(name) for r in rows]
+    found[f'rewards/{name}/mean'] = finite(name, values)
   for name in dict.fromkeys(k for r in rows for k in r.get('metrics', ())):
-    found[name] = as_floats([r['metrics'].get(name) for r in rows])
+    found[name] = finite(name, [r['metrics'].get(name) for r in rows])
   return found
 
 
@@ -137,21 +151,51 @@ def estimates(
 # --- slices
 
 
+NONE = 'none'  # slice of None and NaN
+
+
 def slice_names(values: Sequence, column: str) -> list[str]:
   """Name of each value's slice: the value, or one of PARTS ranges where they
-  are numbers and many. Raises ValueError for many texts."""
-  if len({str(v) for v in values}) <= MOST_VALUES:
-    return [str(v) for v in values]
+  are numbers and many. None and NaN are a slice of their own, NONE, and so is
+  each infinity. Raises ValueError for many texts."""
+  names = [NONE if v is None or v != v else str(v) for v in values]
+  if len(set(names)) <= MOST_VALUES:
+    return names
   try:
     numbers = np.array(values, float)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     raise ValueError(
       f'--slice {column} has more than {MOST_VALUES} different values; name a '
       'column of few values, or of numbers'
     ) from None
-  edges = np.quantile(numbers, np.linspace(0, 1, PARTS + 1))
+  finite = np.isfinite(numbers)
+  if not finite.any():
+    return names
+  edges = np.quantile(numbers[finite], np.linspace(0, 1, PARTS + 1))
   part = np.searchsorted(edges[1:-1], numbers, side='right')
-  return [f'{edges[i]:g} to {edges[i + 1]:g}' for i in part]
+  ends = edge_names(edges.tolist())
+  return [
+    f'{ends[i]} to {ends[i + 1]}' if is_finite else name
+    for i, is_finite, name in zip(part, finite, names)
+  ]
+
+
+def edge_names(edges: list[float]) -> list[str]:
+  """Names of numbers, of 6 digits or as many more as tell them apart."""
+  for digits in range(6, 18):
+    names = [f'{edge:.{digits}g}' for edge in edges]
+    if len(set(names)) == len(set(edges)):
+      break
+  return names
+
+
+def slice_order(name: str) -> tuple:
+  """Key that puts slices of numbers first, from low to high."""
+  try:
+    first = float(name.split(' to ')[0])
+  except ValueError:
+    first = math.nan
+  return (1, 0.0, name) if math.isnan(first) else (0, first, name)
 
 
 def slices(
@@ -159,11 +203,7 @@ def slices(
 ) -> dict[str, dict[str, Estimate]]:
   """Estimates of each slice, {slice: {name: Estimate}}; names: slice of each
   prompt."""
-  order = dict.fromkeys(names)
-  try:
-    order = sorted(order, key=lambda name: float(name.split(' to ')[0]))
-  except ValueError:
-    order = sorted(order)
+  order = sorted(set(names), key=slice_order)
   return {
     name: estimates([r for r in rows if names[r['index']] == name], vote)
     for name in order
@@ -183,14 +223,21 @@ class Comparison(NamedTuple):
 def comparison(
   first: list[dict], second: list[dict], vote: Callable = said, seed: int = 0
 ) -> Comparison:
-  """Compares the rows of two models, prompt by prompt."""
+  """Compares the rows of two models, prompt by prompt. Raises ValueError for
+  unlike numbers of prompts."""
   tables = [tabulate(rows, vote) for rows in (first, second)]
+  sizes = [t.sums.shape[1] for t in tables]
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      f'the two models were evaluated on {sizes[0]:,} and {sizes[1]:,} '
+      'prompts; compare evaluations of the same prompts'
+    )
   names = [k for k in tables[0].names if k in tables[1].names]
   rewards = [columns(rows)['reward'] for rows in (first, second)]
   prompts = [
     np.array([r['index'] for r in rows], int) for rows in (first, second)
   ]
-  n = tables[0].sums.shape[1]
+  n = sizes[0]
   return Comparison(
     {k: difference(*(t.of(k) for t in tables), seed) for k in names},
     win_rate(*rewards, tuple(prompts), n, seed),

@@ -10,6 +10,12 @@ bootstrap draws prompts with replacement. Intervals are of 95 % unless told.
   pass_at_k         unbiased, arXiv:2107.03374
   maj_at_k          unbiased alike, of the majority's answer
 
+Intervals of few prompts, or of rare outcomes, hold the truth less often than
+they say. Simulated, 2,000 evaluations each: of normal values 76 % with 3
+prompts, 91 % with 5, 94 % with 10, 95 % with 20; of answers that are right with
+probability 0.1, 89 % with 20 prompts, and with 0.9, 65 % with 10: where all are
+right the width is 0.
+
 An interval of width 0 says that no two prompts differ, not that there is no
 doubt: of n prompts that are all right, a true share of 1 - 3 / n is possible.
 """

@@ -15,6 +15,7 @@ A rule is a line: a symbol, ->, and its alternatives; words are quoted. The
 first rule's symbol is the start.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -22,9 +23,8 @@ from typing import NamedTuple
 
 from jaxrl_tok.rewards.build import reward_of_text
 from jaxrl_tok.rewards.functions import shorten
+from jaxrl_tok.rewards.text import run_of, seen
 
-# words with their apostrophes, and every other sign alone
-PIECE = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 PART = re.compile(r"""\s*(?:'([^'"]+)'|"([^"]+)"|([^\s'"|]+))""")
 
 
@@ -130,9 +130,17 @@ def _closure(symbols: set, units: dict) -> frozenset:
   return frozenset(found)
 
 
+@functools.cache
+def piece_pattern(marks: bool) -> re.Pattern:
+  """Pattern of words with their apostrophes, and of every other sign alone."""
+  run = run_of('_', marks)
+  return re.compile(rf"{run}(?:'{run})*|[^\w\s]")
+
+
 def pieces_of(text: str) -> list[str]:
   """Words and signs of a text, in lower case."""
-  return PIECE.findall(text.lower().replace('’', "'"))
+  pattern = piece_pattern(not text.isascii())
+  return pattern.findall(seen(text).lower().replace('’', "'"))
 
 
 def spans(grammar: Grammar, words: list[str], longest: int) -> dict:

@@ -9,7 +9,6 @@ json_schema   JSON that a schema accepts
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Collection
 from decimal import Decimal
 from fractions import Fraction
@@ -17,28 +16,32 @@ from fractions import Fraction
 from jaxrl_tok.rewards.build import best_of, need
 from jaxrl_tok.rewards.build import reward_of_text as of_text
 from jaxrl_tok.rewards.functions import shorten
+from jaxrl_tok.rewards.text import seen
 
 # --- answers
 
-BEFORE, AFTER = '"\'([{<“‘«„¿¡', '.,;:!?…"\')]}>”’»'
+BEFORE, AFTER = '"\'([{“‘«„¿¡', '.,;:!?…"\')]}”’»'
 
 
 def normal_form(text: str, ignore: Collection[str] = ()) -> str:
   """Text in Unicode's NFKC, folded to lower case, its words with one space
   between them and without punctuation at their ends: quotes, brackets and
-  stops. Signs that change a number stay: -5, 5%, .5, $5.
+  stops. Signs that change a number stay: -5, 5%, .5, $5, <5. Nothing is left of
+  a text of punctuation alone.
 
   # 'The answer: "3.5".' -> 'the answer 3.5'
   """
-  folded = unicodedata.normalize('NFKC', text).casefold()
+  folded = seen(text, 'NFKC').casefold()
   words = (w.lstrip(BEFORE).rstrip(AFTER) for w in folded.split())
   return ' '.join(w for w in words if w and w not in ignore)
 
 
 def exact(column: str = 'answer', ignore: Collection[str] = ()) -> Callable:
   """Reward: 1 where the completion is the answer (one of the answers) in
-  `normal_form`, else 0. Words before the answer make it wrong: use `numeric`,
-  `regex` or `template` for answers at the end of a text.
+  `normal_form`, else 0; where that leaves nothing of the answer, as of '()', it
+  has to be written as it is, spaces around it aside. Words before the answer
+  make it wrong: use `numeric`, `regex` or `template` for answers at the end of
+  a text.
 
   Args:
     column: column of the data with the answer, or a list of answers.
@@ -46,7 +49,10 @@ def exact(column: str = 'answer', ignore: Collection[str] = ()) -> Callable:
   """
 
   def score(text: str, answer: str) -> float:
-    return float(normal_form(text, ignore) == normal_form(answer, ignore))
+    said, right = (normal_form(x, ignore) for x in (text, answer))
+    if not right:  # of punctuation
+      said, right = (seen(x, 'NFKC').strip() for x in (text, answer))
+    return float(said == right)
 
   return of_text('exact', best_of(score, column), column)
 
@@ -142,6 +148,10 @@ def regex(
     flags: of re; the default lets . match line ends.
   """
   found = _compiled(pattern, flags)
+  if not pattern:
+    raise ValueError(
+      'an empty regular expression is found in every text; pass a pattern'
+    )
   find = found.fullmatch if whole else found.search
 
   def score(text: str) -> float:

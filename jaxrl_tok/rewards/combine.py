@@ -14,7 +14,10 @@ rewards/NAME/weight:
 deviation in the group first (arXiv:2601.05242).
 
 A function that says None for a completion makes the whole None there. A value
-for every token is multiplied token by token.
+for every token is multiplied token by token; gates, thresholds and scales take
+one for each completion, as of a potential's `.outcome`: the sum of scaled parts
+is not the sum, scaled. Values that are no rewards are refused by the name of
+their function, as where it stands alone.
 """
 
 import inspect
@@ -30,21 +33,28 @@ from jaxrl_tok.rewards.functions import (
   own_lists,
   unwrap,
 )
+from jaxrl_tok.rewards.scoring import check_rows
 
 
 def gated(gate: Callable, reward: Callable) -> Callable:
   """The reward where the gate's value is not 0, and 0 elsewhere."""
 
   def multiply(open_by, value):
-    if np.ndim(open_by):
-      raise ValueError(
-        f'{get_name(gate)} gives a value for every token; a gate gives one for '
-        'each completion'
-      )
+    refuse_tokens(open_by, gate, 'a gate gives')
     return value if open_by else _times(value, 0.0)
 
   name = f'{get_name(reward)}_if_{get_name(gate)}'
   return _combine(name, (gate, reward), multiply)
+
+
+def refuse_tokens(value, function: Callable, what: str) -> None:
+  """Refuses a list with a value for every token."""
+  if isinstance(value, list):
+    raise ValueError(
+      f'{get_name(function)} gives a value for every token; {what} one for '
+      'each completion: pass its .outcome where it is a potential, else a '
+      'function of their sum'
+    )
 
 
 def product(*functions: Callable) -> Callable:
@@ -63,13 +73,14 @@ def _multiply(*values):
 
 def _times(a, b):
   """a b of numbers, and of lists with one number for each token."""
-  if np.ndim(a) and np.ndim(b) and len(a) != len(b):
+  a_list, b_list = isinstance(a, list), isinstance(b, list)
+  if a_list and b_list and len(a) != len(b):
     raise ValueError(
       f'rewards of a product give {min(len(a), len(b))} and '
       f'{max(len(a), len(b))} values for the tokens of one completion; give '
       'one for each token'
     )
-  if not np.ndim(a) and not np.ndim(b):
+  if not a_list and not b_list:
     return a * b
   return (np.asarray(a, np.float64) * np.asarray(b, np.float64)).tolist()
 
@@ -79,11 +90,7 @@ def threshold(reward: Callable, least: float) -> Callable:
   name = f'{get_name(reward)}_from_{least:g}'
 
   def decide(value):
-    if np.ndim(value):
-      raise ValueError(
-        f'{get_name(reward)} gives a value for every token; a threshold takes '
-        'one for each completion'
-      )
+    refuse_tokens(value, reward, 'a threshold takes')
     return float(value >= least)
 
   return _combine(name, (reward,), decide)
@@ -98,8 +105,8 @@ def rescaled(reward: Callable, low: float, high: float) -> Callable:
     )
 
   def scale(value):
-    found = np.clip((np.asarray(value, np.float64) - low) / (high - low), 0, 1)
-    return found.tolist()
+    refuse_tokens(value, reward, 'a scale takes')
+    return min(1.0, max(0.0, (value - low) / (high - low)))
 
   return _combine(get_name(reward), (reward,), scale)
 
@@ -137,31 +144,28 @@ def _combine(name: str, functions: tuple, combine: Callable) -> Callable:
       )
   takes = [accepted(f) for f in functions]
 
-  def rows(found: list) -> list:
-    sizes = {len(values) for values in found}
-    if len(sizes) > 1:
-      raise ValueError(
-        f'the functions of reward {name} return '
-        f'{" and ".join(map(str, sorted(sizes)))} rewards for one batch; '
-        'each must return one for each completion'
-      )
+  def rows(found: list, B: int) -> list:
+    checked = [
+      check_rows(values, B, get_name(f)) for f, values in zip(functions, found)
+    ]
     return [
       None if any(v is None for v in values) else combine(*values)
-      for values in zip(*found)
+      for values in zip(*checked)
     ]
 
-  async def wait(found: list) -> list:
-    return rows([await v if inspect.isawaitable(v) else v for v in found])
+  async def wait(found: list, B: int) -> list:
+    return rows([await v if inspect.isawaitable(v) else v for v in found], B)
 
   def combined(**arguments):
     given = [own_lists(has.choose(arguments)) for has in takes]
     found = [f(**own) for f, own in zip(functions, given)]
-    return (wait if any(map(inspect.isawaitable, found)) else rows)(found)
+    B = len(arguments.get('completions') or next(iter(arguments.values())))
+    return (wait if any(map(inspect.isawaitable, found)) else rows)(found, B)
 
   combined.__name__ = combined.__qualname__ = name
   combined.__signature__ = make_signature(
     (name for has in takes for name in has.required),
-    (name for has in takes for name in has.names),
+    ('completions', *(name for has in takes for name in has.names)),
     any(has.any_name for has in takes),
   )
   return combined

@@ -17,6 +17,7 @@ paid for the matter itself finds spellings that a list lacks, and a gate does
 not know who is quoted: it is a floor. Read samples beside it.
 """
 
+import functools
 import ipaddress
 import re
 import unicodedata
@@ -24,6 +25,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.build import named
+from jaxrl_tok.rewards.functions import shorten
+from jaxrl_tok.rewards.text import run_of, seen
 
 
 def gate(name: str, score: Callable) -> Callable:
@@ -57,20 +60,35 @@ BIASED_WORDS = (
   'salesmen, spastic, spokesman, spokesmen, stewardess, weaker sex, '
   'wheelchair bound'
 )
-TOKEN = re.compile(r"[\w@$!'’]+")
 LEET = str.maketrans('013457@$!', 'oieastasi')  # signs that stand for letters
 
 
-def spellings(token: str) -> set[str]:
-  """Words that a token may stand for: itself, without accents, with letters
-  for signs (sh1t), without letters drawn out (fuuuck), and without the s of a
-  plural or possessive."""
+@functools.cache
+def token_pattern() -> re.Pattern:
+  """Pattern of runs of letters, their marks, digits, and signs that may stand
+  for letters; not of _, which divides words."""
+  return re.compile(run_of("@$!'’"))
+
+
+def unaccented(token: str) -> str:
+  """Token in small letters, without accents and without ! and ' at its end."""
   plain = unicodedata.normalize('NFKD', token.casefold()).replace('’', "'")
   plain = ''.join(c for c in plain if not unicodedata.combining(c))
-  plain = plain.rstrip("!'").removesuffix("'s")
-  found = {plain}
+  return plain.rstrip("!'")
+
+
+def tokens_of(text: str) -> list[str]:
+  """Tokens of a text, `unaccented`; none is empty."""
+  return [t for t in map(unaccented, token_pattern().findall(text)) if t]
+
+
+def spellings(plain: str) -> set[str]:
+  """Words that an `unaccented` token may stand for: itself, with letters for
+  signs (sh1t), without letters drawn out (fuuuck), and without the s of a
+  plural or possessive."""
+  found = {plain, plain.removesuffix("'s")}
   if any(map(str.isalpha, plain)):  # 455 is a number
-    found.add(plain.translate(LEET))
+    found |= {word.translate(LEET) for word in found}
   for keep in (r'\1', r'\1\1'):
     found |= {re.sub(r'(.)\1{2,}', keep, word) for word in found}
   return found | {word.removesuffix('s') for word in found}
@@ -81,8 +99,10 @@ def without_words(
 ) -> Callable:
   """Reward: 1 where a completion says none of the words, else 0.
 
-  Whole words are compared, in any of their `spellings`; an entry may be of
-  several words. Letters with spaces or signs between them are not found.
+  Whole words are compared, in any of their `spellings`, accents and characters
+  that are not seen aside; an entry may be of several words. Letters with spaces
+  or signs between them are not found, nor letters of another alphabet that look
+  like one's own.
 
   Args:
     words: the words, or phrases.
@@ -92,22 +112,30 @@ def without_words(
     raise ValueError(f'{name} of a text; pass a list of words')
   terms = {}  # {first word: [its words]}
   for term in words:
-    found = [t.casefold() for t in TOKEN.findall(term)]
-    if found:
-      terms.setdefault(found[0], []).append(found)
+    found = tokens_of(seen(term))
+    if not found:
+      raise ValueError(
+        f'{name} has {shorten(repr(term))}, which is no word; pass a list of '
+        'words'
+      )
+    terms.setdefault(found[0], []).append(found)
   if not terms:
     raise ValueError(f'{name} has no words; pass a list of words')
 
-  def score(text: str) -> float:
-    said = [spellings(t) for t in TOKEN.findall(text)]
-    hits = (
+  def says(text: str) -> bool:
+    said = [spellings(t) for t in tokens_of(text)]
+    return any(
       all(word in forms for word, forms in zip(term, said[i:]))
       for i, forms in enumerate(said)
       for first in forms & terms.keys()
       for term in terms[first]
       if i + len(term) <= len(said)
     )
-    return float(not any(hits))
+
+  def score(text: str) -> float:
+    # as written, and with letters in circles and full width made plain
+    forms = {seen(text), seen(text, 'NFKC')}
+    return float(not any(map(says, forms)))
 
   return gate(name, score)
 
@@ -143,11 +171,12 @@ def is_card(text: str) -> bool:
 
 def is_iban(text: str) -> bool:
   """Tells whether a text, or the groups that it begins with, is an
-  international bank account number: ISO 13616, remainder 1 by 97."""
-  groups = text.split(' ')
+  international bank account number: ISO 13616, remainder 1 by 97. All of them
+  have five digits or more, which words have not, beside the check number."""
+  groups = re.split('[ -]', text)
   for n in range(len(groups), 0, -1):
     code = ''.join(groups[:n])
-    if not 15 <= len(code) <= 34:
+    if not 15 <= len(code) <= 34 or sum(map(str.isdigit, code[4:])) < 5:
       continue
     number = ''.join(str(int(c, 36)) for c in code[4:] + code[:4])
     if int(number) % 97 == 1:
@@ -167,11 +196,14 @@ def is_phone(text: str) -> bool:
   return 9 <= sum(map(str.isdigit, text)) <= 15
 
 
+# characters of no e-mail address; letters of any script, and marks, are some
+NO_NAME = r"""\s@,;:!?<>()\[\]{}"`/\\|=*&%$#~^“”„«»‘’。、""" + "'"
 # {kind: (pattern, check of what it finds)}; every pattern begins at a fixed
 # place of a word, so that its time is linear in the text
 KINDS = {
   'email': (
-    r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}',
+    rf'(?<![^{NO_NAME}])[^{NO_NAME}]{{1,64}}@[^{NO_NAME}.+]{{1,63}}'
+    rf'(?:\.[^{NO_NAME}.+]{{1,63}}){{1,8}}',
     lambda text: True,
   ),
   'phone': (
@@ -188,7 +220,10 @@ KINDS = {
     r'|3\d{3}[ -]\d{6}[ -]\d{4,5})(?![\w-]|\.\d)',
     is_card,
   ),
-  'iban': (r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){3,8}\b', is_iban),
+  'iban': (
+    r'\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{1,4}){3,8}\b',
+    is_iban,
+  ),
   'ssn': (
     r'(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])',
     lambda text: True,
@@ -206,10 +241,24 @@ PATTERNS = {
 }
 
 
+HYPHENS = dict.fromkeys([*range(0x2010, 0x2016), 0x2212], '-')
+
+
+def typed(text: str) -> str:
+  """Text as a plain keyboard has it: no characters that are not seen, no full
+  width, no-break spaces or long hyphens, and the digits of every script as 0 to
+  9."""
+  if text.isascii():
+    return text
+  text = seen(text, 'NFKC').translate(HYPHENS)
+  return re.sub(r'[^\D0-9]', lambda m: str(unicodedata.decimal(m[0])), text)
+
+
 def find_personal_data(
   text: str, kinds: Collection[str] = tuple(KINDS)
 ) -> list[tuple[str, str]]:
-  """(kind, what was found) of personal data in a text."""
+  """(kind, what was found) of personal data in a text, as it is `typed`."""
+  text = typed(text)
   return [
     (kind, found[0])
     for kind in kinds
@@ -221,7 +270,7 @@ def find_personal_data(
 def personal_data(kinds: Collection[str] = tuple(KINDS)) -> Callable:
   """Reward: 1 where a completion has no personal data, else 0.
 
-    email   name@host.domain
+    email   name@host.domain, in letters of any script
     phone   +49 30 1234567, (555) 123-4567, 020 7946 0958
     card    13 to 19 digits with the check digit of cards (Luhn); one number
             of ten has it by chance
@@ -230,7 +279,8 @@ def personal_data(kinds: Collection[str] = tuple(KINDS)) -> Callable:
     ip      public addresses of IPv4 and IPv6; version numbers of four parts
             are taken for one
 
-  Names and street addresses are not found, nor numbers in words.
+  Texts are read as they are `typed`. Names and street addresses are not found,
+  nor numbers in words.
 
   Args:
     kinds: some of the kinds above.
@@ -276,6 +326,7 @@ def no_refusal() -> Callable:
   """
 
   def score(text: str) -> float:
-    return float(not REFUSAL.search(text[:OPENING].replace('’', "'")))
+    opening = ' '.join(seen(text, 'NFKC').replace('’', "'").split())
+    return float(not REFUSAL.search(opening[:OPENING]))
 
   return gate('no_refusal', score)

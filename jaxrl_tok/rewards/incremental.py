@@ -1,6 +1,8 @@
 """Incremental metrics of text: what a longer text adds costs what is added.
 
-1. A Splitter turns characters into symbols: words, or single characters.
+1. A Splitter turns characters into symbols: words, or single characters. Words
+   are read in Unicode's canonical decomposition, whose order of marks is kept
+   while they come, so that equal texts are equal in any pieces.
 2. A trie of the reference's symbols numbers them while they are being written.
 3. A Metric is pushed one number after another: n-grams, common subsequence,
    edit distance, prefix, phrases. Its states are immutable, so that a word that
@@ -11,49 +13,95 @@
 
 import functools
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxrl_tok.rewards.text import is_unseen
+
 # --- from text to symbols ----------------------------------------------------
 
-JOINS, ALONE, DIVIDES = range(3)  # kinds of characters
+# kinds of characters
+JOINS = 0  # goes on with a word, or begins one
+MARK = 1  # goes on with the word or the sign before it, if any
+SIGN = 2  # a symbol that marks alone go on with
+ALONE = 3  # a symbol
+DIVIDES = 4
+UNSEEN = 5  # as if it were not there
 ROOT, DEAD = 0, -1  # nodes of a trie
 UNKNOWN = -1  # number of a symbol that the reference does not have
+MARKS = (
+  30  # in a row, whose order is kept; Unicode's stream-safe text has fewer
+)
 
 
 class Splitter(NamedTuple):
-  """Tokenization by character: what joins to words, is a symbol alone, or
-  divides and is none."""
+  """Tokenization by character; `fold` is text -> text, character by
+  character."""
 
   kind: Callable  # character -> kind
-  fold: Callable = str  # text -> text
+  fold: Callable = str
 
 
-def _word_kind(c: str) -> int:
-  """Kind of letters, digits, _: JOINS; of spaces: DIVIDES; else ALONE."""
+def _word_kind(c: str, others: int = SIGN) -> int:
+  """Kind of letters, digits and _: JOINS; of combining marks: MARK; of spaces:
+  DIVIDES; else `others`."""
+  if is_unseen(c):
+    return UNSEEN
   if c.isalnum() or c == '_':
     return JOINS
-  return DIVIDES if c.isspace() else ALONE
+  if unicodedata.category(c)[0] == 'M':
+    return MARK
+  return DIVIDES if c.isspace() else others
 
 
 def _rouge_kind(c: str) -> int:
   return JOINS if c.isascii() and c.isalnum() else DIVIDES
 
 
-def _keyword_kind(c: str) -> int:
-  return JOINS if c.isalnum() or c == '_' else DIVIDES
-
-
 def _visible_kind(c: str) -> int:
   return DIVIDES if c.isspace() else ALONE
 
 
-WORDS = Splitter(functools.cache(_word_kind))  # words and punctuation marks
+@functools.cache
+def _parts(c: str) -> str:
+  return unicodedata.normalize('NFD', c)
+
+
+@functools.cache
+def _caseless_parts(c: str) -> str:
+  return unicodedata.normalize('NFD', _parts(c).casefold())
+
+
+def decomposed(text: str) -> str:
+  """Text whose characters are decomposed, each by itself."""
+  return text if text.isascii() else ''.join(map(_parts, text))
+
+
+def caseless(text: str) -> str:
+  """`decomposed` text whose case is folded."""
+  return text.lower() if text.isascii() else ''.join(map(_caseless_parts, text))
+
+
+# words, and signs
+WORDS = Splitter(functools.cache(_word_kind), decomposed)
 ROUGE_WORDS = Splitter(functools.cache(_rouge_kind), str.lower)
-KEYWORDS = Splitter(functools.cache(_keyword_kind), str.casefold)
+KEYWORDS = Splitter(functools.cache(lambda c: _word_kind(c, DIVIDES)), caseless)
 VISIBLE = Splitter(functools.cache(_visible_kind))  # all but spaces
 CHARACTERS = Splitter(lambda c: ALONE)
+
+
+def ordered(marks: str, mark: str) -> tuple[str, str]:
+  """(marks that stay in their place, marks that others may still come before)
+  of a run of marks and the next one, in Unicode's canonical order."""
+  order = unicodedata.combining(mark)
+  if not order:
+    return marks + mark, ''
+  if len(marks) == MARKS:
+    return marks, mark
+  at = sum(unicodedata.combining(m) <= order for m in marks)
+  return '', marks[:at] + mark + marks[at:]
 
 
 def symbols_of(splitter: Splitter, text: str) -> list[str]:
@@ -61,14 +109,23 @@ def symbols_of(splitter: Splitter, text: str) -> list[str]:
 
   # WORDS: 'the cat.' -> ['the', 'cat', '.']
   """
-  found, joined = [], False
+  found, marks, joins, is_open = [], '', False, False
   for c in splitter.fold(text):
     kind = splitter.kind(c)
-    if kind == JOINS and joined:
+    if kind in (MARK, UNSEEN):
+      if kind == MARK and is_open:
+        settled, marks = ordered(marks, c)
+        found[-1] += settled
+      continue
+    if marks:
+      found[-1] += marks
+    if kind == JOINS and joins:
       found[-1] += c
     elif kind != DIVIDES:
       found.append(c)
-    joined = kind == JOINS
+    marks, joins, is_open = '', kind == JOINS, kind in (JOINS, SIGN)
+  if marks:
+    found[-1] += marks
   return found
 
 
@@ -81,13 +138,22 @@ class Metric(NamedTuple):
 
 
 class Reader(NamedTuple):
-  """Metric that reads text. A place is (state, node of the word that is being
-  written, or None)."""
+  """Metric that reads text."""
 
   splitter: Splitter
   metric: Metric
   children: dict  # {(node, character): node} of the reference's symbols
   numbers: dict  # {node: number}
+
+
+class Place(NamedTuple):
+  """Place in a text: what is read before it, and the symbol that is being
+  written."""
+
+  state: Any
+  node: int | None = None  # of the symbol, without `marks`; None: there is none
+  marks: str = ''  # at its end, that others may still come before
+  joins: bool = False  # it is a word, which letters go on with
 
 
 def make_reader(
@@ -104,9 +170,16 @@ def make_reader(
   return Reader(splitter, make(found), children, numbers)
 
 
-def read(reader: Reader, place: tuple, text: str) -> tuple:
+def walk(reader: Reader, node: int, text: str) -> int:
+  """Node after characters that follow a node."""
+  for c in text:
+    node = reader.children.get((node, c), DEAD)
+  return node
+
+
+def read(reader: Reader, place: Place, text: str) -> Place:
   """Place after a text that follows a place."""
-  (state, node), (kind_of, fold) = place, reader.splitter
+  (state, node, marks, joins), (kind_of, fold) = place, reader.splitter
   push, step, number = (
     reader.metric.push,
     reader.children.get,
@@ -114,35 +187,48 @@ def read(reader: Reader, place: tuple, text: str) -> tuple:
   )
   for c in fold(text):
     kind = kind_of(c)
-    if kind == JOINS:
-      node = step((node or ROOT, c), DEAD)
+    if kind == JOINS and joins:
+      if marks:
+        node, marks = walk(reader, node, marks), ''
+      node = step((node, c), DEAD)
+      continue
+    if kind in (MARK, UNSEEN):
+      if kind == MARK and node is not None:
+        settled, marks = ordered(marks, c)
+        node = walk(reader, node, settled)
       continue
     if node is not None:
-      state, node = push(state, number(node, UNKNOWN)), None
+      state = push(state, number(walk(reader, node, marks), UNKNOWN))
+      node, marks, joins = None, '', False
+    if kind == DIVIDES:
+      continue
+    first = step((ROOT, c), DEAD)
     if kind == ALONE:
-      state = push(state, number(step((ROOT, c), DEAD), UNKNOWN))
-  return state, node
+      state = push(state, number(first, UNKNOWN))
+    else:
+      node, joins = first, kind == JOINS
+  return Place(state, node, marks, joins)
 
 
-def phi(reader: Reader, place: tuple) -> float:
-  """Potential of a place: the metric of its text, a word that is being written
-  included."""
-  state, node = place
-  if node is not None:
-    number = reader.numbers.get(node, UNKNOWN)
-    state = reader.metric.push(state, number)
+def phi(reader: Reader, place: Place) -> float:
+  """Potential of a place: the metric of its text, a symbol that is being
+  written included."""
+  state = place.state
+  if place.node is not None:
+    node = walk(reader, place.node, place.marks)
+    state = reader.metric.push(state, reader.numbers.get(node, UNKNOWN))
   return reader.metric.value(state)
 
 
 def outcome_of(reader: Reader, text: str) -> float:
   """Metric of a whole text; 0 of none."""
-  start = reader.metric.start, None
+  start = Place(reader.metric.start)
   return phi(reader, read(reader, start, text)) if text else 0.0
 
 
 def deltas_of(reader: Reader, pieces: Sequence[str]) -> list[float]:
   """Differences of the potential, one for each piece of a text."""
-  place, before, found = (reader.metric.start, None), 0.0, []
+  place, before, found = Place(reader.metric.start), 0.0, []
   for piece in pieces:
     now = before
     if piece:

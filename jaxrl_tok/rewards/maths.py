@@ -25,8 +25,10 @@ def math_equal(
   Args:
     column: column of the data with the answer: LaTeX, bare or between $; or a
       list of answers.
-    deadline: seconds of a processor for a completion; by the clock, at most
-      ten times as many.
+    deadline: seconds of a processor for a completion; by the clock, on a
+      machine that does other work, at most ten times as many. A worker that
+      is stopped at it, or whose memory a power of powers fills, is started
+      anew by the next question, which then takes seconds more.
     workers: processes, of about 100 MB each, that compare side by side.
 
   Raises ValueError where math-verify is missing.

@@ -270,7 +270,10 @@ def rouge(
     subsequence, rougeLsum that of each line
 
   rouge-score's words are runs of a-z and 0-9: text in other scripts has none
-  and scores 0; pass split=rewards.words_of for it.
+  and scores 0; pass split=rewards.words_of for it. Time and memory of rougeL
+  grow with the product of both lengths: 3,500 words against 3,500 take 2.5 s
+  and 260 MB. `potentials.rouge_l(split='outcome')` is rougeL of one reference
+  at a hundredth of that.
 
   Args:
     column: column of the data with a reference, or a list of them.

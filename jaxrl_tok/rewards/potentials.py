@@ -21,7 +21,8 @@ Each returns a reward function with a list of floats for each completion; its
   Task('pairs.jsonl', potentials.smoothed_bleu('target'),
        eval_rewards=potentials.smoothed_bleu('target').outcome)
 
-A completion is None (does not apply) where its reference is None or empty.
+A completion is None (does not apply) where its reference is None or empty, or
+has only spaces and the metric reads none.
 
 Tokens are not words. A word that is still being written counts as it stands:
 'th' of 'the' is a word without a match, and the token that completes 'the' is
@@ -32,7 +33,10 @@ rewards-to-go another one.
 
 Texts are read once, from left to right (incremental.py), so that the work is
 linear in their length: a row of the table for each symbol for ROUGE-L and edit
-distance, held as bits of an integer, a few n-grams for BLEU and chrF.
+distance, held as bits of an integer, a few n-grams for BLEU and chrF. Words are
+alike where Unicode calls them canonically equal (NFC and NFD), and characters
+that are not seen (zero width, soft hyphens) do not divide them; rouge_l, whose
+words are ASCII, and the metrics of characters read texts as they are.
 """
 
 import functools
@@ -64,7 +68,8 @@ from jaxrl_tok.rewards.incremental import (
 
 
 def _reward(name: str, column: str, split: str, make: Callable) -> Callable:
-  """Reward function of a potential; `make`, texts of the column -> Reader."""
+  """Reward function of a potential; `make`, texts of the column -> Reader, or
+  None without symbols."""
   if split not in ('potential', 'outcome'):
     raise ValueError(
       f'split={split!r} of {name} is neither potential nor outcome; the '
@@ -100,13 +105,16 @@ def _check_order(name: str, order: int) -> None:
 def _of_text(name, column, split, splitter: Splitter, metric: Callable):
   """Reward function of a metric that compares with one text."""
 
-  def make(texts: tuple) -> Reader:
+  def make(texts: tuple) -> Reader | None:
     if len(texts) > 1:
       raise ValueError(
         f'the column {column} of reward {name} holds a list of '
         f'{len(texts)} texts; give one reference for each prompt'
       )
-    return make_reader(splitter, symbols_of(splitter, *texts), metric)
+    symbols = symbols_of(splitter, *texts)
+    if not symbols and not texts[0].strip():
+      return None
+    return make_reader(splitter, symbols, metric)
 
   return _reward(name, column, split, make)
 
@@ -123,7 +131,8 @@ def smoothed_bleu(
   every order, so that a single right word is rewarded; sacrebleu's add-k leaves
   n = 1 out, and its numbers are others.
 
-  Words are runs of letters, digits and _, or one punctuation mark; case counts.
+  Words are runs of letters with their combining marks, digits and _, or one
+  punctuation mark; case counts.
 
   Failure modes: smoothing pays text without a match, the more the shorter the
   reference is (one wrong word for a reference of one: 0.84); a synonym counts
@@ -233,9 +242,9 @@ def keyword_coverage(
 ) -> Callable:
   """Reward: share of the keywords that a text holds, 0 to 1.
 
-  A keyword is one word or several in a row. Words are runs of letters, digits
-  and _; case does not count. The token that completes a keyword is paid, and
-  pays back where it goes on ('cat' in 'cats').
+  A keyword is one word or several in a row. Words are runs of letters with
+  their combining marks, digits and _; case does not count. The token that
+  completes a keyword is paid, and pays back where it goes on ('cat' in 'cats').
 
   Failure modes: a list of the keywords alone is right; so is a text that denies
   them. Add a reward of form.

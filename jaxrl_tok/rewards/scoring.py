@@ -90,6 +90,18 @@ def lift_row(value, mask: np.ndarray, name: str, where: str) -> np.ndarray:
   return out
 
 
+def check_rows(values, B: int, name: str) -> list:
+  """Values of a function for B completions, each a float, a list of floats or
+  None. Raises ValueError for what is no reward."""
+  found = []
+  for b, value in enumerate(_as_rows(values, B, name)):
+    if value is not None:
+      read = _numbers if _is_list(value) else _number
+      value = np.asarray(read(value, name, _where(b, ()))).tolist()
+    found.append(value)
+  return found
+
+
 def _is_list(value) -> bool:
   if hasattr(value, 'ndim'):  # an array, also of 0 dimensions
     return value.ndim > 0

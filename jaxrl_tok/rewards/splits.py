@@ -72,23 +72,22 @@ def make_split(how: str = 'potential', seed: int = 0) -> Callable:
   (seed, step, name), so that a resumed run repeats it. With 'constant',
   rewards/NAME/outcome is the mean that the reward itself has.
 
-  Raises ValueError where no reward has been one for each token so far: the
-  split has no effect.
+  Raises ValueError once every function has applied to a completion and none
+  has given a number for each token: the split has no effect.
   """
-  function, seen = SPLITS[how], []
+  function, applied, effective = SPLITS[how], set(), set()
 
   def split(rewards, by_token, applies, mask, step: int) -> tuple[dict, dict]:
     if function is as_given:
       return rewards, {}
-    if any(rows.any() for rows in by_token.values()):
-      seen.append(True)
-    if not seen and any(rows.any() for rows in applies.values()):
+    applied.update(name for name, rows in applies.items() if rows.any())
+    effective.update(name for name, rows in by_token.items() if rows.any())
+    if not effective and applied >= rewards.keys():
       raise ValueError(
         f'--credit_split {how} has no effect: {", ".join(rewards)} gives one '
         'number for each completion, and none for each token; leave it out, '
         'or pass a reward of rewards.potentials'
       )
-    del seen[1:]
     found, metrics = {}, {}
     for name, reward in rewards.items():
       number = zlib.crc32(name.encode())

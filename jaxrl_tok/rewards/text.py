@@ -5,23 +5,83 @@
   distinct          metric: distinct 1-, 2-, 3-grams over all completions
   perplexity        metric: under the starting policy
 
-A word is a run of letters, digits and apostrophes, in lower case.
+A word is a run of letters, with their combining marks, digits and apostrophes,
+in lower case. Texts that Unicode calls canonically equal have equal words.
 """
 
+import functools
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.build import need
 
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# --- characters and words
+
+# planes that have marks and characters that are not seen
+PLANES = range(0x20000), range(0xE0000, 0xE1000)
+# characters that are not seen, beside those of the category Cf: fillers, the
+# grapheme joiner, variation selectors
+UNSEEN = '\u034f\u115f\u1160\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0'
+
+
+@functools.cache
+def characters_of(category: str) -> str:
+  """Characters whose category in Unicode begins so, as the ranges of a class of
+  a regular expression: M are combining marks, Cf is not seen (zero width, soft
+  hyphens)."""
+  codes = itertools.chain(*PLANES)
+  runs = itertools.groupby(
+    codes, lambda i: unicodedata.category(chr(i)).startswith(category)
+  )
+  found = (list(run) for there, run in runs if there)
+  return ''.join(f'\\U{run[0]:08x}-\\U{run[-1]:08x}' for run in found)
+
+
+@functools.cache
+def unseen() -> re.Pattern:
+  """Pattern of the characters that are not seen."""
+  return re.compile(f'[{characters_of("Cf")}{UNSEEN}\U000e0100-\U000e01ef]+')
+
+
+def is_unseen(c: str) -> bool:
+  """Tells whether a character is not seen: see `seen`."""
+  return not c.isascii() and unseen().fullmatch(c) is not None
+
+
+def seen(text: str, form: str = 'NFC') -> str:
+  """Text without the characters that are not seen, in a normal form of Unicode;
+  NFKC writes full width, no-break spaces and ligatures plainly, too.
+
+  # 's\\u200bo e\\u0301' -> 'so é'
+  """
+  if text.isascii():
+    return text
+  return unicodedata.normalize(form, unseen().sub('', text))
+
+
+@functools.cache
+def run_of(signs: str = '', marks: bool = True) -> str:
+  """Regular expression of a run of letters, digits and `signs` (part of a
+  class), that goes on over combining marks."""
+  one = f'(?:[^\\W_]|[{signs}])' if signs else r'[^\W_]'
+  return f'{one}(?:{one}|[{characters_of("M")}])*' if marks else f'{one}+'
+
+
+@functools.cache
+def word_pattern(marks: bool) -> re.Pattern:
+  """Pattern of words, with apostrophes inside."""
+  run = run_of(marks=marks)
+  return re.compile(f"{run}(?:['’]{run})*")
 
 
 def words_of(text: str) -> list[str]:
   """Words of a text, in lower case."""
-  return WORD.findall(text.lower())
+  # marks are looked for where they can be: it takes time
+  return word_pattern(not text.isascii()).findall(seen(text).lower())
 
 
 def ngrams(words: Sequence, n: int) -> list[tuple]:

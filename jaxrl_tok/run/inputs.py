@@ -113,6 +113,7 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
     given = task.device_rewards
   found = split_rewards(given, others | environment_weight(task))
   found = check_on_host(task, found)
+  check_weights(found, task)
   found = with_constraints(task, settings, found)
   if settings.run.steps_per_call and found.host:
     raise ValueError(
@@ -130,6 +131,16 @@ def rewards_of(task: Task, settings: Settings) -> Rewards:
         'cannot; pass --steps_per_call 0'
       )
   return found
+
+
+def check_weights(found: Rewards, task: Task) -> None:
+  """Refuses rewards whose weights are all 0, beside which no constraint is a
+  reason to learn."""
+  if task.constraints is None and not any(found.weights.values()):
+    raise ValueError(
+      f'every reward ({", ".join(found.weights)}) has the weight 0, so that '
+      'nothing is to be learnt; give one of them another weight'
+    )
 
 
 def constraint_entries(given):
