@@ -154,10 +154,11 @@ CALLS = {
   Counter: 'x+x x-x x&x x|x x==x.copy() repr(x) x.update(x)',
   set: """
     x==x.copy() x<=x.copy() x|x x&x x-x x^x list(x) sorted(x) repr(x) max(x)
-    x.pop() set(x) frozenset(x) next(iter(x)) x|=x
+    x.pop() x.union() x.difference() x~in~{1} {1}.discard(x) {1}.remove(x)
+    set(x) frozenset(x) next(iter(x)) x|=x
   """,
   'words': 'list(x) x.pop() repr(x) x|x next(iter(x)) x==x.copy()',
-  frozenset: '{x:1} x==x|x x~in~{} list(x)',
+  frozenset: 'x.union() {x:1} x==x|x x~in~{} list(x)',
   collections.deque: 'x+x x==x.copy() list(x) repr(x) x[len(x)//2] del~x[9]',
   'texts': "''.join(x) 'a'.startswith(x) 'a'.endswith(x) sorted(x) set(x)",
   'classes': 'issubclass(str,x) isinstance("",x) isinstance("",(x,x))',

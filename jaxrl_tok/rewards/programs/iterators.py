@@ -94,6 +94,7 @@ def _flat(iterators) -> bool:
 
 def zip_(vm, *iterables, strict=False):
   vm.make(100)
+  vm.spend(len(iterables))
   iterators = [vm.iterate(i) for i in iterables]
   if _flat(iterators):
     return zip(*iterators, strict=bool(strict))
@@ -136,6 +137,7 @@ def enumerate_slow(vm, iterator, count):
 def map_(vm, function, *iterables):
   if not iterables:
     raise TypeError('map() must have at least two arguments.')
+  vm.spend(len(iterables))
   return map_slow(vm, function, [vm.iterate(i) for i in iterables])
 
 

@@ -63,6 +63,8 @@ def _alike(vm, key, depth: int) -> tuple[int, int]:
     vm.odd_parts = True
     vm.spend(len(key) >> 8)
     return 0, 1 + (len(key) >> 10)
+  if kind is set:  # looked up as a frozenset
+    vm.spend(1 + (len(key) >> 3))
   if kind is bool or kind in UNHASHABLE:
     return 0, 1
   if kind is float:

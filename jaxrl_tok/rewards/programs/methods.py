@@ -256,6 +256,8 @@ def _sets(name: str):
 
   def call(vm, items, /, *others):
     found = []
+    vm.make(60 * len(items))
+    vm.spend(len(items) >> 4)
     for other in others:
       if type(other) not in compare.SETS and type(other) is not dict:
         other = yield from vm.collect(other)
