@@ -11,7 +11,20 @@ from generated_programs import program
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxrl_tok.rewards.programs import Budget, run
+from jaxrl_tok.rewards.programs import Budget, keys, run
+
+pytestmark = pytest.mark.usefixtures('order_of_cpython')
+
+
+@pytest.fixture(scope='module')
+def order_of_cpython():
+  """Sets in CPython's order, which differs from process to process; their own
+  is in test_programs_costs.py."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(keys, 'in_order', lambda vm, items: items)
+    patch.setattr(keys, 'pop', lambda vm, items: items.pop())
+    yield
+
 
 SOLUTIONS = Path(__file__).parent / 'programs' / 'solutions.txt'
 CORPUS = dict(

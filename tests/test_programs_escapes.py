@@ -46,6 +46,37 @@ def test_what_the_subset_has_not_is_refused(source):
   assert outcome.error.startswith('LanguageError: ')
 
 
+MISSING = (
+  *('deque([1]) * 2', '2 * deque([1])', '+Counter("a")', '-Counter("a")'),
+  *(
+    'Counter("a") <= Counter("b")',
+    'defaultdict(list) | {}',
+    '{} | defaultdict()',
+  ),
+  *('OrderedDict() | {}', '{1: 2}.items() & {1}'),
+  *('cached.cache_info()', 'copy.copy(iter([]))', 'copy.deepcopy(f())'),
+  *('reversed(Row())', '"a".translate([1])', 'int.from_bytes([1])'),
+)
+LIBRARY = """
+import copy, functools
+from collections import Counter, OrderedDict, defaultdict, deque
+@functools.cache
+def cached(): return 1
+def f(): yield 1
+class Row:
+  def __getitem__(self, i): return [1][i]
+"""
+
+
+@pytest.mark.parametrize('operation', MISSING)
+def test_operations_that_the_subset_lacks_are_no_errors_of_the_code(operation):
+  source = f'{LIBRARY}try:\n  {operation}\nexcept Exception: pass'
+  assert run(source).kind == 'language'
+  for wrong in ('[] + 1', '{} < {}', '-[]', '{} | []', 'deque() + []', '1 @ 2'):
+    source = f'{LIBRARY}\n{wrong}'
+    assert run(source).exception == 'TypeError', wrong
+
+
 def test_a_program_cannot_catch_the_end_of_the_language_or_of_its_budget():
   for end in ('[0] * 10 ** 12', "getattr(1, '__class__')", 'import os'):
     source = f'try:\n  {end}\nexcept BaseException:\n  print(1)\nfinally:\n'

@@ -211,3 +211,145 @@ def test_names():
   assert (
     rewards.passes_tests(all_or_nothing=True).__name__ == 'passes_all_tests'
   )
+
+
+# --- objects of the code in the code's own functions, and in a test's lines
+
+MONEY = """
+class M:
+  def __init__(self, v): self.v = v
+  def value(self, o): return o.v if isinstance(o, M) else o
+  def __eq__(self, o): return self.v == self.value(o)
+  def __ne__(self, o): return not self == o
+  def __lt__(self, o): return self.v < self.value(o)
+  def __add__(self, o): return M(self.v + self.value(o))
+  def __hash__(self): return self.v
+  def __len__(self): return self.v
+  def __iter__(self): return iter([self.v])
+  def __contains__(self, o): return o == self.v
+  def __bool__(self): return self.v > 0
+  def __str__(self): return str(self.v)
+def f(x):
+  m = M(x)
+  uses = [m == 3, 3 == m, m < 4, 4 > m, m != 4, m in [3], 3 in m, bool(m)]
+  uses += [len(m) == 3, sorted([M(2), m])[0] == 2, list(m) == [3], m + 1 == 4]
+  uses += [str(m) == '3', f'{m}' == '3', {m: 1}[3] == 1, max(m, 2) == 3]
+  return all(uses)
+def key(items): return [m.v for m in sorted(items)]
+"""
+
+
+def test_the_codes_own_functions_use_its_objects_freely():
+  tests = [
+    'assert f(3)',
+    ['f(3)', True],
+    'assert [f(3)] == [True]',
+  ]
+  tests += ['assert all(map(f, [3, 3]))', 'assert key([M(2), M(1)]) == [1, 2]']
+  report = run_tests(MONEY, tests)
+  assert report.passed == len(tests), report.errors
+
+
+def test_objects_of_the_code_meet_each_other_in_a_test():
+  tests = [
+    'assert M(1) == M(1)',
+    'assert not M(1) != M(1)',
+    'assert M(1) < M(2)',
+  ]
+  tests += ['assert M(1) + M(2) == M(3)', 'assert M(1) != None', 'assert M(1)']
+  tests += [
+    'assert {M(1)} == {M(1)}',
+    'assert sorted([M(2), M(1)]) == [M(1), M(2)]',
+  ]
+  tests += ['class N:\n  def __eq__(self, o): return True\nassert N() == 3']
+  report = run_tests(MONEY, tests)
+  assert [k for k in report.kinds if k != 'passed'] == ['failed'], report.errors
+  assert '__bool__' in ''.join(report.errors)
+
+
+def test_tested_classes_are_used_by_their_special_methods():
+  tests = ['assert M(3) == 3', 'assert 3 != M(4)', 'assert len(M(2)) == 2']
+  tests += [
+    "assert str(M(2)) == '2'",
+    'assert 2 in M(2)',
+    'assert list(M(1)) == [1]',
+  ]
+  report = run_tests(MONEY, tests, classes=['M'])
+  assert report.passed == len(tests), report.errors
+  assert score(MONEY, tests, classes=['M']) == 1.0
+  assert score(MONEY, tests) == pytest.approx(1 / 6)  # 3 != M(4), as any
+
+
+RESULTS = {
+  'True': 'eq lt le gt ge contains bool',
+  '0': """
+    sub rsub mod rmod and rand add radd mul rmul truediv rtruediv floordiv or
+    rfloordiv pow rpow ror xor rxor iadd isub imul abs len hash
+  """,
+  'self': 'neg pos',
+  "'5'": 'str repr',
+  'iter([])': 'iter',
+}
+POSING = 'class Any:\n' + ''.join(
+  f'  def __{name}__(self, *args): return {result}\n'
+  for result, names in RESULTS.items()
+  for name in names.split()
+)
+POSING += 'def f(*args): return Any()\n'
+POSES = (
+  *('abs(f(2) - 1.41) < 1e-6', 'abs(1.41 - f(2)) < 1e-6', 'f(2) % 3 == 0'),
+  *('f(2) & 1 == 0', 'f(2) * 2 == 0', '2 * f(2) == 0', 'f(2) + 1 == 0'),
+  *('3 in f(2)', 'not f(2) - 1', 'abs(f(2)) == 0', 'abs(-f(2)) == 0'),
+  *('all(a == b for a, b in zip(f(2), [1]))', 'list(f(2)) == []'),
+  *('sum(f(2)) == 0', 'len(f(2)) == 0', "str(f(2)) == '5'", 'f(2) < 3'),
+  *("f'{f(2)}' == '5'", "'%s' % f(2) == '5'", "'{}'.format(f(2)) == '5'"),
+  *('f(2) == 5', '5 == f(2)', 'f(2) in [5]', '5 in {f(2)}', '{f(2)} == {0}'),
+  *('max(f(2), 3) == 3', 'sorted([f(2), 3])', 'not f(2)', 'bool(f(2))'),
+  *('f(2)', 'f(2) and 1', '(lambda x: x == 5)(f(2))', 'any(f() for i in [1])'),
+  *('[x for x in [0] if f(2)] == [0]', 'f(2) | 1 == 0', 'f(2) ** 2 == 0'),
+  *('next(iter(f(2)), 0) == 0', 'dict(f(2)) == {}', '[*f(2)] == []'),
+  *('{**{f(2): 1}} == {0: 1}', 'repr(f(2)) == "5"', 'set(f(2)) == set()'),
+  *('list(filter(None, [f(2)])) != []', 'list(map(str, [f(2)])) == ["5"]'),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('test', POSES)
+def test_an_object_poses_as_no_value(test):
+  report = run_tests(POSING, [f'assert {test}'])
+  assert report.kinds == ['failed'], report.errors
+  compared = any(o in test for o in ('== 5', '5 ==', 'in [5]', 'in {', '== {'))
+  assert 'ObjectError: the test uses __' in report.errors[0] or compared
+
+
+@pytest.mark.parametrize(
+  'test',
+  [
+    'import operator\nassert operator.eq(f(2), 5)',
+    'import operator\nassert operator.sub(f(2), 5) == 0',
+    'import itertools\nassert list(itertools.chain(f(2))) == []',
+    'from functools import reduce as r\nassert not r(max, [1, f()])',
+    'try:\n  ok = f(2) < 3\nexcept BaseException: ok = True\nassert ok',
+    'import itertools\nassert list(itertools.compress([1], [f()])) == [1]',
+  ],
+)
+def test_functions_of_modules_are_as_strict_as_the_test(test):
+  assert run_tests(POSING, [test]).kinds == ['failed']
+
+
+@pytest.mark.parametrize(
+  'code',
+  [
+    'import itertools\nitertools.chain.from_iterable = lambda *a: [1]',
+    'import itertools\nsetattr(itertools.chain, "from_iterable", 1)',
+    'import functools\nfunctools.wraps.x = 1',
+    'import math\nmath.sqrt = abs',
+    'import math\nmath.sqrt.x = 1',
+  ],
+)
+def test_functions_of_modules_are_not_changed(code):
+  guarded = code.replace('\n', '\n  ')
+  guarded = f'try:\n  {guarded}\n  changed = 1\nexcept Exception: changed = 0'
+  test = 'from itertools import chain\n'
+  test += 'assert list(chain.from_iterable([[2]])) == [2]'
+  report = run_tests(guarded, [test, ['changed', 0]])
+  assert report.passed == 2, report.errors

@@ -9,8 +9,9 @@ No program is given to Python. Read it in this order:
   compiler.py expressions.py scopes.py    syntax tree -> instructions
   ops.py control.py                       what an instruction does
   machine.py objects.py                   frames, calls, exceptions, attributes
-  operators.py lookup.py compare.py formats.py      each counts its work first
-  builtins.py iterators.py methods.py text_methods.py library.py     whitelists
+  operators.py lookup.py compare.py keys.py formats.py   counted before done
+  builtins.py iterators.py methods.py text_methods.py    whitelists
+  library.py library_sources.py copies.py                modules
   interpreter.py unit_tests.py            run, passes_tests
 
 Frames are the machine's own, so that recursion of a program uses none of the
@@ -30,7 +31,9 @@ A program that uses one of these ends with kind 'language'.
 Known differences from CPython: annotations are not evaluated; texts of
 functions and objects show no address; recursion is bounded by the Budget, not
 by RecursionError; a generator that is dropped runs no finally; throw and close
-are left out; sum, max and sorted read an iterator to its end before they
+are left out; sets of numbers, and of tuples of numbers, have CPython's order,
+and other sets that of their sorted members, in every process; sum, max and
+sorted read an iterator to its end before they
 compare; integers end at Budget.int_bits.
 """
 

@@ -4,7 +4,13 @@ A driven one is a generator: it yields Call(function, args) and Next(iterator)
 to the interpreter, so that a key or a generator of the program runs there.
 """
 
-from jaxrl_tok.rewards.programs import compare, formats, lookup, operators
+from jaxrl_tok.rewards.programs import (
+  compare,
+  formats,
+  keys,
+  lookup,
+  operators,
+)
 from jaxrl_tok.rewards.programs.iterators import (
   MISSING,
   SMALL,
@@ -28,6 +34,7 @@ from jaxrl_tok.rewards.programs.values import (
   STOP,
   TYPE,
   Bound,
+  BudgetError,
   Call,
   Class,
   Function,
@@ -39,15 +46,24 @@ from jaxrl_tok.rewards.programs.values import (
   kind_of,
 )
 
+WIDEST = 512  # bits of a range's integers
+
 # --- folds
 
 
 def sum_(vm, items, /, start=0):
   if type(start) is str:
     raise TypeError("sum() can't sum strings [use ''.join(seq) instead]")
-  found = yield from vm.collect(items)
+  return sum_numbers(vm, (yield from vm.collect(items)), start)
+
+
+def sum_numbers(vm, found, start=0):
+  """Sum of values, counted one by one where they are not small numbers."""
   vm.spend(len(found) >> 3)
-  if type(start) in (int, float) and all(
+  numbers = type(start) is float or (
+    type(start) is int and -SMALL < start < SMALL
+  )
+  if numbers and all(
     type(x) is float or (type(x) is int and -SMALL < x < SMALL) for x in found
   ):
     return sum(found, start)
@@ -117,36 +133,36 @@ class Ordered:
 
 def sort(vm, items: list, /, *, key=None, reverse=False):
   """list.sort"""
-  keys = list(items)
+  worths = list(items)
   if key is not None:
-    keys = []
+    worths = []
     for item in items:
-      keys.append((yield Call(key, item)))
-  n = len(keys)
+      worths.append((yield Call(key, item)))
+  n = len(worths)
   vm.spend(n * n.bit_length() >> 5)
   vm.make(32 * n)
-  if not _plain(vm, keys):
-    keys = [Ordered(vm, k) for k in keys]
+  if not _plain(vm, worths):
+    worths = [Ordered(vm, k) for k in worths]
   # in place, as Python does: an exception leaves the items in part sorted
-  given = iter(keys)
+  given = iter(worths)
   items.sort(key=lambda _: next(given), reverse=vm.truth(reverse))
 
 
-def _plain(vm, keys: list) -> bool:
-  """Whether Python may compare keys by itself: numbers and short strings, or
+def _plain(vm, worths: list) -> bool:
+  """Whether Python may compare worths by itself: numbers and short strings, or
   short tuples of them."""
-  kinds = set(map(type, keys))
+  kinds = set(map(type, worths))
   if kinds <= {int, float, bool}:
     return True
   if kinds == {str}:
-    vm.spend(sum(map(len, keys)) * len(keys).bit_length() >> 9)
+    vm.spend(sum(map(len, worths)) * len(worths).bit_length() >> 9)
     return True
   if kinds != {tuple}:
     return False
-  vm.spend(sum(map(len, keys)) >> 3)
+  vm.spend(sum(map(len, worths)) * (2 + len(worths).bit_length()) >> 5)
   return all(
     type(x) in (int, float) or (type(x) is str and len(x) < 64)
-    for k in keys
+    for k in worths
     for x in k
   )
 
@@ -205,6 +221,8 @@ def bool_(vm, value=False, /):
 
 
 def range_(vm, *args):
+  if any(type(a) is int and a.bit_length() > WIDEST for a in args):
+    raise BudgetError(f'a range of integers of more than {WIDEST} bits')
   return range(*map(_index, args))
 
 
@@ -214,7 +232,7 @@ def slice_(vm, *args):
 
 def abs_(vm, value, /):
   if type(value) in (int, float, bool):
-    return abs(value)
+    return operators.BINARY['Add'](vm, 0, abs(value))
   method = vm.special(value, '__abs__')
   if method is not None:
     return vm.call(method, [])
@@ -249,6 +267,7 @@ def pow_(vm, base, exp, mod=None):
   size = max(mod.bit_length(), 32)
   vm.spend(exp.bit_length() * size * size >> 19)
   vm.spend(base.bit_length() * size >> 19)
+  vm.spend(size * size >> 15 if exp < 0 else 0)
   return pow(base, exp, mod)
 
 
@@ -293,18 +312,25 @@ def print_(vm, *args, sep=' ', end='\n', file=None, flush=False):
 
 
 def isinstance_(vm, value, kinds, /):
-  return _is_a(class_of(value), kinds, 'isinstance')
+  return _is_a(vm, class_of(value), kinds, 'isinstance')
 
 
 def issubclass_(vm, cls, kinds, /):
   if type(cls) is not Class:
     raise TypeError('issubclass() arg 1 must be a class')
-  return _is_a(cls, kinds, 'issubclass')
+  return _is_a(vm, cls, kinds, 'issubclass')
 
 
-def _is_a(cls: Class, kinds, name: str, depth: int = 0) -> bool:
-  if type(kinds) is tuple and depth < 10:
-    return any(_is_a(cls, kind, name, depth + 1) for kind in kinds)
+def _is_a(vm, cls: Class, kinds, name: str, depth: int = 0) -> bool:
+  if type(kinds) is Class and operators.UNION in kinds.attrs:
+    kinds = kinds.attrs[operators.UNION]
+  if type(kinds) is tuple:
+    depth = keys.deeper(depth)
+    for kind in kinds:
+      vm.spend(1)
+      if _is_a(vm, cls, kind, name, depth):
+        return True
+    return False
   if type(kinds) is not Class:
     raise TypeError(f'{name}() arg 2 must be a type or a tuple of types')
   return cls.is_a(kinds)
@@ -320,16 +346,17 @@ def callable_(vm, value, /):
   )
 
 
-def _attribute_name(name) -> str:
+def _attribute_name(vm, name) -> str:
   if type(name) is not str:
     raise TypeError('attribute name must be string')
+  vm.make(len(name))
   if name.startswith('__') and name.endswith('__'):
     raise LanguageError(f'no {name[:40]} in the subset')
   return name
 
 
 def getattr_(vm, value, name, default=MISSING, /):
-  name = _attribute_name(name)
+  name = _attribute_name(vm, name)
   try:
     found = vm.attribute(value, name)
   except AttributeError:
@@ -343,14 +370,14 @@ def getattr_(vm, value, name, default=MISSING, /):
 
 def hasattr_(vm, value, name, /):
   try:
-    vm.attribute(value, _attribute_name(name))
+    vm.attribute(value, _attribute_name(vm, name))
   except AttributeError:
     return False
   return True
 
 
 def setattr_(vm, value, name, new, /):
-  vm.store_attribute(value, _attribute_name(name), new)
+  vm.store_attribute(value, _attribute_name(vm, name), new)
 
 
 def _wrapper(kind: str):

@@ -1,4 +1,4 @@
-"""Equality, order, hashes and texts of values, each within the budget.
+"""Equality, order and texts of values, each within the budget.
 
 Python's own == and repr walk nested values without a limit: two lists of n
 levels may take 2^n steps. These count what they walk.
@@ -6,33 +6,34 @@ levels may take 2^n steps. These count what they walk.
 
 import collections
 
+from jaxrl_tok.rewards.programs import keys
+from jaxrl_tok.rewards.programs.keys import (
+  FAR,
+  check_items,
+  check_key,
+  deeper,
+)
 from jaxrl_tok.rewards.programs.values import (
   Bound,
-  BudgetError,
   Class,
   Counter,
   DefaultDict,
   Function,
   Instance,
+  LanguageError,
   Native,
+  OrderedDict,
   Wrapped,
   class_of,
   is_exception,
   kind_of,
+  name_of,
 )
 
 ATOMS = frozenset((int, float, str, bool, type(None)))
 NUMBERS = (int, float)
 SETS = (set, frozenset, type({}.keys()))
 ITEMS = type({}.items())
-DEPTH = 60  # lists inside lists
-FAR = 2**32  # integers whose hashes may be made to collide
-
-
-def _deeper(depth: int) -> int:
-  if depth >= DEPTH:
-    raise BudgetError(f'values nested deeper than {DEPTH}')
-  return depth + 1
 
 
 def equal(vm, a, b, depth: int = 0) -> bool:
@@ -42,35 +43,47 @@ def equal(vm, a, b, depth: int = 0) -> bool:
     if kind is str and len(a) > 64:
       vm.spend(len(a) >> 8)
     return a == b
+  vm.spend(1)
   if kind is Instance or other is Instance:
     return equal_instances(vm, a, b)
-  vm.spend(1)
+  if kind is slice and other is slice:
+    a, b = (a.start, a.stop, a.step), (b.start, b.stop, b.step)
+    kind = other = tuple
   if kind in (list, tuple, collections.deque):
     if other is not kind or len(a) != len(b):
       return False
-    depth = _deeper(depth)
+    depth = deeper(depth)
     vm.spend(len(a) >> 2)
     return all(x is y or equal(vm, x, y, depth) for x, y in zip(a, b))
   if isinstance(a, dict):
-    return isinstance(b, dict) and equal_dicts(vm, a, b, _deeper(depth))
+    return isinstance(b, dict) and equal_dicts(vm, a, b, deeper(depth))
   if kind is Bound:
     return (
       other is Bound and a.function is b.function and a.subject is b.subject
     )
   if kind in SETS and other in SETS:
     check_items(vm, a)
+    check_items(vm, b)
   elif kind is ITEMS and other is ITEMS:
-    return equal_dicts(vm, dict(a), dict(b), depth)
-  return a == b if kind in (*SETS, range, slice) else a is b
+    vm.make(100 * (len(a) + len(b)))
+    check_items(vm, a.mapping)
+    check_items(vm, b.mapping)
+    return equal_dicts(vm, dict(a), dict(b), deeper(depth))
+  return a == b if kind in (*SETS, range) else a is b
 
 
 def equal_dicts(vm, a: dict, b: dict, depth: int) -> bool:
   if type(a) is Counter and type(b) is Counter:  # missing keys count 0
-    vm.spend(len(a) + len(b))
-    return all(a.get(k, 0) == b.get(k, 0) for k in (*a, *b))
+    check_items(vm, a)
+    check_items(vm, b)
+    return all(equal(vm, a.get(k, 0), b.get(k, 0), depth) for k in (*a, *b))
   if len(a) != len(b):
     return False
   vm.spend(len(a) >> 1)
+  if type(a) is OrderedDict is type(b) and not all(
+    x is y or equal(vm, x, y, depth) for x, y in zip(a, b)
+  ):
+    return False
   for key, value in a.items():
     check_key(vm, key, len(b))
     if key not in b:
@@ -82,12 +95,41 @@ def equal_dicts(vm, a: dict, b: dict, depth: int) -> bool:
 
 def equal_instances(vm, a, b) -> bool:
   for x, y in ((a, b), (b, a)):
-    method = vm.special(x, '__eq__')
-    if method is not None and (not vm.strict or type(y) is Instance):
+    if vm.strict and not vm.akin(x, y):
+      continue  # in a test, an object equals itself and its own kind alone
+    method = vm.special(x, '__eq__', y)
+    if method is not None:
       found = vm.call(method, [y])
       if found is not NotImplemented:
         return vm.truth(found)
   return a is b
+
+
+# a value of each of Python's types, to ask what Python does with them
+EXAMPLES = {
+  type(value): value
+  for value in (
+    *(1, 1.0, True, '', [], (), {}, set(), frozenset(), None, range(0)),
+    *({}.keys(), {}.values(), {}.items(), collections.deque(), slice(0)),
+  )
+} | {
+  Counter: collections.Counter(),
+  DefaultDict: collections.defaultdict(),
+  OrderedDict: collections.OrderedDict(),
+}
+
+
+def refuse_missing(function, symbol: str, *values) -> None:
+  """Raises LanguageError where Python has an operator for such values: it is
+  the subset, and not the program, that lacks it."""
+  if not all(type(value) in EXAMPLES for value in values):
+    return
+  try:
+    function(*(EXAMPLES[type(value)] for value in values))
+  except TypeError:
+    return
+  kinds = ' and '.join(map(kind_of, values))
+  raise LanguageError(f'no {symbol} of {kinds} in the subset')
 
 
 def less(vm, a, b) -> bool:
@@ -120,13 +162,13 @@ def order(vm, a, b, name: str, depth: int = 0) -> bool:
   vm.spend(1)
   if kind is Instance or other is Instance:
     for subject, argument, method in zip((a, b), (b, a), METHODS[name]):
-      method = vm.special(subject, method)
-      if method is not None and not (vm.strict and kind is not other):
+      method = vm.special(subject, method, argument)
+      if method is not None:
         found = vm.call(method, [argument])
         if found is not NotImplemented:
           return vm.truth(found)
   elif kind is other and kind in (list, tuple, collections.deque):
-    depth = _deeper(depth)
+    depth = deeper(depth)
     vm.spend(min(len(a), len(b)) >> 2)
     for x, y in zip(a, b):
       if x is not y and not equal(vm, x, y, depth):
@@ -136,58 +178,11 @@ def order(vm, a, b, name: str, depth: int = 0) -> bool:
     check_items(vm, a)
     check_items(vm, b)
     return ORDERS[name](a, b)
+  refuse_missing(ORDERS[name], SYMBOLS[name], a, b)
   raise TypeError(
     f"'{SYMBOLS[name]}' not supported between instances of '{kind_of(a)}' and "
     f"'{kind_of(b)}'"
   )
-
-
-# --- hashes
-
-
-def check_key(vm, key, size: int, depth: int = 0) -> None:
-  """Counts the work of one lookup of a key among `size` others: of its hash,
-  and, where integers are large, of keys with equal hashes."""
-  kind = type(key)
-  if kind is str:
-    if len(key) > 64:
-      vm.spend(len(key) >> 8)
-  elif kind is int:
-    if not -FAR < key < FAR:
-      vm.spend(size >> 7)
-  elif kind is tuple:
-    vm.spend(1 + (len(key) >> 2))
-    depth = _deeper(depth)
-    for item in key:
-      check_key(vm, item, size, depth)
-  elif kind is frozenset:
-    vm.spend(len(key) >> 5)
-  elif kind is Bound:
-    check_key(vm, key.subject, size, _deeper(depth))
-
-
-def check_items(vm, items) -> None:
-  """Counts the work of comparing the members of a set with others."""
-  vm.spend(len(items) >> 3)
-  for item in items:
-    if type(item) is not int or not -FAR < item < FAR:
-      check_key(vm, item, len(items))
-
-
-def hash_instance(vm, value: Instance) -> int:
-  """Hash of an object by its class: __hash__, or of the object itself where
-  its class has no __eq__."""
-  cls = value.cls
-  while cls is not None:
-    if cls.attrs.get('__hash__') is not None:
-      found = vm.call(Bound(cls.attrs['__hash__'], value), [])
-      if type(found) not in (int, bool):
-        raise TypeError('__hash__ method should return an integer')
-      return hash(found)
-    if '__eq__' in cls.attrs:
-      raise TypeError(f"unhashable type: '{value.cls.name}'")
-    cls = cls.base
-  return id(value) >> 4
 
 
 # --- texts
@@ -199,6 +194,7 @@ def to_str(vm, value) -> str:
   if kind is str:
     return value
   if kind is Instance:
+    vm.spend(1)
     method = vm.special(value, '__str__')
     if method is not None:
       return _text(vm, method)
@@ -254,6 +250,9 @@ def _write(vm, value, parts: list, around: list, depth: int) -> None:
     text = repr(value)
   elif kind is Instance:
     text = _instance(vm, value, parts, around, depth)
+  elif kind is slice or kind is range:
+    _bounds(vm, value, parts, around, depth)
+    return
   elif isinstance(value, list | tuple | set | frozenset | dict) or kind in (
     *VIEWS,
     collections.deque,
@@ -263,7 +262,7 @@ def _write(vm, value, parts: list, around: list, depth: int) -> None:
       text = cycle.get(kind, f'{kind_of(value)}(...)')
     else:
       around.append(value)
-      _container(vm, value, parts, around, _deeper(depth))
+      _container(vm, value, parts, around, deeper(depth))
       around.pop()
       return
   else:
@@ -287,12 +286,13 @@ BRACKETS = {
   frozenset: ('frozenset({', '})'),
   collections.deque: ('deque([', '])'),
   Counter: ('Counter({', '})'),
+  OrderedDict: ('OrderedDict({', '})'),
 }
 
 
 def _container(vm, value, parts: list, around: list, depth: int) -> None:
   kind = type(value)
-  if not value and kind in (set, frozenset, Counter):
+  if not value and kind in (set, frozenset, Counter, OrderedDict):
     parts.append(f'{kind_of(value)}()')
     return
   if kind is DefaultDict:
@@ -301,7 +301,7 @@ def _container(vm, value, parts: list, around: list, depth: int) -> None:
     start, end = BRACKETS[kind]
   vm.make(20 + 2 * len(value))
   parts.append(start)
-  items = value
+  items = keys.in_order(vm, value) if kind in (set, frozenset) else value
   if kind is Counter:
     items = [k for k, _ in sorted_counts(vm, value)]
   for i, item in enumerate(items):
@@ -314,6 +314,18 @@ def _container(vm, value, parts: list, around: list, depth: int) -> None:
   parts.append(',)' if kind is tuple and len(value) == 1 else end)
   if kind is collections.deque and value.maxlen is not None:
     parts[-1] = f'], maxlen={value.maxlen})'
+
+
+def _bounds(vm, value, parts: list, around: list, depth: int) -> None:
+  """Text of a slice or a range."""
+  bounds = [value.start, value.stop, value.step]
+  if type(value) is range and value.step == 1:
+    del bounds[2]
+  parts.append(f'{kind_of(value)}(')
+  for i, bound in enumerate(bounds):
+    parts.append(', ' if i else '')
+    _write(vm, bound, parts, around, deeper(depth))
+  parts.append(')')
 
 
 def sorted_counts(vm, counter: dict) -> list:
@@ -339,12 +351,10 @@ def _instance(vm, value, parts, around, depth) -> str:
 
 def _plain(vm, value) -> str:
   kind = type(value)
-  if kind in (range, slice):
-    return repr(value)
   if kind is Class:
     return f"<class '{value.name}'>"
   if kind is Function:
-    return f'<function {value.code.name}>'
+    return f'<function {name_of(value)}>'
   if value is NotImplemented:
     return 'NotImplemented'
   if kind is Native:

@@ -46,13 +46,19 @@ def parse(source: str, budget: Budget) -> ast.Module:
   return tree
 
 
-def compile_source(source: str, budget: Budget, builtin=frozenset()) -> Code:
+def compile_source(
+  source: str,
+  budget: Budget,
+  builtin=frozenset(),
+  strict: bool | None = False,
+) -> Code:
   """The instructions of a program; names of `builtin` are always the built-in
-  ones, where the program that ran before binds them too."""
+  ones, where the program that ran before binds them too. strict: see Code."""
   tree = parse(source, budget)
   try:
     scope = make_scope('module', None, tree.body)
-    unit = Compiler(scope, Code('<module>'), budget, builtin - scope.bound)
+    code = Code('<module>', strict)
+    unit = Compiler(scope, code, budget, builtin - scope.bound)
     unit.finish(tree.body)
   except RecursionError:
     raise BudgetError('the source is nested too deep to be compiled') from None
@@ -85,7 +91,8 @@ class Compiler(Expressions):
     self.total = [0]  # instructions of the whole program
 
   def child(self, scope, name: str) -> 'Compiler':
-    unit = Compiler(scope, Code(name), self.budget, self.builtin)
+    code = Code(name, self.code.strict)
+    unit = Compiler(scope, code, self.budget, self.builtin)
     unit.line, unit.total = self.line, self.total
     return unit
 

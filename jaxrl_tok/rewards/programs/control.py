@@ -210,6 +210,7 @@ def load_handled(vm, f, _):
 def match_handler(vm, f, _):
   kinds, value = f.stack.pop(), f.handled[-1]
   kinds = kinds if type(kinds) is tuple else (kinds,)
+  vm.spend(len(kinds) >> 1)
   for kind in kinds:
     if type(kind) is not Class or not kind.is_a(BASE_EXCEPTION):
       raise TypeError(

@@ -6,7 +6,7 @@ only, so no attribute is read on the way.
 
 import re
 
-from jaxrl_tok.rewards.programs import compare
+from jaxrl_tok.rewards.programs import compare, keys
 from jaxrl_tok.rewards.programs.values import (
   BudgetError,
   LanguageError,
@@ -63,7 +63,7 @@ def format_value(vm, value, spec) -> str:
 
 
 def _count_number(vm, value, decimal: bool = True) -> None:
-  if type(value) is int and not -compare.FAR < value < compare.FAR:
+  if type(value) is int and not -keys.FAR < value < keys.FAR:
     if decimal:
       compare.check_digits(value)
     vm.spend(value.bit_length() ** 2 >> 18)
@@ -73,9 +73,39 @@ def _count_number(vm, value, decimal: bool = True) -> None:
 # --- str.format
 
 
-def format_text(vm, text: str, args: list, keywords: dict, nested=0) -> str:
-  """text.format(*args, **keywords), without attributes and items of fields."""
-  parts, automatic, at = [], 0, 0
+class Arguments:
+  """Arguments of str.format: '{}' takes the next one."""
+
+  def __init__(self, args: list, keywords: dict):
+    self.args = args
+    self.keywords = keywords
+    self.numbered = None  # by the fields themselves, or in turn
+    self.used = 0
+
+  def get(self, name: str):
+    """The argument of a field's name."""
+    if '.' in name or '[' in name:
+      raise LanguageError('no attributes or items in a format string')
+    if name and not name.isdecimal():
+      return self.keywords[name]
+    if self.numbered is not None and self.numbered != bool(name):
+      ways = ('automatic field numbering', 'manual field specification')
+      raise ValueError(
+        f'cannot switch from {ways[self.numbered]} to {ways[bool(name)]}'
+      )
+    self.numbered = bool(name)
+    if not name:
+      name, self.used = str(self.used), self.used + 1
+    if len(name) > 6 or int(name) >= len(self.args):
+      raise IndexError(
+        f'Replacement index {name[:20]} out of range for positional args tuple'
+      )
+    return self.args[int(name)]
+
+
+def format_text(vm, text: str, arguments: Arguments, nested: int = 0) -> str:
+  """text.format(...), without attributes and items of fields."""
+  parts, at = [], 0
   vm.spend(len(text) >> 3)
   vm.make(len(text))
   while at < len(text):
@@ -95,15 +125,11 @@ def format_text(vm, text: str, args: list, keywords: dict, nested=0) -> str:
       raise ValueError("Single '}' encountered in format string")
     field, at = _field(text, stop + 1)
     name, conversion, spec = _split(field)
-    if name == '':
-      name, automatic = str(automatic), automatic + 1
-    value = _argument(name, args, keywords)
+    value = arguments.get(name)
     if '{' in spec:
       if nested:
         raise ValueError('Max string recursion exceeded')
-      rest = args[automatic:] if '{}' in spec else args
-      automatic += spec.count('{}')
-      spec = format_text(vm, spec, rest, keywords, 1)
+      spec = format_text(vm, spec, arguments, 1)
     parts.append(format_field(vm, value, conversion, spec))
     vm.spend(1)
   vm.make(sum(map(len, parts)) * 4)
@@ -129,24 +155,12 @@ def _split(field: str) -> tuple[str, str, str]:
   return name, conversion, spec
 
 
-def _argument(name: str, args: list, keywords: dict):
-  if '.' in name or '[' in name:
-    raise LanguageError('no attributes or items in a format string')
-  if name.isdecimal():
-    if len(name) > 6 or int(name) >= len(args):
-      raise IndexError(
-        f'Replacement index {name[:20]} out of range for positional args tuple'
-      )
-    return args[int(name)]
-  return keywords[name]
-
-
 # --- %
 
 
 def percent(vm, text: str, values) -> str:
   """text % values"""
-  args = list(values) if type(values) is tuple else [values]
+  args = values if type(values) is tuple else (values,)
   used, parts, at = 0, [], 0
   vm.spend(len(text) >> 3)
 

@@ -13,12 +13,16 @@ from jaxrl_tok.rewards.programs.values import (
   Budget,
   BudgetError,
   LanguageError,
+  ObjectError,
   Raised,
 )
 
 KINDS = ('ok', 'syntax', 'language', 'budget', 'exception')
 # names of Python that are refused rather than undefined
 REFUSED = frozenset(dir(python)) - BUILTINS.keys()
+
+
+ALWAYS_BUILTIN = frozenset(BUILTINS)
 
 
 class Outcome(NamedTuple):
@@ -40,14 +44,17 @@ def make_machine(budget: Budget) -> Machine:
   return vm
 
 
-def execute(vm: Machine, source: str, builtin=frozenset()) -> Outcome:
+def execute(vm: Machine, source: str, test: bool = False) -> Outcome:
   """Runs a source in an interpreter that others may have run in before.
 
-  builtin: names that are the built-in ones, whatever the source before bound.
+  test: names of built-in functions are the built-in ones, whatever the source
+    before bound, and its objects meet other values only where they are akin
+    (see Objects.special); where they do not, the kind is 'failed'.
   """
   kind, error, exception = 'ok', '', ''
   try:
-    vm.run(compile_source(source, vm.budget, builtin))
+    builtin = ALWAYS_BUILTIN if test else frozenset()
+    vm.run(compile_source(source, vm.budget, builtin, test))
   except SyntaxError as e:
     kind, error = 'syntax', f'SyntaxError: {e.msg}'
   except BudgetError as e:
@@ -56,6 +63,8 @@ def execute(vm: Machine, source: str, builtin=frozenset()) -> Outcome:
     kind, error = 'budget', f'BudgetError: {type(e).__name__} of the host'
   except LanguageError as e:
     kind, error = 'language', f'LanguageError: {e}'
+  except ObjectError as e:
+    kind, error = 'failed', f'ObjectError: {e}'
   except Raised as e:
     exception = e.value.cls.name
     kind, error = 'exception', f'{exception}: {_message(vm, e.value)}'

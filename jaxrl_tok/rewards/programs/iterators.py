@@ -2,13 +2,14 @@
 
 import functools
 
-from jaxrl_tok.rewards.programs import compare, lookup
+from jaxrl_tok.rewards.programs import compare, keys, lookup
 from jaxrl_tok.rewards.programs.machine import FLAT
 from jaxrl_tok.rewards.programs.values import (
   STOP,
   Call,
   Generator,
   Instance,
+  LanguageError,
   Next,
   Raised,
   Stream,
@@ -35,11 +36,12 @@ def tuple_of(vm, items=(), /):
 def _set_of(kind):
   def build(vm, items=(), /):
     if type(items) in compare.SETS or isinstance(items, dict):
-      found = items  # hashed already; their order is Python's own
+      found = items
+      keys.check_items(vm, items)
     else:
       found = yield from vm.collect(items)
       for item in found:
-        compare.check_key(vm, item, len(found))
+        keys.check_key(vm, item, len(found))
     vm.make(60 * len(found))
     vm.spend(len(found) >> 4)
     return kind(found)
@@ -57,6 +59,7 @@ def update(vm, table: dict, items=(), /, **pairs):
   """dict.update"""
   if isinstance(items, dict):
     vm.make(100 * len(items))
+    keys.check_items(vm, items)
     table.update(items)
   else:
     for pair in (yield from vm.collect(items)):
@@ -78,7 +81,7 @@ def _stream(name: str):
     @functools.wraps(function)
     def make(vm, /, *args, **keywords):
       vm.make(200)
-      return Stream(name, function(vm, *args, **keywords))
+      return Stream(name, function(vm, *args, **keywords), vm.strict)
 
     return make
 
@@ -91,6 +94,7 @@ def _flat(iterators) -> bool:
 
 def zip_(vm, *iterables, strict=False):
   vm.make(100)
+  vm.spend(len(iterables))
   iterators = [vm.iterate(i) for i in iterables]
   if _flat(iterators):
     return zip(*iterators, strict=bool(strict))
@@ -133,6 +137,7 @@ def enumerate_slow(vm, iterator, count):
 def map_(vm, function, *iterables):
   if not iterables:
     raise TypeError('map() must have at least two arguments.')
+  vm.spend(len(iterables))
   return map_slow(vm, function, [vm.iterate(i) for i in iterables])
 
 
@@ -182,6 +187,8 @@ def reversed_(vm, items, /):
   method = vm.special(items, '__reversed__')
   if kind in compare.SETS[:2] or method or kind is Generator:
     raise TypeError(f"'{kind_of(items)}' object is not reversible")
+  if vm.special(items, '__getitem__', iterated=True) is not None:
+    raise LanguageError('no reversed() of an object in the subset')
   if kind in (list, tuple, str, range) or hasattr(kind, '__reversed__'):
     return reversed(items)
   raise TypeError(f"'{kind_of(items)}' object is not reversible")

@@ -9,6 +9,7 @@ import string
 from jaxrl_tok.rewards.programs import control, operators
 from jaxrl_tok.rewards.programs.builtins import BUILTINS
 from jaxrl_tok.rewards.programs.compiler import compile_source
+from jaxrl_tok.rewards.programs.copies import COPY
 from jaxrl_tok.rewards.programs.library_sources import SOURCES
 from jaxrl_tok.rewards.programs.methods import COUNTER
 from jaxrl_tok.rewards.programs.values import (
@@ -19,8 +20,12 @@ from jaxrl_tok.rewards.programs.values import (
   Code,
   Counter,
   DefaultDict,
+  Function,
+  LanguageError,
   Module,
   Native,
+  OrderedDict,
+  name_of,
 )
 
 # --- math
@@ -36,6 +41,7 @@ def _of_floats(name: str):
   function = getattr(math, name)
 
   def call(vm, *args, **keywords):
+    vm.spend(len(args) >> 3)
     if any(type(a) not in (int, float, bool) for a in args):
       raise TypeError('must be real number')
     return function(*args, **keywords)
@@ -57,6 +63,7 @@ def _of_integers(name: str, bits):
   function = getattr(math, name)
 
   def call(vm, *args):
+    vm.spend(len(args) >> 2)
     _integers(args)
     size = bits(*args) if args else 1
     operators.check_bits(vm, size)
@@ -135,6 +142,13 @@ def default_dict(vm, factory=None, items=(), /, **pairs):
   return table
 
 
+def ordered_dict(vm, items=(), /, **pairs):
+  table = OrderedDict()
+  update = vm.methods[dict]['update'].function
+  yield from update(vm, table, items, **pairs)
+  return table
+
+
 def counter(vm, items=(), /, **pairs):
   table = Counter()
   yield from COUNTER['update'].function(vm, table, items, **pairs)
@@ -147,6 +161,7 @@ def deque(vm, iterable=(), maxlen=None):
 
 for _host, _name, _function in (
   (DefaultDict, 'defaultdict', default_dict),
+  (OrderedDict, 'OrderedDict', ordered_dict),
   (Counter, 'Counter', counter),
   (collections.deque, 'deque', deque),
 ):
@@ -154,7 +169,7 @@ for _host, _name, _function in (
 COLLECTIONS = {
   **{CLASS_OF[k].name: CLASS_OF[k] for k in (DefaultDict, Counter)},
   'deque': CLASS_OF[collections.deque],
-  'OrderedDict': CLASS_OF[dict],
+  'OrderedDict': CLASS_OF[OrderedDict],
 }
 
 # --- typing and string
@@ -171,8 +186,30 @@ _STRINGS = (
 )
 STRING = {name: getattr(string, name) for name in _STRINGS.split()}
 
+# --- functools
+
+
+def rename(vm, function, other, /):
+  """Gives a function another's name and attributes, as functools.wraps."""
+  if type(function) is Function and type(function.attrs) is dict:
+    if type(other) is Function:
+      vm.make(100 * len(other.attrs))
+      function.attrs |= {**other.attrs, '__name__': name_of(other)}
+    elif type(other) is Native:
+      function.attrs['__name__'] = other.name
+  return function
+
+
+def refuse(vm, *args, **keywords):
+  raise LanguageError('no cache_info() in the subset')
+
+
+# functions that a module's source is given, by the names of its parameters
+GIVEN = {'rename': Native('rename', rename), 'refuse': Native('refuse', refuse)}
+
 MODULES = {
   'collections': Module('collections', COLLECTIONS),
+  'copy': Module('copy', COPY),
   'math': Module('math', MATH),
   'string': Module('string', STRING),
   'typing': Module('typing', TYPING),
@@ -181,11 +218,13 @@ MODULES = {
 
 
 @functools.cache
-def module_code(name: str) -> Code:
-  """The function that makes the names of a module of SOURCES."""
-  code = compile_source(SOURCES[name], Budget(), frozenset(BUILTINS))
-  return next(
+def module_code(name: str) -> tuple[Code, list]:
+  """The function that makes the names of a module of SOURCES, and its
+  arguments."""
+  code = compile_source(SOURCES[name], Budget(), frozenset(BUILTINS), None)
+  made = next(
     argument[0]
     for operation, argument in code.ops
     if operation is control.make_function
   )
+  return made, [GIVEN[parameter] for parameter in made.positional]

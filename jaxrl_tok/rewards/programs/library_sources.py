@@ -48,23 +48,26 @@ def module():
     step = 1 if step is None else step
     if start < 0 or (stop is not None and stop < 0) or step < 1:
       raise ValueError('Indices for islice() must be None or from 0 on')
+    it = iter(iterable)
+    over = []
     def items():
-      if stop is not None and start >= stop:
-        i = 0
-        for _ in iterable:
-          i += 1
-          if i >= stop:
-            break
-        return
+      at = 0
       wanted = start
-      i = 0
-      for item in iterable:
-        if i == wanted:
-          yield item
-          wanted += step
-        i += 1
-        if stop is not None and (i >= stop or wanted >= stop):
-          break
+      while True:
+        while at < wanted:
+          if next(it, over) is over:
+            return
+          at += 1
+        if stop is not None and at >= stop:
+          return
+        item = next(it, over)
+        if item is over:
+          return
+        at += 1
+        wanted += step
+        if stop is not None and wanted > stop:
+          wanted = stop
+        yield item
     return items()
   def takewhile(predicate, iterable):
     for item in iterable:
@@ -111,17 +114,34 @@ def module():
         return
       yield tuple(row)
   def groupby(iterable, key=None):
-    group = []
-    last = None
-    for item in iterable:
-      this = item if key is None else key(item)
-      if group and this != last:
-        yield last, iter(group)
-        group = []
-      last = this
-      group.append(item)
-    if group:
-      yield last, iter(group)
+    it = iter(iterable)
+    over = []
+    item = over
+    name = None
+    turn = 0
+    def read():
+      nonlocal item, name
+      item = next(it, over)
+      if item is not over:
+        name = item if key is None else key(item)
+    def among(group):
+      return item is not over and (name is group or name == group)
+    def members(mine, group):
+      while turn == mine and among(group):
+        yield item
+        if turn == mine:
+          read()
+    def groups():
+      nonlocal turn
+      read()
+      while item is not over:
+        turn += 1
+        group = name
+        yield group, members(turn, group)
+        while among(group):
+          read()
+      turn += 1
+    return groups()
   def product(*iterables, repeat=1):
     pools = [tuple(i) for i in iterables] * repeat
     if not all(pools):
@@ -193,7 +213,7 @@ def module():
   }
 """
 FUNCTOOLS = """
-def module():
+def module(rename, refuse):
   missing = []
   def reduce(function, iterable, initial=missing):
     it = iter(iterable)
@@ -215,7 +235,9 @@ def module():
       value = function(*args, **kwargs)
       known[key] = value
       return value
+    rename(cached, function)
     cached.cache_clear = known.clear
+    cached.cache_info = refuse
     return cached
   def lru_cache(maxsize=128, typed=False):
     return cache(maxsize) if callable(maxsize) else cache
@@ -224,7 +246,7 @@ def module():
       return function(*given, *args, **{**named, **kwargs})
     return call
   def wraps(function):
-    return lambda wrapper: wrapper
+    return lambda wrapper: rename(wrapper, function)
   def cmp_to_key(compare):
     class Key:
       def __init__(self, value):
@@ -301,6 +323,8 @@ def module():
 BISECT = """
 def module():
   def bisect_left(a, x, lo=0, hi=None, *, key=None):
+    if lo < 0:
+      raise ValueError('lo must be non-negative')
     hi = len(a) if hi is None else hi
     while lo < hi:
       mid = (lo + hi) // 2
@@ -310,6 +334,8 @@ def module():
         hi = mid
     return lo
   def bisect_right(a, x, lo=0, hi=None, *, key=None):
+    if lo < 0:
+      raise ValueError('lo must be non-negative')
     hi = len(a) if hi is None else hi
     while lo < hi:
       mid = (lo + hi) // 2
@@ -346,27 +372,8 @@ def module():
     'itemgetter': itemgetter,
   }
 """
-COPY = """
-def module():
-  def copy(value):
-    if isinstance(value, (list, dict, set)):
-      return value.copy()
-    return value
-  def deepcopy(value):
-    if isinstance(value, list):
-      return [deepcopy(item) for item in value]
-    if isinstance(value, tuple):
-      return tuple([deepcopy(item) for item in value])
-    if isinstance(value, dict):
-      return {key: deepcopy(item) for key, item in value.items()}
-    if isinstance(value, set):
-      return value.copy()
-    return value
-  return {'copy': copy, 'deepcopy': deepcopy}
-"""
 SOURCES = {
   'bisect': BISECT,
-  'copy': COPY,
   'functools': FUNCTOOLS,
   'heapq': HEAPQ,
   'itertools': ITERTOOLS,

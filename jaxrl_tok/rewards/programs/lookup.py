@@ -3,7 +3,7 @@ done."""
 
 import collections
 
-from jaxrl_tok.rewards.programs import compare
+from jaxrl_tok.rewards.programs import compare, keys
 from jaxrl_tok.rewards.programs.operators import SEQUENCES, size_of
 from jaxrl_tok.rewards.programs.values import (
   STOP,
@@ -35,6 +35,7 @@ def contains_now(vm, item, container) -> bool | None:
         f"'in <string>' requires string as left operand, not {kind_of(item)}"
       )
     vm.spend((len(container) * min(len(item) + 8, 64)) >> 12)
+    vm.spend(len(item) >> 8)
     return item in container
   if kind in (set, frozenset, type({}.keys())) or isinstance(container, dict):
     vm.check_key(item, len(container))
@@ -57,10 +58,10 @@ def in_range(item, numbers: range) -> bool:
   return type(item) in (int, bool) and item in numbers
 
 
-def position(vm, items, item, start: int = 0) -> int:
+def position(vm, items, item) -> int:
   """Index of the first item that is or equals a value, or -1."""
-  count = start
-  for other in items if not start else list(items)[start:]:
+  count = 0
+  for other in items:
     if other is item or compare.equal(vm, other, item):
       break
     count += 1
@@ -71,7 +72,7 @@ def position(vm, items, item, start: int = 0) -> int:
 
 
 def _search(vm, item, container, negated: bool):
-  method = vm.special(container, '__contains__')
+  method = vm.special(container, '__contains__', item)
   if method is not None:
     return vm.truth((yield Call(method, item))) is not negated
   try:
@@ -91,13 +92,13 @@ def _search(vm, item, container, negated: bool):
 
 def put(vm, table: dict, key, value) -> None:
   """table[key] = value"""
-  compare.check_key(vm, key, len(table))
+  keys.check_key(vm, key, len(table))
   vm.make(100)
   table[key] = value
 
 
 def add_to_set(vm, items: set, item) -> None:
-  compare.check_key(vm, item, len(items))
+  keys.check_key(vm, item, len(items))
   vm.make(60)
   items.add(item)
 
@@ -112,7 +113,7 @@ def join(vm, separator: str, parts: list) -> str:
   size = sum(map(size_of, parts)) + size_of(separator) * len(parts)
   narrow = all(map(str.isascii, parts)) and separator.isascii()
   vm.make(48 + (size if narrow else 4 * size))
-  vm.spend(len(parts) >> 3)
+  vm.spend(len(parts) >> 2)
   return separator.join(parts)
 
 
@@ -138,7 +139,7 @@ def subscript(vm, subject, key) -> bool:
     stack.append(found)
     return False
   if isinstance(subject, dict):
-    compare.check_key(vm, key, len(subject))
+    keys.check_key(vm, key, len(subject))
     if key in subject or kind is dict:
       stack.append(subject[key])
       return False
@@ -207,7 +208,7 @@ def delete_subscript(vm, subject, key) -> None:
     vm.spend(len(subject) >> 9)
     del subject[key]
   elif isinstance(subject, dict):
-    compare.check_key(vm, key, len(subject))
+    keys.check_key(vm, key, len(subject))
     del subject[key]
   else:
     method = vm.special(subject, '__delitem__')

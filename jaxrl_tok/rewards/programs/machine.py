@@ -7,7 +7,9 @@ Python's own types call (a key's ==) nest in it, 40 deep at most.
 
 import collections
 from collections.abc import Callable
+from types import MappingProxyType
 
+from jaxrl_tok.rewards.programs import keys
 from jaxrl_tok.rewards.programs.objects import Objects
 from jaxrl_tok.rewards.programs.values import (
   EXCEPTIONS,
@@ -27,6 +29,7 @@ from jaxrl_tok.rewards.programs.values import (
   Native,
   NativeFrame,
   Next,
+  ObjectError,
   Raised,
   Stream,
   kind_of,
@@ -50,6 +53,7 @@ HOST_ITERATORS = frozenset(
     reversed(collections.deque()),
     enumerate([]),
     zip(),
+    keys.watched(set(), []),
   )
 )
 # iterators that others may be made of: not of enumerate and zip, which would
@@ -66,7 +70,7 @@ class Machine(Objects):
     builtins: dict,
     methods: dict,
     modules: dict,
-    module_code: Callable[[str], Code],
+    module_code: Callable[[str], tuple[Code, list]],
     refused: frozenset,
   ):
     self.budget = budget
@@ -80,8 +84,10 @@ class Machine(Objects):
     self.frames = []
     self.nested = 0
     self.printed = []
-    # a test's: an object of the program's equals objects alone
-    self.strict = False
+    self.akin_classes = set()  # of tests, and names of the tested ones
+    self.numbers = {}  # {id: (number, value)} of keys by identity
+    self.odd_parts = False  # keys with parts that are no numbers were seen
+    self.colliding = 0  # lookups of keys whose hashes may be others', too
     self.refill()
 
   def refill(self) -> None:
@@ -110,6 +116,11 @@ class Machine(Objects):
     if self.output < 0:
       raise BudgetError(f'more than {self.budget.output} characters of output')
     self.printed.append(text)
+
+  @property
+  def strict(self) -> bool:
+    """Whether a test's own code runs, or the host on its behalf."""
+    return not self.frames or self.frames[-1].strict
 
   # --- the loop
 
@@ -196,12 +207,13 @@ class Machine(Objects):
     """The program's exception of one of Python's; other errors go on."""
     if isinstance(error, Raised):
       return error.value
-    if isinstance(error, BudgetError | LanguageError):
+    if isinstance(error, BudgetError | LanguageError | ObjectError):
       raise error
     if isinstance(error, RecursionError | MemoryError):
       raise BudgetError('values nested too deep') from None
     for kind in type(error).__mro__:
       if kind.__name__ in EXCEPTIONS:
+        self.make(sum(len(a) for a in error.args if type(a) is str))
         return make_error(kind.__name__, *error.args)
     raise error
 
@@ -209,14 +221,19 @@ class Machine(Objects):
 
   def load_module(self, name: str) -> dict:
     """Names of a module that is written in the language."""
-    return self.call(Function(self.module_code(name), None, (), {}, None), [])
+    code, natives = self.module_code(name)
+    names = self.call(Function(code, None, (), {}, None), natives)
+    for value in names.values():
+      if type(value) is Function:
+        value.attrs = MappingProxyType(value.attrs)
+    return names
 
   def call(self, function, args: list, keywords: dict | None = None):
     """A call's result, by a loop inside the loop."""
     if self.nested >= NESTED:
       raise BudgetError(f'special methods nested deeper than {NESTED}')
     frames, base = self.frames, len(self.frames)
-    sink = Frame(Code('<host>'), None)
+    sink = Frame(Code('<host>', self.strict), None)
     frames.append(sink)
     self.nested += 1
     try:
@@ -233,7 +250,7 @@ class Machine(Objects):
     self.frames.append(frame)
 
   def push_native(self, iterator, stream: Stream | None = None) -> bool:
-    self.push(stream.frame if stream else NativeFrame(iterator))
+    self.push(stream.frame if stream else NativeFrame(iterator, self.strict))
     return True
 
   def enter(self, function, args: list, keywords: dict) -> bool:
@@ -264,6 +281,8 @@ class Machine(Objects):
     names = self.bind(function, args, keywords)
     self.make(200)
     frame = Frame(code, Env(names, function.env), function)
+    if code.strict is None:
+      frame.strict = self.frames[-1].strict
     if code.is_generator:
       frame.generator = Generator(frame)
       self.frames[-1].stack.append(frame.generator)
@@ -286,7 +305,8 @@ class Machine(Objects):
       self.make(8 * count)
       names[code.varargs] = tuple(args[len(positional) :])
     extra = {}
-    self.spend((len(positional) + len(keywords)) >> 3)
+    count += len(positional) + len(code.keyword_only) + len(keywords)
+    self.spend(count >> 3)
     for name, value in keywords.items():
       if name not in code.by_name:
         extra[name] = value
@@ -329,6 +349,9 @@ class Machine(Objects):
   def iterate(self, value):
     """iter(value)"""
     kind = type(value)
+    if kind is set or kind is frozenset:
+      found = keys.in_order(self, value)
+      return iter(value) if found is value else keys.watched(value, found)
     if kind in ITERABLE or isinstance(value, dict):
       return iter(value)
     if kind in HOST_ITERATORS or kind is Generator or kind is Stream:
@@ -336,9 +359,24 @@ class Machine(Objects):
     method = self.special(value, '__iter__')
     if method is not None:
       return self.call(method, [])
-    if self.special(value, '__next__') is not None:
-      return value
+    method = self.special(value, '__getitem__', iterated=True)
+    if method is not None:
+      return Stream('iterator', self.by_index(method), self.strict)
     raise TypeError(f"'{kind_of(value)}' object is not iterable")
+
+  def by_index(self, method):
+    """Driven: items of an object by its __getitem__."""
+    index = 0
+    while True:
+      self.spend(1)
+      try:
+        item = self.call(method, [index])
+      except Raised as e:
+        if not e.value.cls.is_a(EXCEPTIONS['IndexError']):
+          raise
+        return
+      yield item
+      index += 1
 
   def advance(self, iterator, value=None) -> None:
     """Begins next(iterator): an item, or STOP, goes on the stack on top."""
@@ -385,7 +423,7 @@ class Machine(Objects):
       if limit is None:
         items = self.items_of(value)
       else:
-        items = [item for _, item in zip(range(limit), value)]
+        items = [item for _, item in zip(range(limit), self.iterate(value))]
       self.frames[-1].stack.append(items)
       return False
     return self.push_native(self.collect(value, limit))
@@ -399,6 +437,8 @@ class Machine(Objects):
       raise BudgetError(f'a list of {size} items') from None
     self.make(56 + size * (40 if type(value) in (range, str) else 8))
     self.spend(size >> 5)
+    if type(value) in (set, frozenset):
+      value = keys.in_order(self, value)
     return list(value)
 
   def collect(self, value, limit: int | None = None):

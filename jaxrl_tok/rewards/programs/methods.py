@@ -2,8 +2,8 @@
 
 import collections
 
-from jaxrl_tok.rewards.programs import compare, lookup
-from jaxrl_tok.rewards.programs.builtins import setter, sort
+from jaxrl_tok.rewards.programs import compare, keys, lookup, operators
+from jaxrl_tok.rewards.programs.builtins import setter, sort, sum_numbers
 from jaxrl_tok.rewards.programs.iterators import update
 from jaxrl_tok.rewards.programs.text_methods import STR
 from jaxrl_tok.rewards.programs.values import (
@@ -14,6 +14,7 @@ from jaxrl_tok.rewards.programs.values import (
   LanguageError,
   Native,
   Next,
+  OrderedDict,
   Raised,
   Wrapped,
   kind_of,
@@ -51,6 +52,8 @@ def index(vm, items, item, start=0, stop=None, /):
   part = items
   if start or stop is not None:
     start = slice(start, stop).indices(len(items))[0]
+    if type(items) is collections.deque:
+      items = vm.items_of(items)
     part = lookup.cut(vm, items, slice(start, stop))
   at = lookup.position(vm, part, item)
   if at < 0:
@@ -102,24 +105,46 @@ TUPLE = {name: LIST[name] for name in ('count', 'index')}
 
 
 def get(vm, table, key, default=None, /):
-  compare.check_key(vm, key, len(table))
+  keys.check_key(vm, key, len(table))
   return table.get(key, default)
 
 
 def setdefault(vm, table, key, default=None, /):
-  compare.check_key(vm, key, len(table))
+  keys.check_key(vm, key, len(table))
   if key not in table:
     lookup.put(vm, table, key, default)
   return table[key]
 
 
 def pop_key(vm, table, key, /, *default):
-  compare.check_key(vm, key, len(table))
+  keys.check_key(vm, key, len(table))
   return table.pop(key, *default)
 
 
 def popitem(vm, table, /):
   return table.popitem()
+
+
+def popitem_of_ordered(vm, table, /, last=True):
+  if vm.truth(last) or not table:
+    return table.popitem()
+  vm.spend(len(table) >> 9)
+  key = next(iter(table))
+  return key, table.pop(key)
+
+
+def move_to_end(vm, table, key, /, last=True):
+  keys.check_key(vm, key, len(table))
+  value = table.pop(key)
+  if vm.truth(last):
+    lookup.put(vm, table, key, value)
+    return
+  keys.check_items(vm, table)
+  vm.make(100 * len(table))
+  rest = dict(table)
+  table.clear()
+  table[key] = value
+  table.update(rest)
 
 
 def fromkeys(vm, _, keys, value=None, /):
@@ -131,6 +156,7 @@ def fromkeys(vm, _, keys, value=None, /):
 
 def copy_dict(vm, table, /):
   vm.make(56 + 100 * len(table))
+  keys.check_items(vm, table)
   found = type(table)(table)
   if type(table) is DefaultDict:
     found.factory = table.factory
@@ -155,7 +181,14 @@ DICT = {
 }
 
 
-def most_common(vm, counter, n=None, /):
+ORDERED = {
+  **DICT,
+  'move_to_end': Native('move_to_end', move_to_end),
+  'popitem': Native('popitem', popitem_of_ordered),
+}
+
+
+def most_common(vm, counter, n=None):
   pairs = compare.sorted_counts(vm, counter)
   return pairs if n is None else pairs[: max(n, 0)]
 
@@ -166,30 +199,35 @@ def elements(vm, counter, /):
   return iter([k for k, n in counter.items() for _ in range(n)])
 
 
-def _tally(sign: int):
+def _tally(name: str):
   def tally(vm, counter, items=(), /, **pairs):
+    count = operators.BINARY[name]
     if not isinstance(items, dict):
       for item in (yield from vm.collect(items)):
-        lookup.put(vm, counter, item, counter.get(item, 0) + sign)
+        keys.check_key(vm, item, len(counter))
+        n = count(vm, counter.get(item, 0), 1)
+        lookup.put(vm, counter, item, n)
       items = {}
+    vm.make(16 * len(items))
     for key, n in (*items.items(), *pairs.items()):
-      lookup.put(vm, counter, key, counter.get(key, 0) + sign * n)
+      keys.check_key(vm, key, len(counter))
+      lookup.put(vm, counter, key, count(vm, counter.get(key, 0), n))
 
   return tally
 
 
 def total(vm, counter, /):
   vm.spend(len(counter) >> 3)
-  return sum(counter.values())
+  return sum_numbers(vm, counter.values())
 
 
 COUNTER = {
   **DICT,
   'elements': Native('elements', elements),
   'most_common': Native('most_common', most_common),
-  'subtract': Native('subtract', _tally(-1), driven=True),
+  'subtract': Native('subtract', _tally('Sub'), driven=True),
   'total': Native('total', total),
-  'update': Native('update', _tally(1), driven=True),
+  'update': Native('update', _tally('Add'), driven=True),
 }
 
 # --- sets
@@ -200,18 +238,17 @@ def add(vm, items, item, /):
 
 
 def discard(vm, items, item, /):
-  compare.check_key(vm, item, len(items))
+  keys.check_key(vm, item, len(items))
   items.discard(item)
 
 
 def remove_key(vm, items, item, /):
-  compare.check_key(vm, item, len(items))
+  keys.check_key(vm, item, len(items))
   items.remove(item)
 
 
 def pop_any(vm, items, /):
-  vm.spend(len(items) >> 9)
-  return items.pop()
+  return keys.pop(vm, items)
 
 
 def _sets(name: str):
@@ -219,14 +256,16 @@ def _sets(name: str):
 
   def call(vm, items, /, *others):
     found = []
+    vm.make(60 * len(items))
+    vm.spend(len(items) >> 4)
     for other in others:
       if type(other) not in compare.SETS and type(other) is not dict:
         other = yield from vm.collect(other)
         for item in other:
-          compare.check_key(vm, item, len(items) + len(other))
+          keys.check_key(vm, item, len(items) + len(other))
       vm.make(60 * (len(items) + len(other)))
-      compare.check_items(vm, items)
-      compare.check_items(vm, other)
+      keys.check_items(vm, items)
+      keys.check_items(vm, other)
       found.append(other)
     return getattr(items, name)(*found)
 
@@ -332,6 +371,7 @@ METHODS = {
   tuple: TUPLE,
   dict: DICT,
   DefaultDict: DICT,
+  OrderedDict: ORDERED,
   Counter: COUNTER,
   set: SET,
   frozenset: FROZENSET,

@@ -1,6 +1,6 @@
 """Classes, objects and attributes: half of a Machine."""
 
-from jaxrl_tok.rewards.programs import compare
+from jaxrl_tok.rewards.programs import compare, keys
 from jaxrl_tok.rewards.programs.values import (
   BASE_EXCEPTION,
   CLASS_OF,
@@ -17,12 +17,18 @@ from jaxrl_tok.rewards.programs.values import (
   LanguageError,
   Module,
   Native,
+  ObjectError,
   Super,
   Wrapped,
   kind_of,
+  name_of,
 )
 
 INHERITED = 50  # classes above a class
+# special methods that a test may use: they are the program's functions
+OPEN = frozenset(
+  ('__init__', '__call__', '__getitem__', '__setitem__', '__delitem__')
+)
 
 
 class Objects:
@@ -30,14 +36,39 @@ class Objects:
 
   # --- classes and attributes
 
-  def special(self, value, name: str):
-    """A special method of an object of the program's classes, or None."""
+  def special(self, value, name: str, other=None, iterated: bool = False):
+    """A special method of an object of the program's classes, or None.
+
+    other: the other operand.
+    iterated: __getitem__ stands for __iter__.
+
+    Raises ObjectError where a test's own code would run it, but for a call or
+    an item, or on a value that is akin: such a method, not the value that the
+    test asks for, would decide the test.
+    """
     if type(value) is not Instance:
       return None
     method = value.cls.lookup(name)
-    if type(method) is Function or type(method) is Native:
-      return Bound(method, value)
-    return None
+    if type(method) is not Function and type(method) is not Native:
+      return None
+    open_ = name in OPEN and not iterated
+    if self.strict and not open_ and not self.akin(value, other):
+      cls = value.cls.name
+      raise ObjectError(
+        f'the test uses {name} of an object of the class {cls}, which may pose '
+        f'as another value; where {cls} is tested, name it in classes'
+      )
+    return Bound(method, value)
+
+  def akin(self, value, other) -> bool:
+    """Whether a test lets an object meet a value by its special methods: both
+    are objects of the program, or its class is tested, or is the test's."""
+    if type(value) is not Instance:
+      return False
+    cls = value.cls
+    if cls in self.akin_classes or cls.name in self.akin_classes:
+      return True
+    return type(other) is Instance and other.cls.vm is not None
 
   def enter_class(self, cls: Class, args: list, keywords: dict) -> bool:
     if cls.construct is not None:
@@ -70,6 +101,8 @@ class Objects:
       raise BudgetError(f'classes derived deeper than {INHERITED}')
     cls.vm = self
     frame = Frame(code, Env(cls.attrs, env))
+    if code.strict:
+      self.akin_classes.add(cls)
     frame.owner = frame.instance = cls
     self.push(frame)
 
@@ -102,7 +135,7 @@ class Objects:
       if name in value.attrs:
         return value.attrs[name]
     elif name == '__name__' and kind in (Function, Native):
-      return value.code.name if kind is Function else value.name
+      return name_of(value) if kind is Function else value.name
     elif kind is Function and name in value.attrs:
       return value.attrs[name]
     elif name in self.methods.get(kind, ()):
@@ -184,6 +217,10 @@ class Objects:
         self.call(found.setter, [subject, value])
         return
       subject.attrs[name] = value
+    elif kind is Function and type(subject.attrs) is not dict:
+      raise AttributeError(
+        f"function '{name_of(subject)}' of a module has no attribute to set"
+      )
     elif kind is Function or (kind is Class and subject.vm is self):
       subject.attrs[name] = value
     elif kind is Class:
@@ -213,7 +250,7 @@ class Objects:
     return compare.equal(self, a, b)
 
   def hash_instance(self, value: Instance) -> int:
-    return compare.hash_instance(self, value)
+    return keys.hash_instance(self, value)
 
   def check_key(self, key, size: int) -> None:
-    compare.check_key(self, key, size)
+    keys.check_key(self, key, size)

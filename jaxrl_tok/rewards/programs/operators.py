@@ -4,13 +4,15 @@ BINARY[name](vm, a, b) by the names of a syntax tree."""
 import collections
 import operator
 
-from jaxrl_tok.rewards.programs import compare, formats
+from jaxrl_tok.rewards.programs import compare, formats, keys
 from jaxrl_tok.rewards.programs.values import (
+  OBJECT,
   BudgetError,
   Class,
   Counter,
   Instance,
   LanguageError,
+  class_of,
   kind_of,
 )
 
@@ -18,6 +20,7 @@ SMALL = 2**63
 NUMBERS = frozenset((int, float, bool))
 SEQUENCES = frozenset((list, tuple, str))
 SETS = compare.SETS
+UNION = '|'  # attribute of a union: its classes
 SYMBOLS = {
   'Add': '+',
   'Sub': '-',
@@ -31,6 +34,22 @@ SYMBOLS = {
   'BitAnd': '&',
   'BitOr': '|',
   'BitXor': '^',
+  'MatMult': '@',
+}
+HOST = {
+  'Add': operator.add,
+  'Sub': operator.sub,
+  'Mult': operator.mul,
+  'Div': operator.truediv,
+  'FloorDiv': operator.floordiv,
+  'Mod': operator.mod,
+  'Pow': operator.pow,
+  'LShift': operator.lshift,
+  'RShift': operator.rshift,
+  'BitAnd': operator.and_,
+  'BitOr': operator.or_,
+  'BitXor': operator.xor,
+  'MatMult': operator.matmul,
 }
 SPECIAL = {
   'Add': 'add',
@@ -71,6 +90,13 @@ def check_bits(vm, bits: int) -> None:
   vm.make(bits >> 3)
 
 
+def _counted(vm, found):
+  """A result, whose bits are counted where they are many."""
+  if type(found) is int and not -SMALL < found < SMALL:
+    check_bits(vm, found.bit_length())
+  return found
+
+
 def _product_cost(vm, a: int, b: int) -> None:
   vm.spend((a.bit_length() * b.bit_length()) >> 19)
 
@@ -105,10 +131,7 @@ def _shift(vm, a, b):
 
 def _added(function):
   def add(vm, a, b):
-    found = function(a, b)
-    if type(found) is int and not -SMALL < found < SMALL:
-      check_bits(vm, found.bit_length())
-    return found
+    return _counted(vm, function(a, b))
 
   return add
 
@@ -117,25 +140,19 @@ def _divided(function):
   def divide(vm, a, b):
     if type(a) is int and type(b) is int and not -SMALL < a < SMALL:
       _product_cost(vm, a, b)
-      vm.make(a.bit_length() >> 3)
-    return function(a, b)
+    return _counted(vm, function(a, b))
 
   return divide
 
 
 ARITHMETIC = {
-  'Add': _added(operator.add),
-  'Sub': _added(operator.sub),
+  **{name: _added(HOST[name]) for name in ('Add', 'Sub')},
+  **{name: _added(HOST[name]) for name in ('BitAnd', 'BitOr', 'BitXor')},
+  **{name: _divided(HOST[name]) for name in ('Div', 'FloorDiv', 'Mod')},
+  'RShift': _divided(operator.rshift),
   'Mult': _multiply,
-  'Div': _divided(operator.truediv),
-  'FloorDiv': _divided(operator.floordiv),
-  'Mod': _divided(operator.mod),
   'Pow': _power,
   'LShift': _shift,
-  'RShift': _divided(operator.rshift),
-  'BitAnd': _added(operator.and_),
-  'BitOr': _added(operator.or_),
-  'BitXor': _added(operator.xor),
 }
 
 # --- other types
@@ -162,25 +179,25 @@ def _counters(vm, name: str, a: dict, b: dict):
   """Counter + - & | Counter, counts above 0 alone."""
   vm.make(100 * (len(a) + len(b)))
   vm.spend(len(a) + len(b))
-  function = {
-    'Add': operator.add,
-    'Sub': operator.sub,
-    'BitAnd': min,
-    'BitOr': max,
-  }[name]
+  keys.check_items(vm, a)
+  keys.check_items(vm, b)
+  for count in (*a.values(), *b.values()):
+    if type(count) not in NUMBERS:
+      raise LanguageError('no counts but numbers in the subset')
   found = Counter()
   for key in (*a, *(k for k in b if k not in a)):
-    count = function(a.get(key, 0), b.get(key, 0))
+    one, other = a.get(key, 0), b.get(key, 0)
+    if name in ('Add', 'Sub'):
+      count = ARITHMETIC[name](vm, one, other)
+    else:
+      count = (min if name == 'BitAnd' else max)(one, other)
     if count > 0:
       found[key] = count
   return found
 
 
 SET_OPERATORS = {
-  'Sub': operator.sub,
-  'BitAnd': operator.and_,
-  'BitOr': operator.or_,
-  'BitXor': operator.xor,
+  name: HOST[name] for name in ('Sub', 'BitAnd', 'BitOr', 'BitXor')
 }
 
 
@@ -206,26 +223,36 @@ def _others(vm, name: str, a, b):
     return _deque_add(vm, a, b)
   if kind in SETS and other in SETS and name in SET_OPERATORS:
     vm.make(60 * (len(a) + len(b)))
-    compare.check_items(vm, a)
-    compare.check_items(vm, b)
+    keys.check_items(vm, a)
+    keys.check_items(vm, b)
     return SET_OPERATORS[name](a, b)
-  if compare.ITEMS in (kind, other) and name in SET_OPERATORS:
-    raise LanguageError('no set operators of items() in the subset')
   if name == 'BitOr' and kind is other is dict:
     vm.make(100 * (len(a) + len(b)))
+    keys.check_items(vm, a)
+    keys.check_items(vm, b)
     return a | b
+  compare.refuse_missing(HOST[name], SYMBOLS[name], a, b)
   return NotImplemented
 
 
 def _instances(vm, name: str, a, b):
   if name in SPECIAL:
     for prefix, subject, argument in (('', a, b), ('r', b, a)):
-      method = vm.special(subject, f'__{prefix}{SPECIAL[name]}__')
+      method = f'__{prefix}{SPECIAL[name]}__'
+      method = vm.special(subject, method, argument)
       if method is not None:
         found = vm.call(method, [argument])
         if found is not NotImplemented:
           return found
   return NotImplemented
+
+
+def _union(a: Class, b):
+  """int | None: a class of which both are."""
+  b = class_of(None) if b is None else b
+  if type(b) is not Class:
+    return NotImplemented
+  return Class('Union', OBJECT, {UNION: (a, b)})
 
 
 def _make_binary(name: str):
@@ -239,7 +266,7 @@ def _make_binary(name: str):
         return formats.percent(vm, a, b)
       found = _instances(vm, name, a, b)
     elif type(a) is Class and name == 'BitOr':
-      return a  # int | None, of an annotation
+      found = _union(a, b)
     else:
       found = _others(vm, name, a, b)
     if found is NotImplemented:
@@ -262,7 +289,7 @@ def _why_not(name: str, a, b, suffix: str) -> TypeError:
   return unsupported(name, a, b, suffix)
 
 
-BINARY = {name: _make_binary(name) for name in (*SYMBOLS, 'MatMult')}
+BINARY = {name: _make_binary(name) for name in SYMBOLS}
 
 
 def inplace(vm, name: str, a, b) -> bool:
@@ -276,13 +303,13 @@ def inplace(vm, name: str, a, b) -> bool:
     a *= b
   elif kind is set and type(b) in SETS and name in SET_OPERATORS:
     vm.make(60 * len(b))
-    compare.check_items(vm, a)
-    compare.check_items(vm, b)
+    keys.check_items(vm, a)
+    keys.check_items(vm, b)
     a = INPLACE_SETS[name](a, b)
   elif isinstance(a, dict) and name == 'BitOr' and kind is not Counter:
     return vm.push_native(_update(vm, a, b))
   else:
-    method = vm.special(a, f'__i{SPECIAL.get(name)}__')
+    method = vm.special(a, f'__i{SPECIAL.get(name)}__', b)
     if method is not None:
       return vm.enter(method, [b], {})
     a = BINARY[name](vm, a, b, '=')
@@ -320,10 +347,11 @@ def unary(vm, name: str, value):
     return not vm.truth(value)
   method, function, symbol = UNARY[name]
   if type(value) in NUMBERS:
-    return function(int(value)) if type(value) is bool else function(value)
+    return _counted(vm, function(int(value) if type(value) is bool else value))
   found = method and vm.special(value, method)
   if found:
     return vm.call(found, [])
+  compare.refuse_missing(function, f'unary {symbol}', value)
   raise TypeError(f"bad operand type for unary {symbol}: '{kind_of(value)}'")
 
 
@@ -331,8 +359,10 @@ def unary(vm, name: str, value):
 
 
 def _not_equal(vm, a, b):
-  method = vm.special(a, '__ne__')
-  if method is not None and not vm.strict:
+  method = None
+  if type(a) is Instance and (not vm.strict or vm.akin(a, b)):
+    method = vm.special(a, '__ne__', b)
+  if method is not None:
     found = vm.call(method, [b])
     if found is not NotImplemented:
       return found

@@ -3,7 +3,7 @@
 True says that another frame may be on top now.
 """
 
-from jaxrl_tok.rewards.programs import formats, lookup, operators
+from jaxrl_tok.rewards.programs import formats, keys, lookup, operators
 from jaxrl_tok.rewards.programs.values import (
   Instance,
   LanguageError,
@@ -235,6 +235,7 @@ def merge_dict(vm, f, depth):
   if not isinstance(found, dict):
     raise TypeError(f"'{kind_of(found)}' object is not a mapping")
   vm.make(100 * len(found))
+  keys.check_items(vm, found)
   f.stack[-depth].update(found)
 
 
@@ -245,6 +246,7 @@ def merge_keywords(vm, f, depth):
       f'argument after ** must be a mapping, not {kind_of(found)}'
     )
   vm.make(100 * len(found))
+  vm.spend(len(found) >> 1)
   for key, value in found.items():
     put_keyword(f.stack[-depth], key, value)
 

@@ -61,7 +61,7 @@ class _Binder(ast.NodeVisitor):
   def bind(self, name: str) -> None:
     name = self.scope.mangle(name)
     self.used.add(name)
-    if name not in self.scope.globals | self.scope.nonlocals:
+    if name not in self.scope.globals and name not in self.scope.nonlocals:
       self.scope.bound.add(name)
 
   def visit_Name(self, node):
@@ -116,7 +116,8 @@ class _Binder(ast.NodeVisitor):
         raise SyntaxError(
           f'name {name!r} is used or bound before its {kind} declaration'
         )
-      if name in (self.scope.globals | self.scope.nonlocals) - names:
+      other = self.scope.globals if kind == 'nonlocal' else self.scope.nonlocals
+      if name in other:
         raise SyntaxError(f'name {name!r} is nonlocal and global')
       names.add(name)
 

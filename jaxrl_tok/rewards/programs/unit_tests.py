@@ -3,13 +3,12 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxrl_tok.rewards.adapters import get_text
 from jaxrl_tok.rewards.functions import make_signature
-from jaxrl_tok.rewards.programs import compare
-from jaxrl_tok.rewards.programs.builtins import BUILTINS
+from jaxrl_tok.rewards.programs import compare, keys
 from jaxrl_tok.rewards.programs.interpreter import (
   KINDS,
   execute,
@@ -19,7 +18,6 @@ from jaxrl_tok.rewards.programs.values import Budget, BudgetError, Instance
 
 FENCE = re.compile(r'^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```', re.M | re.S)
 OPEN = re.compile(r'^[ \t]*```[ \t]*(?:python|py)[^\n]*\n(.*)\Z', re.M | re.S)
-ALWAYS_BUILTIN = frozenset(BUILTINS)
 FOUND = '_result'  # the global that a call's result is left in
 
 
@@ -53,7 +51,11 @@ def extract_code(text: str) -> str:
 
 
 def run_tests(
-  code: str, tests, budget: Budget | None = None, prefix: str = ''
+  code: str,
+  tests,
+  budget: Budget | None = None,
+  prefix: str = '',
+  classes=(),
 ) -> TestReport:
   """Runs code, then each of its tests with a whole budget of its own.
 
@@ -63,11 +65,16 @@ def run_tests(
       text of an expression, and data of JSON.
     budget: of the code, and of each test.
     prefix: source before the code, as imports, or the head that was completed.
+    classes: names of classes of the code that the tests are about.
 
   A test sees the names that code and the tests before it left; names of
-  built-in functions are the built-in ones in it, whatever the code binds.
+  built-in functions are the built-in ones in it, whatever the code binds. In
+  the test's own lines an object of a class of the code equals objects of the
+  code alone; the other special methods end the test as 'failed' (ObjectError),
+  but for a call, an item, and operators between such objects.
   """
   vm = make_machine(budget or Budget())
+  vm.akin_classes.update(classes)
   outcome = execute(vm, prefix + code)
   kinds, errors = [], []
   for test in tests:
@@ -83,16 +90,15 @@ def run_tests(
 
 def _run_test(vm, test) -> tuple[str, str]:
   """(kind, error) of one test."""
-  vm.strict = True
   if isinstance(test, str):
-    outcome = execute(vm, test, ALWAYS_BUILTIN)
+    outcome = execute(vm, test, test=True)
     if outcome.kind == 'ok':
       return 'passed', ''
     if outcome.exception == 'AssertionError':
       return 'failed', outcome.error
     return outcome.kind, outcome.error
   call, expected = test
-  outcome = execute(vm, f'{FOUND} = (\n{call}\n)', ALWAYS_BUILTIN)
+  outcome = execute(vm, f'{FOUND} = (\n{call}\n)', test=True)
   if outcome.kind != 'ok':
     return outcome.kind, outcome.error
   found = vm.globals.pop(FOUND, None)
@@ -103,7 +109,7 @@ def _run_test(vm, test) -> tuple[str, str]:
   except BudgetError as e:
     return 'budget', f'BudgetError: {e}'
   except Exception as e:  # of a __repr__ of the program
-    return 'failed', type(e).__name__
+    return 'failed', ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
   return 'failed', f'{shown} is not {str(expected)[:80]}'
 
 
@@ -111,8 +117,8 @@ def matches(vm, found, expected, depth: int = 0) -> bool:
   """Whether a result is the expected data: numbers by value, but True is not 1;
   a tuple is a list, as JSON has no tuples; an object of a class is nothing."""
   vm.spend(1)
-  if depth > compare.DEPTH:
-    raise BudgetError(f'a result nested deeper than {compare.DEPTH}')
+  if depth > keys.DEPTH:
+    raise BudgetError(f'a result nested deeper than {keys.DEPTH}')
   if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
     return len(found) == len(expected) and all(
       matches(vm, a, b, depth + 1) for a, b in zip(found, expected)
@@ -141,6 +147,7 @@ def passes_tests(
   all_or_nothing: bool = False,
   prefix: str | None = None,
   budget: Budget | None = None,
+  classes: Sequence[str] = (),
 ) -> Callable:
   """Reward: share of the unit tests that a completion's code passes, 0 to 1.
 
@@ -159,6 +166,8 @@ def passes_tests(
     prefix: column with source that comes before the code, as the head of the
       function that the prompt shows.
     budget: limits of the code, and of each of its tests.
+    classes: names of classes that the tests are about, as Stack for 'assert
+      len(Stack()) == 0': their special methods are used in the tests.
 
   # {'tests': ['assert add(2, 3) == 5', ['add(1, -1)', 0]]}
   # 'def add(a, b):\\n  return a + b' -> 1.0
@@ -167,10 +176,24 @@ def passes_tests(
   it has seen (if x == 3: return 7), so test inputs that no prompt shows; it
   returns a constant (return True), which a share pays for, all_or_nothing less;
   it swallows exceptions and returns a default. An assert that compares nothing
-  (assert f(x)) passes for any object that is true. Two doors are shut: in a
-  test, the names of built-in functions are the built-in ones, whatever the code
-  defines (so no tested function may have such a name), and an object of the
-  code's own classes equals, and is ordered with, objects alone.
+  (assert f(x)) passes for any object that is true.
+
+  Three doors are shut. In a test's own lines the names of built-in functions
+  are the built-in ones, whatever the code defines (so no tested function may
+  have such a name). There, an object of the code's classes equals objects of
+  the code alone, and any other special method (operators, <, in, iteration,
+  len, bool, abs, str) with another value ends the test as failed, so that no
+  object poses as the answer; the code's own functions use such objects freely.
+  Functions of modules take no attributes.
+
+  These stay open: a method that a test calls on a result (f(x).startswith('a'))
+  is the code's, and so is an item (f(x)[0]) and all that objects of the code
+  say among themselves (P(1) == P(2)); classes opens all of it for the classes
+  that it names. Names other than built-in ones, as imports of prefix, helpers
+  of an earlier test, or a variable that a test keeps its expected value in, may
+  be bound anew by the code, and a list that a test passes may be changed:
+  import in the test itself, and compare with data that is written out. A loop
+  over a result that is empty checks nothing (all(... for x in f()), zip).
 
   Cost: a program that never ends takes 1,000,000 steps, about half a second of
   a core; 64 such completions 30 s. Budget(steps=100_000) is enough for most
@@ -185,7 +208,7 @@ def passes_tests(
     return report.share
 
   def reward(completions, **columns) -> list[float | None]:
-    found = _reports(completions, columns, column, prefix, budget)
+    found = _reports(completions, columns, column, prefix, budget, classes)
     return [score(report) for report in found]
 
   name = 'passes_all_tests' if all_or_nothing else 'passes_tests'
@@ -197,6 +220,7 @@ def code_failures(
   *,
   prefix: str | None = None,
   budget: Budget | None = None,
+  classes: Sequence[str] = (),
 ) -> Callable:
   """Metric: shares of the tests of all completions that end in each way.
 
@@ -207,7 +231,7 @@ def code_failures(
   """
 
   def failures(completions, **columns) -> dict[str, float]:
-    found = _reports(completions, columns, column, prefix, budget)
+    found = _reports(completions, columns, column, prefix, budget, classes)
     found = [report for report in found if report is not None]
     counts = Counter(kind for report in found for kind in report.kinds)
     whole = sum(report.passed == len(report.kinds) for report in found)
@@ -229,7 +253,7 @@ def _named(function: Callable, name: str, column: str, prefix) -> Callable:
   return function
 
 
-def _reports(completions, columns: dict, column: str, prefix, budget):
+def _reports(completions, columns: dict, column: str, prefix, budget, classes):
   """A TestReport for each completion; None where its tests are None."""
   for row, completion in enumerate(completions):
     tests = columns[column][row]
@@ -238,7 +262,7 @@ def _reports(completions, columns: dict, column: str, prefix, budget):
       continue
     head = (columns[prefix][row] or '') if prefix else ''
     code = extract_code(get_text(completion))
-    yield run_tests(code, read_tests(tests, column), budget, head)
+    yield run_tests(code, read_tests(tests, column), budget, head, classes)
 
 
 def read_tests(value, column: str = 'tests') -> list:

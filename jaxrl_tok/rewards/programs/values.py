@@ -37,6 +37,11 @@ class LanguageError(Exception):
   this."""
 
 
+class ObjectError(Exception):
+  """An object of the program's own class stands for another value in a test;
+  neither can catch this."""
+
+
 class Raised(Exception):
   """An exception of the program, on its way up."""
 
@@ -75,11 +80,13 @@ class Code:
     'ops',
     'positional',
     'positional_only',
+    'strict',
     'varargs',
   )
 
-  def __init__(self, name: str):
+  def __init__(self, name: str, strict: bool | None = False):
     self.name = name
+    self.strict = strict  # of a test; None, of a module: as its caller
     self.ops = []
     self.lines = []
     self.positional = ()  # positional-only ones first
@@ -228,9 +235,9 @@ class Stream:
 
   __slots__ = ('frame', 'name', 'running')
 
-  def __init__(self, name: str, iterator: Iterator):
+  def __init__(self, name: str, iterator: Iterator, strict: bool):
     self.name = name
-    self.frame = NativeFrame(iterator, self)
+    self.frame = NativeFrame(iterator, strict, self)
     self.running = False
 
 
@@ -251,6 +258,7 @@ class Frame:
     'pc',
     'results',
     'stack',
+    'strict',
   )
 
   def __init__(self, code: Code, env: Env | None, function=None):
@@ -264,16 +272,18 @@ class Frame:
     self.handled = []  # exceptions whose handlers run
     self.results = {}  # values of returns that wait for a finally
     self.generator = self.instance = self.owner = None
+    self.strict = code.strict
 
 
 class NativeFrame:
   """A driven generator on the stack of calls."""
 
-  __slots__ = ('iterator', 'stack', 'stream')
+  __slots__ = ('iterator', 'stack', 'stream', 'strict')
   code = None
 
-  def __init__(self, iterator: Iterator, stream: Stream | None = None):
+  def __init__(self, iterator: Iterator, strict: bool, stream=None):
     self.iterator = iterator
+    self.strict = strict
     self.stream = stream
     self.stack = []
 
@@ -286,6 +296,12 @@ class DefaultDict(dict):
 
 class Counter(dict):
   """A dict of counts: a missing key counts 0."""
+
+  __slots__ = ()
+
+
+class OrderedDict(dict):
+  """A dict whose keys can be moved; its order counts in ==."""
 
   __slots__ = ()
 
@@ -338,6 +354,7 @@ CLASS_OF = {
   collections.deque: _host('deque', collections.deque),
   DefaultDict: _host('defaultdict', DefaultDict, DICT),
   Counter: _host('Counter', Counter, DICT),
+  OrderedDict: _host('OrderedDict', OrderedDict, DICT),
   type(None): Class('NoneType', OBJECT),
   Function: Class('function', OBJECT),
   Native: Class('builtin_function_or_method', OBJECT),
@@ -362,6 +379,10 @@ def class_of(value) -> Class:
 def kind_of(value) -> str:
   """Name of a value's class, for messages."""
   return class_of(value).name
+
+
+def name_of(function: Function) -> str:
+  return function.attrs.get('__name__', function.code.name)
 
 
 # exceptions of the language: {name: name of its base}
