@@ -94,7 +94,7 @@ def check_rows(values, B: int, name: str) -> list:
   """Values of a function for B completions, each a float, a list of floats or
   None. Raises ValueError for what is no reward."""
   found = []
-  for b, value in enumerate(_as_rows(values, B, name)):
+  for b, value in enumerate(as_rows(values, B, name)):
     if value is not None:
       read = _numbers if _is_list(value) else _number
       value = np.asarray(read(value, name, _where(b, ()))).tolist()
