@@ -20,7 +20,6 @@ import random
 from typing import Literal
 
 from jaxrl_tok import Task, main
-from jaxrl_tok.data import check_counts
 
 OPERATORS = '+-'
 
@@ -79,6 +78,7 @@ def arithmetic(
       token (digits).
   """
   from jaxrl_tok import rewards
+  from jaxrl_tok.data import check_counts
   from jaxrl_tok.step import device_rewards
 
   if not 1 <= digits <= 9:

@@ -208,7 +208,7 @@ def test_adapters_are_beside_every_matrix_of_both_sides(name):
 
   plain = jax.jit(functools.partial(run, None))
   want = plain(base)
-  np.testing.assert_allclose(beside(adapters, base)[1], want, atol=1e-6)
+  np.testing.assert_allclose(beside(adapters, base)[1], want, atol=3e-5)
   gradient, got = beside(random, base)
   assert np.abs(got - want).max() > 0.1
   mappings = model.param_mappings

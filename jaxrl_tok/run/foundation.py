@@ -35,7 +35,8 @@ HASHED = 20_000  # records whose every column is hashed, spread over the data
 SHOWN = 8  # records, and tokens, that a change is shown by
 LINES = 12  # of a text's change that are shown
 NOT_MODEL = '_name_or_path', 'transformers_version', 'architectures'
-# flags that decide what is learnt; all others may change
+# flags that decide what is learnt; all others may change, max_steps, too, with
+# which a schedule ends: whoever passes another one wants to go on for longer
 BINDING = {
   *flatten(SamplingSettings()),
   *flatten(DataSettings()),
@@ -184,8 +185,6 @@ def _changed_flags(old: dict, new: dict) -> list[str]:
   """Lines of the flags that decide what is learnt."""
   of_task = old.keys() - flatten(Settings()) - {KEY, OLD_DATA}
   names = new.keys() & old.keys() & (BINDING | of_task)
-  if 'constant' not in (old.get('lr_schedule'), new.get('lr_schedule')):
-    names |= {'max_steps'} & old.keys()  # the schedule ends with it
   return [
     f'--{name}: {old[name]} -> {new[name]}'
     for name in sorted(names)

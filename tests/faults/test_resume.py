@@ -197,11 +197,12 @@ def test_a_checkpoint_of_an_older_version_knows_prompts_alone():
   assert found == {'data': [f'prompts: 123 -> {prompts}']}
 
 
-def test_the_end_of_a_schedule_is_a_setting():
+def test_a_run_may_go_on_for_longer():
   old = described() | {'max_steps': 10, 'lr_schedule': 'cosine'}
-  assert 'settings' in foundation.changes(old, old | {'max_steps': 20})
-  old |= {'lr_schedule': 'constant', 'save_every': 3}
+  old |= {'save_every': 3}
   assert foundation.changes(old, old | {'max_steps': 20, 'save_every': 1}) == {}
+  found = foundation.changes(old, old | {'lr_schedule': 'constant'})
+  assert found == {'settings': ['--lr_schedule: cosine -> constant']}
 
 
 FACTOR = 2.0
@@ -294,6 +295,8 @@ def test_two_default_runs_in_one_second(tmp_path, monkeypatch):
   'number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 )
 def test_fault_3_signals_ask_once(number):
+  if signal.getsignal(number) == signal.SIG_IGN:  # tests under nohup
+    signal.signal(number, signal.SIG_DFL)
   before = signal.getsignal(number)
   with stop_requested() as asked:
     assert not asked()
