@@ -955,7 +955,7 @@ def test_16_a_run_that_diverges_is_rolled_back_once(whole, tmp_path, capsys):
 
 
 def test_no_memory_is_one_line(tmp_path, capsys, monkeypatch):
-  """Of a device; other errors are shown whole."""
+  """One line is of a device without memory; other errors are shown whole."""
   from jaxrl_tok.run import launch
 
   def runs(setup):
