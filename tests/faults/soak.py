@@ -81,7 +81,7 @@ def run(out: str) -> None:
 
 
 class Look(NamedTuple):
-  """What is seen of the run at a moment."""
+  """Numbers of the run at a moment."""
 
   seconds: float
   memory: float  # MiB of the run, without workers

@@ -64,7 +64,7 @@ def live(out: Path, more: int, wait: float) -> bool:
 
 
 def digests(out: Path, step: int) -> dict:
-  """Of the whole state, and the place in the data."""
+  """Digests of the whole state, and of the place in the data."""
   file = out / f'checkpoints/{step}/meta/metadata'
   meta = json.loads(file.read_text())
   return {k: meta[k] for k in ('digests', 'cursor', 'progress')}

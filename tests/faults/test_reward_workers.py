@@ -99,7 +99,7 @@ def slow_children(question):
 )
 @settings(max_examples=20)
 def test_values_are_those_of_the_function_here(pool, texts, G, name):
-  """What it logs is, too; means of logs are over calls."""
+  """Metrics that it logs come back, too; means are over calls."""
   texts = [text for text in texts for _ in range(G)]
   there = {name: pool[0][name]}
   here = {name: FUNCTIONS[name]}
@@ -114,7 +114,7 @@ def test_values_are_those_of_the_function_here(pool, texts, G, name):
 
 @pytest.mark.parametrize('on_error', ['mask', 'zero'])
 def test_18_values_that_are_none(pool, on_error):
-  """Of a worker as of the function here, with equal words."""
+  """Errors of a worker have the words of those in this process."""
   texts = ['none', 'nan', 'inf', 'text', 'dict', 'set', 'array', 'object', 'ok']
   found = [
     scored({'odd': f}, texts, on_error=on_error)
