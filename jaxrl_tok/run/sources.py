@@ -43,14 +43,19 @@ def source_of(function: Callable) -> str:
 
 def _text(found) -> str:
   """Source of a function or class; a hash of its code where no file has it."""
+  code = getattr(found, '__code__', None)
+  name = found.__name__ if code is None else code.co_name
   try:
-    return inspect.getsource(found).rstrip()
+    text = inspect.getsource(found).rstrip()
+    # Python 3.13 takes the text of `python -c` for what exec compiled
+    if name.strip('<>') in text:
+      return text
   except (OSError, TypeError):
-    code = getattr(found, '__code__', None)
-    if code is None:
-      return found.__qualname__
-    said = hashlib.sha256(code.co_code + repr(code.co_names).encode())
-    return f'{found.__qualname__}: code {said.hexdigest()[:16]}'
+    pass
+  if code is None:
+    return found.__qualname__
+  said = hashlib.sha256(code.co_code + repr(code.co_names).encode())
+  return f'{found.__qualname__}: code {said.hexdigest()[:16]}'
 
 
 def _values(named: dict) -> list[str]:
